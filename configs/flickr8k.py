@@ -1,0 +1,20 @@
+"""Flickr8k (6,000 photos, 5 English captions each): mUSE and EfficientNet-lite2, InfoNCE.
+
+    python -m xlir.main --config=configs/flickr8k.py --config.data.dir=PATH
+
+PATH holds dataset_flickr8k.json, images/, and multilingual_test/ in XTD10's layout.
+"""
+
+from configs import base
+
+
+def get_config():
+    """The configuration for Flickr8k."""
+    config = base.get_config()
+    config.steps = 600
+    config.data.name = "captions"
+    config.data.batch_size = 1024
+    config.data.test_set = "multilingual_test"
+    config.text.tower = "muse"
+    config.image.tower = "efficientnet-lite2"
+    return config

@@ -1,0 +1,102 @@
+"""Outputs of frozen towers, computed once and kept on disk.
+
+A cache file is named by a fingerprint of everything that its rows depend on: the tower's weights,
+the preprocessing and the source. Change any of them and another file is asked for, so a stale one
+is never read. Rows are appended in order; an interrupted build goes on at its last whole row.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+# Rows computed between two writes: what an interrupt can cost.
+BLOCK = 1024
+
+
+def fingerprint(description: Mapping[str, object]) -> str:
+    """A short hash of a JSON-able description."""
+    text = json.dumps(description, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def cached(
+    folder: pathlib.Path,
+    description: Mapping[str, object],
+    count: int,
+    dim: int,
+    compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
+    *,
+    label: str,
+) -> Float[np.ndarray, "count dim"]:
+    """The features of `count` inputs, from the cache or computed into it.
+
+    Args:
+      folder: where cache files live.
+      description: everything the features depend on; part of the file's name.
+      count: number of inputs.
+      dim: width of a feature vector.
+      compute: (start, stop) -> the features of those inputs.
+      label: what the progress bar calls them.
+
+    Returns:
+      A read-only, memory-mapped array.
+
+    Raises:
+      OSError: the folder can't be written, or the disk is full; rows so far are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    name = fingerprint({**description, "count": count, "dim": dim})
+    done, partial = folder / f"{name}.npy", folder / f"{name}.partial"
+    with open(folder / f"{name}.lock", "w") as lock:
+        # A second run that wants the same features waits for the first, then reads them.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            _build(partial, count, dim, compute, label)
+            (folder / f"{name}.json").write_text(json.dumps(description, indent=1, sort_keys=True))
+            partial.rename(done)
+    return np.load(done, mmap_mode="r")
+
+
+def _build(
+    partial: pathlib.Path,
+    count: int,
+    dim: int,
+    compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
+    label: str,
+) -> None:
+    row_bytes = dim * np.dtype(np.float32).itemsize
+    with open(partial, "ab") as file:
+        if file.tell() == 0:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+        offset = _header_bytes(partial)
+        start = (file.tell() - offset) // row_bytes
+        file.truncate(offset + start * row_bytes)
+        with tqdm(total=count, initial=start, desc=label, unit="") as bar:
+            while start < count:
+                stop = min(start + BLOCK, count)
+                rows = np.ascontiguousarray(compute(start, stop), np.float32)
+                if rows.shape != (stop - start, dim):
+                    raise ValueError(f"{label}: expected {(stop - start, dim)}, got {rows.shape}")
+                if not np.isfinite(rows).all():
+                    raise ValueError(f"{label}: a feature of rows {start} to {stop} is not finite")
+                file.write(rows.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(stop - start)
+                start = stop
+
+
+def _header_bytes(path: pathlib.Path) -> int:
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return file.tell()

@@ -1,0 +1,86 @@
+"""Training batches as a function of (seed, step).
+
+Nothing else is state: a checkpoint holds the step, and from it the same global batches follow on
+1, 2 or 8 processes. Photos are shuffled anew every epoch; the captions of one photo take turns,
+from a start of their own, so that each is used equally often. A batch may straddle two epochs and
+then hold a photo twice, which the losses mask by `image_id`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+Batch = dict[str, np.ndarray]
+# (image rows, caption rows) -> the arrays of a batch, one row each.
+Read = Callable[[np.ndarray, np.ndarray], Batch]
+
+
+class Order:
+    """Which (photo, caption) pairs make up each global batch.
+
+    Args:
+      seed: the run's seed.
+      captions_per_image: how many captions each photo has; captions are numbered through, photo
+        by photo.
+      batch_size: pairs in a global batch.
+    """
+
+    def __init__(self, seed: int, captions_per_image: Int[np.ndarray, " images"], batch_size: int):
+        if not len(captions_per_image):
+            raise ValueError("the training split has no photos")
+        self._seed = seed
+        self._counts = captions_per_image
+        self._first = np.cumsum(captions_per_image) - captions_per_image
+        self._batch_size = batch_size
+        start = np.random.Generator(np.random.Philox(key=[seed, 0]))
+        self._start = start.integers(0, captions_per_image)
+        self._epoch_order = functools.lru_cache(maxsize=4)(self._shuffle)
+
+    def __call__(
+        self, step: int
+    ) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
+        """The image rows and the caption rows of global batch `step`."""
+        position = step * self._batch_size + np.arange(self._batch_size)
+        epoch, place = np.divmod(position, len(self._counts))
+        image = np.empty(self._batch_size, np.int64)
+        for e in np.unique(epoch):
+            image[epoch == e] = self._epoch_order(int(e))[place[epoch == e]]
+        turn = (self._start[image] + epoch) % self._counts[image]
+        return image, self._first[image] + turn
+
+    def _shuffle(self, epoch: int) -> Int[np.ndarray, " images"]:
+        # Key 0 of the second word draws the captions' starts.
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch + 1]))
+        return generator.permutation(len(self._counts))
+
+
+class Batches(grain.sources.RandomAccessDataSource):
+    """One process's share of every global batch: element `step` is rows [p*B/P, (p+1)*B/P)."""
+
+    def __init__(
+        self, order: Order, read: Read, steps: int, *, process: int = 0, processes: int = 1
+    ):
+        self._order, self._read, self._steps = order, read, steps
+        self._process, self._processes = process, processes
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        images, captions = self._order(step)
+        if len(images) % self._processes:
+            raise ValueError(
+                f"a batch of {len(images)} does not divide over {self._processes} processes"
+            )
+        share = len(images) // self._processes
+        rows = slice(self._process * share, (self._process + 1) * share)
+        return self._read(images[rows], captions[rows])
+
+
+def iterate(batches: Batches, *, first_step: int, prefetch: int) -> Iterator[Batch]:
+    """Batches from `first_step` on, in order, read ahead by Grain's threads."""
+    options = grain.ReadOptions(num_threads=min(prefetch, 16), prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.source(batches)[first_step:].to_iter_dataset(options))

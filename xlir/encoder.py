@@ -1,0 +1,278 @@
+"""The Python API: texts and images in, embeddings out.
+
+    encoder = xlir.Encoder.load("runs/quickstart")
+    scores = encoder.encode_text(["ein roter Apfel"]) @ encoder.encode_image(["apple.jpg"]).T
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from PIL import Image
+
+from input_pipeline import images as image_io
+from input_pipeline import text as text_io
+from xlir.checkpoint import Checkpoints
+from xlir.models import dual_encoder, pretrained
+
+# Inputs that go through a tower, or rows that go through a head, at once.
+IMAGE_BATCH = 32
+TEXT_BATCH = 128
+FEATURE_BATCH = 1024
+
+# Which inputs, and what of a training batch's keys they are.
+Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+class Encoder:
+    """A dual encoder with its tokenizer and its image preprocessing.
+
+    Attributes:
+      config: the configuration that it was built from.
+      params: the trained parameters, an NNX state; training replaces it.
+      frozen: everything else of the model.
+      step: the training step of the parameters; 0 before training.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: dual_encoder.DualEncoder,
+        tokenizer: text_io.SentencePieceTokenizer,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.step = 0
+        self.image_size = config.image.size or model.image_tower.image_size
+        self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
+        self.graph, self.params, self.frozen = nnx.split(
+            model, dual_encoder.trainable(config), ...
+        )
+        self._embed = {side: jax.jit(functools.partial(self._embed_batch, side)) for side in SIDES}
+        self._tower = {side: jax.jit(functools.partial(self._tower_batch, side)) for side in SIDES}
+
+    @classmethod
+    def create(cls, config: ConfigDict) -> "Encoder":
+        """An encoder with published weights in its towers and untrained heads.
+
+        Raises:
+          ValueError: the configuration names something unknown.
+          FileNotFoundError: weights or tokenizer are not installed.
+        """
+        model = dual_encoder.build(config, pretrained=True)
+        return cls(config, model, text_io.from_package(config.text.tower))
+
+    @classmethod
+    def load(cls, workdir: str | os.PathLike, *, checkpoint: str = "best") -> "Encoder":
+        """A trained encoder.
+
+        Args:
+          workdir: the folder of a training run; nothing else is needed, no network either.
+          checkpoint: "best" (by validation) or "latest".
+
+        Raises:
+          FileNotFoundError: the folder is not a run's, or holds no checkpoint yet.
+        """
+        workdir = pathlib.Path(workdir)
+        encoder = cls.open(workdir)
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            steps = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
+            step = steps[checkpoint]()
+            if step is None:
+                raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train it first")
+            item = "ema" if "ema" in checkpoints.items(step) else "params"
+            params = checkpoints.restore(step, {item: nnx.to_pure_dict(encoder.params)})[item]
+        encoder.replace_params(params)
+        encoder.step = step
+        return encoder
+
+    @classmethod
+    def open(cls, workdir: pathlib.Path) -> "Encoder":
+        """The encoder of a run with its towers as saved and untrained heads.
+
+        Raises:
+          FileNotFoundError: the folder is not a run's.
+        """
+        if not (workdir / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{workdir} is not the folder of a training run (it has no config.json)"
+            )
+        config = read_config(workdir)
+        model = dual_encoder.build(config, pretrained=False)
+        for side in SIDES:
+            pretrained.load(getattr(model, f"{side}_tower"), _tower_file(workdir, side))
+        return cls(config, model, text_io.load_tokenizer(workdir / "text_tower"))
+
+    def save(self, workdir: pathlib.Path) -> None:
+        """Writes configuration, towers and tokenizer, the parts that training does not change.
+
+        config.json comes last: a folder that has it is whole.
+        """
+        model = nnx.merge(self.graph, self.params, self.frozen)
+        for side in SIDES:
+            file = _tower_file(workdir, side)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pretrained.save(getattr(model, f"{side}_tower"), file)
+        self.tokenizer.save(workdir / "text_tower")
+        unfinished = workdir / "config.json.partial"
+        unfinished.write_text(json.dumps(self.config.to_dict(), indent=1))
+        unfinished.rename(workdir / "config.json")
+
+    def replace_params(self, params: Mapping) -> None:
+        """Takes trained parameters, as a pure tree of arrays."""
+        nnx.replace_by_pure_dict(self.params, params)
+
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        """Unit-length embeddings of texts in any language; dot products are cosines."""
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of texts, not one string")
+        return self.embed("text", self.text_batches(texts), len(texts))
+
+    def encode_image(
+        self, images: Sequence[str | os.PathLike | bytes | Image.Image]
+    ) -> Float[np.ndarray, "images dim"]:
+        """Unit-length embeddings of images: paths, encoded bytes, or PIL images.
+
+        Raises:
+          ValueError: an image can't be decoded; the message names it.
+          FileNotFoundError: a path does not exist.
+        """
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+            raise TypeError("encode_image takes a list of images, not one")
+        return self.embed("image", self.image_batches(images), len(images))
+
+    def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
+        ids = self.tokenizer(texts, max_length=self.config.text.max_length)
+        for rows, length in text_io.length_batches([len(i) for i in ids], TEXT_BATCH):
+            text_ids, text_mask = text_io.pad([ids[row] for row in rows], length)
+            yield rows, {"text_ids": text_ids, "text_mask": text_mask}
+
+    def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs; photos are decoded by threads, a batch ahead of the tower."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead: list = []
+            for start in range(0, len(images), IMAGE_BATCH):
+                rows = np.arange(start, min(start + IMAGE_BATCH, len(images)))
+                ahead.append((rows, [pool.submit(self.decode, images[row], row) for row in rows]))
+                if len(ahead) > 2:
+                    rows, pixels = ahead.pop(0)
+                    yield rows, {"image": np.stack([image.result() for image in pixels])}
+            for rows, pixels in ahead:
+                yield rows, {"image": np.stack([image.result() for image in pixels])}
+
+    def decode(self, image: str | os.PathLike | bytes | Image.Image, row: int = 0) -> np.ndarray:
+        """One image as the image tower takes it, uint8 [size, size, 3]."""
+        name = f"image {row}"
+        if isinstance(image, (str, os.PathLike)):
+            name, image = os.fspath(image), pathlib.Path(image).read_bytes()
+        elif isinstance(image, Image.Image):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            image = buffer.getvalue()
+        try:
+            return image_io.decode(image, self.image_size, crop=self.config.image.crop)
+        except image_io.ImageError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def feature_batches(self, side: str, features: np.ndarray) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs of a tower's outputs, computed before."""
+        for start in range(0, len(features), FEATURE_BATCH):
+            rows = np.arange(start, min(start + FEATURE_BATCH, len(features)))
+            yield rows, {f"{side}_features": np.asarray(features[rows])}
+
+    def embed(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
+        """Unit-length embeddings of what the batches hold, in the order of their rows."""
+        return _gather(
+            lambda batch: self._embed[side](self.params, self.frozen, batch),
+            batches,
+            (count, self.config.embedding_dim),
+        )
+
+    def features(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
+        """The tower's outputs for what the batches hold, in the order of their rows."""
+        return _gather(
+            lambda batch: self._tower[side](self.params, self.frozen, batch),
+            batches,
+            (count, self.feature_dims[side]),
+        )
+
+    def describe_tower(self, side: str) -> dict[str, object]:
+        """Everything that the features of one side depend on, but the input itself."""
+        tower = pretrained.flatten(
+            getattr(nnx.merge(self.graph, self.params, self.frozen), f"{side}_tower")
+        )
+        digest = hashlib.sha256()
+        for name, array in sorted(tower.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(array))
+        options = self.config[side]
+        description: dict[str, object] = {
+            "tower": options.tower,
+            "weights": digest.hexdigest(),
+            "dtype": jnp.dtype(dual_encoder.compute_dtype(self.config)).name,
+        }
+        if side == "text":
+            return description | {
+                "max_length": options.max_length,
+                "tokenizer": self.tokenizer.fingerprint(),
+            }
+        return description | {"size": self.image_size, "crop": options.crop}
+
+    def _embed_batch(self, side: str, params: nnx.State, frozen: nnx.State, batch: dict):
+        model = nnx.merge(self.graph, params, frozen)
+        encode = model.encode_text if side == "text" else model.encode_image
+        embeddings = encode(batch)
+        # Also where training is on raw embeddings: retrieval is by cosine.
+        return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+    def _tower_batch(self, side: str, params: nnx.State, frozen: nnx.State, batch: dict):
+        model = nnx.merge(self.graph, params, frozen)
+        if side == "text":
+            return model.text_tower(batch["text_ids"], batch["text_mask"])
+        return model.image_tower(batch["image"])
+
+
+SIDES = ("text", "image")
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration that a run was started with."""
+    return ConfigDict(json.loads((workdir / "config.json").read_text()))
+
+
+def _tower_file(workdir: pathlib.Path, side: str) -> pathlib.Path:
+    return workdir / f"{side}_tower" / "weights.safetensors"
+
+
+def _gather(
+    apply: Callable[[dict], jax.Array], batches: Batches, shape: tuple[int, int]
+) -> Float[np.ndarray, "count dim"]:
+    """Applies a jitted function to batches; the shapes it sees are few, so it compiles rarely."""
+    out = np.empty(shape, np.float32)
+    for rows, batch in batches:
+        size = _padded_size(len(rows))
+        padded = {name: _pad_rows(array, size) for name, array in batch.items()}
+        out[rows] = np.asarray(apply(padded))[: len(rows)]
+    return out
+
+
+def _padded_size(rows: int) -> int:
+    """The next power of two, so that a last, smaller batch shares its shape with others."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def _pad_rows(array: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last row up to `size` rows; an all-zero row could divide by zero."""
+    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])

@@ -1,0 +1,231 @@
+"""Retrieval evaluation of an encoder on a multilingual set, and how its results are shown."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from input_pipeline import features
+from xlir import metrics
+from xlir.encoder import SIDES, Encoder
+
+log = logging.getLogger(__name__)
+
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSet:
+    """Images and their captions in one or more languages.
+
+    Attributes:
+      name: what results are filed under.
+      images: what `Encoder.encode_image` takes, one item an image.
+      captions: language -> captions.
+      image_of: language -> for each caption the row of its image.
+      fingerprint: identifies the images' content, for the feature cache.
+    """
+
+    name: str
+    images: Sequence
+    captions: dict[str, list[str]]
+    image_of: dict[str, np.ndarray]
+    fingerprint: str
+
+
+class Evaluator:
+    """Evaluates an encoder, as its parameters change, on one set.
+
+    Outputs of frozen towers are computed once (and cached on disk).
+
+    Args:
+      encoder: the encoder whose current parameters each call uses.
+      data: the images and captions.
+      cache: the folder of the feature cache.
+    """
+
+    def __init__(self, encoder: Encoder, data: RetrievalSet, cache: pathlib.Path):
+        self.encoder, self.data = encoder, data
+        self._features: dict[str, np.ndarray] = {}
+        self._captions = [caption for texts in data.captions.values() for caption in texts]
+        inputs = {"text": self._captions, "image": data.images}
+        sources = {"text": features.fingerprint({"texts": self._captions}), "image": data.fingerprint}
+        for side in SIDES:
+            if encoder.config[side].frozen:
+                self._features[side] = cached_features(
+                    encoder, side, inputs[side], sources[side], cache, label=f"{data.name} {side}s"
+                )
+
+    def embeddings(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Text embeddings by language, and image embeddings; all of unit length."""
+        flat = self._embed("text", self._captions)
+        texts, start = {}, 0
+        for language, captions in self.data.captions.items():
+            texts[language] = flat[start : start + len(captions)]
+            start += len(captions)
+        return texts, self._embed("image", self.data.images)
+
+    def __call__(self) -> dict:
+        """Results as described in `retrieval`, for the encoder's current parameters."""
+        texts, images = self.embeddings()
+        return retrieval(self.data, texts, images, self.encoder.step)
+
+    def _embed(self, side: str, inputs: Sequence) -> np.ndarray:
+        if side in self._features:
+            batches = self.encoder.feature_batches(side, self._features[side])
+        elif side == "text":
+            batches = self.encoder.text_batches(inputs)
+        else:
+            batches = self.encoder.image_batches(inputs)
+        return self.encoder.embed(side, batches, len(inputs))
+
+
+def cached_features(
+    encoder: Encoder,
+    side: str,
+    inputs: Sequence,
+    source: str,
+    cache: pathlib.Path,
+    *,
+    label: str,
+) -> np.ndarray:
+    """A frozen tower's outputs for texts or images, from the cache or computed into it."""
+    batches = encoder.text_batches if side == "text" else encoder.image_batches
+
+    def compute(start: int, stop: int) -> np.ndarray:
+        part = [inputs[row] for row in range(start, stop)]
+        return encoder.features(side, batches(part), stop - start)
+
+    return features.cached(
+        cache,
+        {**encoder.describe_tower(side), "source": source},
+        len(inputs),
+        encoder.feature_dims[side],
+        compute,
+        label=label,
+    )
+
+
+def retrieval(
+    data: RetrievalSet, texts: dict[str, np.ndarray], images: np.ndarray, step: int
+) -> dict:
+    """Retrieval metrics for each language and both directions.
+
+    Args:
+      data: the set, which says what belongs together.
+      texts: language -> [captions, dim].
+      images: [images, dim].
+      step: the training step, for the record.
+
+    Returns:
+      The content of a results file. `zero_shot_macro` averages over the languages other than
+      English, which training never saw; it is None where there are none.
+
+    Raises:
+      ValueError: an embedding is not finite.
+    """
+    image_ids = np.arange(len(images))
+    languages = {}
+    for language, text in texts.items():
+        text_ids = data.image_of[language]
+        forward = metrics.retrieval_ranks(text, images, text_ids, image_ids)
+        backward = metrics.retrieval_ranks(images, text, image_ids, text_ids)
+        languages[language] = {
+            "queries": len(text),
+            "text_to_image": metrics.summarize(forward),
+            "image_to_text": metrics.summarize(backward),
+        }
+    zero_shot = [result for language, result in languages.items() if language != "en"]
+    macro = {
+        direction: {
+            name: float(np.mean([result[direction][name] for result in zero_shot]))
+            for name in ("R@1", "R@5", "R@10")
+        }
+        for direction in DIRECTIONS
+    }
+    return {
+        "dataset": data.name,
+        "step": step,
+        "images": len(images),
+        "zero_shot_macro": macro if zero_shot else None,
+        "languages": languages,
+    }
+
+
+def score(results: dict) -> float:
+    """What decides which checkpoint is best: zero-shot macro R@10, text to image.
+
+    A validation set that has English only is judged by English.
+    """
+    macro = results["zero_shot_macro"] or results["languages"]["en"]
+    return macro["text_to_image"]["R@10"]
+
+
+def table(results: dict) -> str:
+    """The results as a table for the terminal, recalls in percent."""
+    head = f"{results['dataset']}, step {results['step']}, {results['images']} images"
+    columns = "R@1   R@5  R@10"
+    lines = [
+        f"{head:<38}text to image          image to text",
+        f"{'':<10}{'queries':>8}{'median rank':>14}      {columns:<20}   {columns}",
+    ]
+
+    def row(name: str, queries: object, median: object, result: dict) -> str:
+        cells = "       ".join(
+            "  ".join(f"{100 * result[direction][k]:4.1f}" for k in ("R@1", "R@5", "R@10"))
+            for direction in DIRECTIONS
+        )
+        return f"{name:<10}{queries:>8}{median:>14}      {cells}"
+
+    for language, result in results["languages"].items():
+        median = f"{result['text_to_image']['median_rank']:.0f}"
+        lines.append(row(language, result["queries"], median, result))
+    if results["zero_shot_macro"]:
+        lines.append(row("zero-shot", "", "", results["zero_shot_macro"]))
+    return "\n".join(lines)
+
+
+def write(results: dict, workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `<workdir>/results/<set>-<step>.json` and returns its path."""
+    file = workdir / "results" / f"{results['dataset']}-{results['step']}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1))
+    return file
+
+
+def headline(results: dict) -> str:
+    """The results in a few words: text-to-image R@10 of English and of the zero-shot mean."""
+    parts = []
+    if "en" in results["languages"]:
+        parts.append(f"en {100 * results['languages']['en']['text_to_image']['R@10']:.1f}")
+    if results["zero_shot_macro"]:
+        macro = results["zero_shot_macro"]["text_to_image"]["R@10"]
+        parts.append(f"other languages {100 * macro:.1f}")
+    return "R@10 " + ", ".join(parts)
+
+
+def scalars(results: dict) -> dict[str, float]:
+    """The results as flat metrics: `validation/de/text_to_image/R@10` and so on."""
+    sections = dict(results["languages"])
+    if results["zero_shot_macro"]:
+        sections["zero_shot"] = results["zero_shot_macro"]
+    return {
+        f"validation/{section}/{direction}/{name}": value
+        for section, result in sections.items()
+        for direction in DIRECTIONS
+        for name, value in result[direction].items()
+    }
+
+
+def report(encoder: Encoder, data: RetrievalSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
+    """Evaluates and shows it: results file, table in the terminal, two pictures."""
+    texts, images = Evaluator(encoder, data, cache).embeddings()
+    results = retrieval(data, texts, images, encoder.step)
+    file = write(results, workdir)
+    recall, queries = (file.with_suffix(f".{what}.png") for what in ("recall", "queries"))
+    figures.plot_recall(results, recall)
+    figures.plot_queries(data.captions, data.image_of, texts, images, data.images, queries)
+    print(f"\n{table(results)}\n\nwritten: {file}\n         {recall}\n         {queries}")

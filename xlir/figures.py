@@ -1,0 +1,167 @@
+"""Pictures of a retrieval evaluation: recall by language, and example queries with their answers."""
+
+import importlib.util
+import io
+import os
+import pathlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager, pyplot
+from matplotlib.ft2font import FT2Font
+from PIL import Image
+
+# Drawn off-screen: training runs on machines without one.
+matplotlib.use("Agg")
+
+# A PyPI package (extra `quickstart`) that holds Noto Sans CJK, and families that systems have.
+CJK_PACKAGE = "cvttf_NotoSansCJK_Regular"
+CJK_FAMILIES = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "WenQuanYi Zen Hei")
+TOP = 5
+EXAMPLES = 8
+
+
+def plot_recall(results: Mapping, file: pathlib.Path) -> None:
+    """Draws text-to-image Recall@1, 5 and 10 by language, with chance at 10 as a line."""
+    languages = results["languages"]
+    macro = results["zero_shot_macro"]
+    names = list(languages) + (["zero-shot\nmean"] if macro else [])
+    recalls = [result["text_to_image"] for result in languages.values()]
+    recalls += [macro["text_to_image"]] if macro else []
+    figure, axes = pyplot.subplots(figsize=(1.8 + 0.62 * len(names), 4), layout="constrained")
+    places = np.arange(len(names))
+    # Recall grows with K: the bars stand in front of each other.
+    for k, shade in ((10, "#b9d3ea"), (5, "#6ba3d0"), (1, "#1f5f99")):
+        heights = [100 * recall[f"R@{k}"] for recall in recalls]
+        axes.bar(places, heights, 0.72, color=shade, label=f"Recall@{k}")
+        for place, height in zip(places, heights, strict=True):
+            if k == 10:
+                axes.text(place, height + 1, f"{height:.0f}", ha="center", fontsize=8)
+    axes.axhline(100 * 10 / results["images"], color="#888", linewidth=1, linestyle=":")
+    axes.set_xticks(places, names)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("queries with the right image found, %")
+    axes.set_title(
+        f"{results['dataset']}: text to image, {results['images']} images (dotted: chance at 10)",
+        fontsize=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_queries(
+    captions: Mapping[str, Sequence[str]],
+    image_of: Mapping[str, np.ndarray],
+    texts: Mapping[str, np.ndarray],
+    images: np.ndarray,
+    pictures: Sequence,
+    file: pathlib.Path,
+) -> None:
+    """Draws example queries in several languages, each with its five best images.
+
+    Args:
+      captions: language -> captions.
+      image_of: language -> the row of each caption's image.
+      texts: language -> unit-length embeddings of the captions.
+      images: unit-length embeddings of the images.
+      pictures: the images, as paths or encoded bytes.
+      file: where the PNG goes.
+
+    Queries are picked evenly from the set, not by how well they do. The right image has a green
+    frame; where it is not among the five, its rank stands beside the query.
+    """
+    fonts = _fonts()
+    languages = _drawable(captions, fonts)
+    examples = [languages[i % len(languages)] for i in range(EXAMPLES)]
+    with pyplot.rc_context({"font.family": fonts}):
+        figure, axes = pyplot.subplots(
+            EXAMPLES,
+            TOP + 1,
+            figsize=(10.5, 1.35 * EXAMPLES),
+            width_ratios=[2.4] + [1] * TOP,
+            layout="constrained",
+        )
+        for i, language in enumerate(examples):
+            query = (2 * i + 1) * len(captions[language]) // (2 * EXAMPLES)
+            scores = images @ texts[language][query]
+            right = int(image_of[language][query])
+            best = np.argsort(-scores, kind="stable")[:TOP]
+            rank = 1 + int(np.sum(scores > scores[right]))
+            _draw_query(axes[i, 0], language, captions[language][query], rank)
+            for axis, row in zip(axes[i, 1:], best, strict=True):
+                _draw_picture(axis, pictures[row], right=row == right)
+        figure.savefig(file, dpi=110)
+        pyplot.close(figure)
+
+
+def _draw_query(axes: pyplot.Axes, language: str, caption: str, rank: int) -> None:
+    axes.axis("off")
+    lines = _wrap(caption, 30)
+    axes.text(0, 0.5, f"{language}:  {lines}", va="center", fontsize=10)
+    colour = "#1a7f37" if rank <= TOP else "#b42318"
+    axes.text(0, 0.02, f"right image: rank {rank}", va="bottom", fontsize=8, color=colour)
+
+
+def _draw_picture(axes: pyplot.Axes, picture: bytes | str | os.PathLike, *, right: bool) -> None:
+    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    with Image.open(source) as image:
+        rgba = image.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, "white")
+    axes.imshow(Image.alpha_composite(canvas, rgba).convert("RGB"))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color="#1a7f37" if right else "#dddddd", linewidth=4 if right else 1)
+
+
+def _wrap(text: str, width: int) -> str:
+    """Breaks a caption into at most four lines; full-width characters count twice."""
+    lines, line, used = [], "", 0
+    for character in text:
+        size = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + size > width and (size == 2 or character == " "):
+            lines.append(line)
+            line, used = "", 0
+        line += character
+        used += size
+    lines.append(line)
+    kept = [part.strip() for part in lines[:4]]
+    return "\n".join(kept) + (" ..." if len(lines) > 4 else "")
+
+
+def _fonts() -> list[str]:
+    """Font families for text in many scripts; Matplotlib takes each glyph from the first."""
+    families = ["DejaVu Sans"]
+    spec = importlib.util.find_spec(CJK_PACKAGE)
+    if spec and spec.submodule_search_locations:
+        for file in pathlib.Path(spec.submodule_search_locations[0]).glob("*.otf"):
+            font_manager.fontManager.addfont(file)
+            families.append(FT2Font(str(file)).family_name)
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return families + [family for family in CJK_FAMILIES if family in known]
+
+
+def _drawable(captions: Mapping[str, Sequence[str]], families: list[str]) -> list[str]:
+    """The languages that the fonts can draw, zero-shot ones first.
+
+    Right-to-left scripts are left out: Matplotlib does not shape them.
+    """
+    glyphs: set[int] = set()
+    for family in families:
+        glyphs |= FT2Font(font_manager.findfont(family)).get_charmap().keys()
+
+    def fits(text: str) -> bool:
+        return all(
+            ord(c) in glyphs and unicodedata.bidirectional(c) not in ("R", "AL") for c in text
+        )
+
+    drawable = [
+        language
+        for language, texts in captions.items()
+        if np.mean([fits(text) for text in texts[:100]]) > 0.95
+    ]
+    return [language for language in drawable if language != "en"] or drawable or list(captions)

@@ -1,0 +1,147 @@
+"""Cross-lingual image retrieval: train on English captions, search in other languages.
+
+    python -m xlir.main [VERB] [FLAGS]
+
+Verbs:
+  train   train and evaluate what --config describes; resumes where --workdir holds a checkpoint
+          (the default verb)
+  eval    evaluate the best checkpoint of --workdir on its own test set or on --test_set
+
+Examples:
+  python -m xlir.main --config=configs/quickstart.py
+  python -m xlir.main --config=configs/flickr8k.py --config.data.dir=PATH --workdir=runs/flickr8k
+  python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
+      --images=PATH/images
+
+Any field of configs/base.py can be overridden: --config.optimizer.learning_rate=3e-4. Prepared data
+sets and features of frozen towers are kept in $XLIR_CACHE (default ~/.cache/xlir).
+"""
+
+import errno
+import logging
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+VERBS = ("train", "eval")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run. train: runs/<name of the config> where it is not given."
+)
+_TEST_SET = flags.DEFINE_string(
+    "test_set", None, "eval: folder of a multilingual test set in XTD10's layout."
+)
+_IMAGES = flags.DEFINE_string(
+    "images", None, "eval: folder of the test set's photos; default: the run's data.dir."
+)
+
+log = logging.getLogger(__name__)
+
+
+class UsageError(Exception):
+    """The command line is not usable."""
+
+
+def main() -> int:
+    """Runs a verb; returns the exit code. Errors that a user can mend are one line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for package in ("xlir", "input_pipeline", __name__):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        verb = _parse(sys.argv)
+        if verb == "help":
+            print(f"{__doc__}\nFlags:\n{_flag_help()}")
+        elif verb == "train":
+            _train()
+        else:
+            _evaluate()
+    except UsageError as error:
+        return _fail(f"{error}; see python -m xlir.main --help", code=2)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error}): free some space and run again to resume")
+        return _fail(str(error))
+    except ValueError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to resume", code=130)
+    return 0
+
+
+def _train() -> None:
+    from xlir import train
+
+    if _CONFIG.value is None:
+        raise UsageError("train needs --config")
+    for flag in (_TEST_SET, _IMAGES):
+        if flag.value is not None:
+            raise UsageError(f"--{flag.name} goes with eval, not with train")
+    train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
+
+
+def _evaluate() -> None:
+    from xlir import data, evaluate
+    from xlir.encoder import Encoder
+
+    if _WORKDIR.value is None:
+        raise UsageError("eval needs --workdir")
+    if _CONFIG.value is not None:
+        raise UsageError("eval takes the configuration from --workdir, not from --config")
+    workdir = pathlib.Path(_WORKDIR.value)
+    encoder = Encoder.load(workdir)
+    test_set = data.test(encoder.config, _TEST_SET.value, _IMAGES.value)
+    evaluate.report(encoder, test_set, workdir, data.feature_cache())
+
+
+def _parse(arguments: list[str]) -> str:
+    """Parses flags; returns the verb."""
+    if any(argument in ("-h", "--help", "-help", "help") for argument in arguments[1:]):
+        return "help"
+    try:
+        _, *words = flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(f"unknown flag --{error.flagname}") from error
+    except flags.Error as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration file {error.filename or error}") from error
+    # Unknown fields, and values of another type.
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"the configuration is not usable: {_first_line(error)}") from error
+    if len(words) > 1:
+        raise UsageError(f"expected one verb, got {' '.join(words)}")
+    verb = words[0] if words else "train"
+    if verb not in VERBS:
+        raise UsageError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+    return verb
+
+
+def _default_workdir() -> str:
+    """runs/<config> or runs/<config>-<variant>."""
+    file, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    return f"runs/{pathlib.Path(file).stem}" + (f"-{variant}" if variant else "")
+
+
+def _flag_help() -> str:
+    return "\n".join(
+        f"  --{flag.name}: {flag.help}"
+        for flag in (flags.FLAGS[name] for name in ("config", "workdir", "test_set", "images"))
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.args[0] if error.args else error).splitlines()[0]
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"xlir: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

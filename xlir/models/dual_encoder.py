@@ -1,0 +1,136 @@
+"""The dual encoder: two towers, two heads, a temperature."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from xlir.models import efficientnet, heads, muse
+
+# Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
+MAX_SCALE = 100.0
+
+# name -> (constructor, constructor that also loads the published weights)
+TEXT_TOWERS: dict[str, tuple[Callable, Callable]] = {
+    "muse": (muse.Muse, muse.from_package),
+}
+IMAGE_TOWERS: dict[str, tuple[Callable, Callable]] = {
+    f"efficientnet-{variant}": (
+        functools.partial(efficientnet.EfficientNet, variant),
+        functools.partial(efficientnet.from_package, variant),
+    )
+    for variant in ("lite0", "lite2")
+}
+
+Batch = Mapping[str, Array | np.ndarray]
+
+
+class DualEncoder(nnx.Module):
+    """Maps texts and images into one space.
+
+    Each side takes raw input (`text_ids` and `text_mask`, or `image`) through its tower, or the
+    tower's outputs (`text_features`, `image_features`), whichever the batch holds.
+    """
+
+    def __init__(
+        self, config: ConfigDict, text_tower: nnx.Module, image_tower: nnx.Module, *, rngs: nnx.Rngs
+    ):
+        self.normalize = config.normalize
+        self.text_tower = text_tower
+        self.image_tower = image_tower
+        self.text_head = _head("text", config, text_tower.dim, rngs)
+        self.image_head = _head("image", config, image_tower.dim, rngs)
+        self.log_scale = nnx.Param(-jnp.log(jnp.float32(config.loss.temperature)))
+        self.bias = nnx.Param(jnp.float32(config.loss.bias))
+
+    def encode_text(
+        self, batch: Batch, *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch dim"]:
+        """Text embeddings; dropout is on where `rngs` is given."""
+        if "text_features" in batch:
+            features = batch["text_features"]
+        else:
+            features = self.text_tower(batch["text_ids"], batch["text_mask"])
+        return self._finish(self.text_head(features, rngs=rngs))
+
+    def encode_image(
+        self, batch: Batch, *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch dim"]:
+        """Image embeddings; dropout is on where `rngs` is given."""
+        if "image_features" in batch:
+            features = batch["image_features"]
+        else:
+            features = self.image_tower(batch["image"])
+        return self._finish(self.image_head(features, rngs=rngs))
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """The inverse temperature, clamped."""
+        return jnp.minimum(jnp.exp(self.log_scale[...]), MAX_SCALE)
+
+    def _finish(self, embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
+        embeddings = embeddings.astype(jnp.float32)
+        if not self.normalize:
+            return embeddings
+        return embeddings * jax.lax.rsqrt(
+            jnp.sum(jnp.square(embeddings), axis=-1, keepdims=True) + 1e-12
+        )
+
+
+def build(config: ConfigDict, *, pretrained: bool) -> DualEncoder:
+    """The model that a configuration describes.
+
+    Args:
+      config: see configs/base.py.
+      pretrained: load the towers' published weights; otherwise they are random.
+
+    Raises:
+      ValueError: a tower, a head or the dtype is unknown, or the widths do not fit.
+      FileNotFoundError: the weights are not installed.
+    """
+    rngs = nnx.Rngs(config.seed)
+
+    def tower(side: str, known: dict[str, tuple[Callable, Callable]]) -> nnx.Module:
+        name = config[side].tower
+        if name not in known:
+            raise ValueError(f"config.{side}.tower is {name!r}; known: {', '.join(known)}")
+        create, load = known[name]
+        arguments = {"dtype": compute_dtype(config)}
+        return load(**arguments) if pretrained else create(rngs=rngs, **arguments)
+
+    return DualEncoder(config, tower("text", TEXT_TOWERS), tower("image", IMAGE_TOWERS), rngs=rngs)
+
+
+def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
+    """An NNX filter for what is trained: parameters, less those of frozen towers."""
+    frozen = [nnx.PathContains(f"{side}_tower") for side in ("text", "image") if config[side].frozen]
+    return nnx.All(nnx.Param, nnx.Not(nnx.Any(*frozen)))
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """The dtype that towers and heads compute in."""
+    if config.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"config.dtype is {config.dtype!r}; known: auto, float32, bfloat16")
+    return jnp.dtype(config.dtype)
+
+
+def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The head of one side."""
+    options, dim = config[side], config.embedding_dim
+    dtype = compute_dtype(config)
+    if options.head == "none":
+        return heads.Identity(features, dim)
+    if options.head == "linear":
+        return heads.Linear(features, dim, dtype=dtype, rngs=rngs)
+    if options.head == "mlp":
+        return heads.MLP(
+            features, dim, hidden=options.hidden, dropout=options.dropout, dtype=dtype, rngs=rngs
+        )
+    raise ValueError(f"config.{side}.head is {options.head!r}; known: none, linear, mlp")

@@ -1,0 +1,243 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from input_pipeline import loader
+from xlir import data, evaluate, losses, optimizer, partition
+from xlir.checkpoint import Checkpoints
+from xlir.encoder import Encoder, read_config
+from xlir.metric_log import MetricLog, Progress
+
+log = logging.getLogger(__name__)
+
+PyTree = Any
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a training step changes: a checkpoint holds it whole.
+
+    Attributes:
+      step: steps taken.
+      params: trainable parameters, a pure tree of arrays.
+      optimizer: Optax's state for them.
+      ema: their exponential moving average, or None.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+    ema: PyTree | None
+
+    def items(self) -> dict[str, PyTree]:
+        """The items of a checkpoint; the step is the checkpoint's name."""
+        items = {"params": self.params, "optimizer": self.optimizer, "ema": self.ema}
+        return {name: tree for name, tree in items.items() if tree is not None}
+
+    @property
+    def best_params(self) -> PyTree:
+        """What is evaluated: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains, resuming where a checkpoint is found, and evaluates the best checkpoint at the end.
+
+    Raises:
+      ValueError: the configuration is not usable, is not the one that `workdir` was started with,
+        or the loss or its gradient is not finite.
+    """
+    encoder = _open(config, workdir)
+    mesh = partition.create_mesh()
+    partition.check_batch_size(config.data.batch_size, mesh)
+    training = data.training(config)
+    validation = evaluate.Evaluator(encoder, data.validation(config), data.feature_cache())
+    batches = loader.Batches(
+        loader.Order(config.seed, training.captions_per_image, config.data.batch_size),
+        data.reader(training, encoder),
+        config.steps,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    transformation = optimizer.build(config)
+    state = jax.device_put(init_state(encoder, transformation), partition.replicated(mesh))
+    encoder.frozen = jax.device_put(encoder.frozen, partition.replicated(mesh))
+    train_step = jax.jit(make_train_step(encoder, transformation), donate_argnums=0)
+
+    with Checkpoints(workdir) as checkpoints:
+        state = _resume(state, checkpoints)
+        with contextlib.closing(MetricLog(workdir, int(state.step))) as metric_log:
+            _loop(state, train_step, batches, encoder, validation, checkpoints, metric_log, mesh)
+    finish(workdir)
+
+
+def finish(workdir: pathlib.Path) -> None:
+    """Evaluates the best checkpoint of a run on its test set; writes results and pictures."""
+    encoder = Encoder.load(workdir)
+    evaluate.report(encoder, data.test(encoder.config), workdir, data.feature_cache())
+
+
+def init_state(encoder: Encoder, transformation: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    params = nnx.to_pure_dict(encoder.params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=transformation.init(params),
+        ema=jax.tree.map(jnp.copy, params) if encoder.config.optimizer.ema else None,
+    )
+
+
+def make_train_step(
+    encoder: Encoder, transformation: optax.GradientTransformation
+) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """A pure function `(state, frozen, batch) -> state, metrics`, to be compiled once.
+
+    Everything random in it is drawn from a key folded from the step, and every row of the batch
+    counts in the loss wherever it lies: the numbers do not depend on the mesh.
+    """
+    config, graph = encoder.config, encoder.graph
+    objective = losses.build(config.loss)
+    rate = optimizer.schedule(config)
+
+    def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        text_key, image_key = jax.random.split(key)
+
+        def loss_of(params: PyTree):
+            model = nnx.merge(graph, params, frozen)
+            text = model.encode_text(batch, rngs=nnx.Rngs(dropout=text_key))
+            image = model.encode_image(batch, rngs=nnx.Rngs(dropout=image_key))
+            loss = objective(text, image, batch["image_id"], model.scale, model.bias[...])
+            return loss, 1 / model.scale
+
+        (loss, temperature), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = transformation.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradient),
+            "temperature": temperature,
+            "learning_rate": rate(state.step),
+        }
+        ema = _average(config.optimizer.ema, state.ema, params, state.step)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, ""]):
+    """The next moving average; early on it forgets faster, or it would keep the initial values."""
+    if ema is None:
+        return None
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def _open(config: ConfigDict, workdir: pathlib.Path) -> Encoder:
+    """The run's encoder: as it was saved, or a new one where the run starts."""
+    if not (workdir / "config.json").exists():
+        encoder = Encoder.create(config)
+        encoder.save(workdir)
+        return encoder
+    started_with = read_config(workdir)
+    given = ConfigDict(json.loads(json.dumps(config.to_dict())))
+    differing = sorted(_differences(started_with.to_dict(), given.to_dict()))
+    if differing:
+        raise ValueError(
+            f"{workdir} was started with another configuration; it differs in "
+            f"{', '.join(differing)}. Use another --workdir, or the old values to resume"
+        )
+    return Encoder.open(workdir)
+
+
+def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
+    """`config.a.b (old -> new)` for each field that differs."""
+    found = []
+    for name in old.keys() | new.keys():
+        before, after = old.get(name, "absent"), new.get(name, "absent")
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}.{name}")
+        elif before != after:
+            found.append(f"{prefix}.{name} ({before!r} -> {after!r})")
+    return found
+
+
+def _resume(state: TrainState, checkpoints: Checkpoints) -> TrainState:
+    """The state of the latest checkpoint, or the given one where there is none."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return state
+    log.info("resuming from step %d", step)
+    return TrainState(
+        step=jax.device_put(jnp.int32(step), state.step.sharding),
+        **{"ema": None, **checkpoints.restore(step, state.items())},
+    )
+
+
+def _loop(
+    state: TrainState,
+    train_step: Callable,
+    batches: loader.Batches,
+    encoder: Encoder,
+    validation: evaluate.Evaluator,
+    checkpoints: Checkpoints,
+    metric_log: MetricLog,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Trains from the state's step to the last; validates and saves on the way."""
+    config = encoder.config
+    first = int(state.step)
+    progress = Progress(first, config.steps, config.data.batch_size)
+    stream = loader.iterate(batches, first_step=first, prefetch=config.data.prefetch)
+    for step, batch in enumerate(stream, start=first + 1):
+        state, metrics = train_step(state, encoder.frozen, partition.global_batch(batch, mesh))
+        last = step == config.steps
+        evaluates = step % config.eval_every == 0 or last
+        if evaluates or step % config.log_every == 0:
+            values = {name: float(value) for name, value in metrics.items()}
+            _check_finite(step, values)
+            speed = progress.lap(step)
+            log.info(
+                "step %*d/%d  loss %.4f  %s examples/s  %s left",
+                *(len(str(config.steps)), step, config.steps, values["loss"]),
+                *(f"{speed:,.0f}", progress.remaining(step, speed)),
+            )
+            metric_log.write(step, values | {"examples_per_second": speed})
+        if evaluates:
+            encoder.replace_params(jax.tree.map(jnp.copy, state.best_params))
+            encoder.step = step
+            results = validation()
+            score = evaluate.score(results)
+            log.info("step %d  validation: %s", step, evaluate.headline(results))
+            metric_log.write(step, evaluate.scalars(results))
+            checkpoints.save(step, state.items(), score)
+            progress.skip()
+
+
+def _check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises ValueError where training has diverged, before anything is saved."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise ValueError(
+                f"the {name} at step {step} is {values[name]}: training diverged, and the "
+                "checkpoints saved before are untouched. Lower config.optimizer.learning_rate or "
+                "set config.optimizer.clip_norm, and start in a new --workdir"
+            )
