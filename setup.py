@@ -1,5 +1,7 @@
 """Packaging. Lower bounds are the oldest versions that the tests passed with."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 REQUIREMENTS = [
@@ -13,6 +15,7 @@ REQUIREMENTS = [
     "ml_collections>=1.1.0",  # configuration files and overrides
     "clu>=0.0.12",  # the parameter overview
     "absl-py>=2.3",  # flags
+    "importlib_resources>=6.5",  # tensorflow-datasets imports it and does not declare it
     "jaxtyping>=0.3.5",  # shapes in signatures
     "numpy>=2.1",
     "safetensors>=0.6",  # frozen towers in a workdir
@@ -45,8 +48,8 @@ EXTRAS = {
 setup(
     name="xlir",
     version="0.1.0",
-    description="Cross-lingual image retrieval: train on English captions, search in other languages",
-    long_description=open("README.md", encoding="utf8").read(),
+    description="Cross-lingual image retrieval: trained on English, searched in any language",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

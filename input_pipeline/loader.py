@@ -7,7 +7,7 @@ then hold a photo twice, which the losses mask by `image_id`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -28,9 +28,10 @@ class Order:
       batch_size: pairs in a global batch.
     """
 
-    def __init__(self, seed: int, captions_per_image: Int[np.ndarray, " images"], batch_size: int):
+    def __init__(self, seed: int, captions_per_image: Sequence[int], batch_size: int):
         if not len(captions_per_image):
             raise ValueError("the training split has no photos")
+        captions_per_image = np.asarray(captions_per_image, np.int64)
         self._seed = seed
         self._counts = captions_per_image
         self._first = np.cumsum(captions_per_image) - captions_per_image
@@ -39,9 +40,7 @@ class Order:
         self._start = start.integers(0, captions_per_image)
         self._epoch_order = functools.lru_cache(maxsize=4)(self._shuffle)
 
-    def __call__(
-        self, step: int
-    ) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
+    def __call__(self, step: int) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
         """The image rows and the caption rows of global batch `step`."""
         position = step * self._batch_size + np.arange(self._batch_size)
         epoch, place = np.divmod(position, len(self._counts))

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
@@ -16,14 +15,16 @@ NAMES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 
 
-def config(name: str, metric: str = "euclidean", push_apart: float = 0.0) -> ml_collections.ConfigDict:
+def config(
+    name: str, metric: str = "euclidean", push_apart: float = 0.0
+) -> ml_collections.ConfigDict:
     options = base.get_config().loss
     options.name, options.metric, options.push_apart = name, metric, push_apart
     options.margin, options.rho = 0.7, 3.0
     return options
 
 
-def batch(rows: int = 24, dim: int = 16, seed: int = 0, unit: bool = True):
+def batch(rows: int = 12, dim: int = 16, seed: int = 0, unit: bool = True):
     """Correlated pairs; every third photo stands in two rows."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(rows, dim))
@@ -106,7 +107,9 @@ def test_value_and_gradient_match_the_reference(name, metric, push_apart):
             step = 1e-6 * rng.normal(size=text.shape)
             above, below = [text, image], [text, image]
             above[side], below[side] = above[side] + step, below[side] - step
-            slope = (reference(options, *above, image_id) - reference(options, *below, image_id)) / 2
+            slope = (
+                reference(options, *above, image_id) - reference(options, *below, image_id)
+            ) / 2
             np.testing.assert_allclose(np.sum(gradient * step), slope, rtol=2e-4, atol=1e-10)
 
 

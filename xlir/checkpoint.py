@@ -5,7 +5,6 @@ checkpoint. Items of a checkpoint: `params`, `optimizer` and, where it is kept, 
 """
 
 import contextlib
-import logging
 import pathlib
 from typing import Any
 
@@ -82,8 +81,3 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.wait_until_finished()
         finally:
             self._manager.close()
-
-
-def quiet() -> None:
-    """Leaves Orbax's progress messages out of the terminal; warnings stay."""
-    logging.getLogger("absl").setLevel(logging.WARNING)

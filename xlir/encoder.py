@@ -1,7 +1,7 @@
 """The Python API: texts and images in, embeddings out.
 
-    encoder = xlir.Encoder.load("runs/quickstart")
-    scores = encoder.encode_text(["ein roter Apfel"]) @ encoder.encode_image(["apple.jpg"]).T
+encoder = xlir.Encoder.load("runs/quickstart")
+scores = encoder.encode_text(["ein roter Apfel"]) @ encoder.encode_image(["apple.jpg"]).T
 """
 
 import concurrent.futures
@@ -56,9 +56,7 @@ class Encoder:
         self.step = 0
         self.image_size = config.image.size or model.image_tower.image_size
         self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
-        self.graph, self.params, self.frozen = nnx.split(
-            model, dual_encoder.trainable(config), ...
-        )
+        self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
         self._embed = {side: jax.jit(functools.partial(self._embed_batch, side)) for side in SIDES}
         self._tower = {side: jax.jit(functools.partial(self._tower_batch, side)) for side in SIDES}
 

@@ -1,39 +1,17 @@
 """Retrieval evaluation of an encoder on a multilingual set, and how its results are shown."""
 
-import dataclasses
 import json
-import logging
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from input_pipeline import features
-from xlir import metrics
+from xlir import figures, metrics
+from xlir.data import RetrievalSet
 from xlir.encoder import SIDES, Encoder
 
-log = logging.getLogger(__name__)
-
 DIRECTIONS = ("text_to_image", "image_to_text")
-
-
-@dataclasses.dataclass(frozen=True)
-class RetrievalSet:
-    """Images and their captions in one or more languages.
-
-    Attributes:
-      name: what results are filed under.
-      images: what `Encoder.encode_image` takes, one item an image.
-      captions: language -> captions.
-      image_of: language -> for each caption the row of its image.
-      fingerprint: identifies the images' content, for the feature cache.
-    """
-
-    name: str
-    images: Sequence
-    captions: dict[str, list[str]]
-    image_of: dict[str, np.ndarray]
-    fingerprint: str
 
 
 class Evaluator:
@@ -52,11 +30,14 @@ class Evaluator:
         self._features: dict[str, np.ndarray] = {}
         self._captions = [caption for texts in data.captions.values() for caption in texts]
         inputs = {"text": self._captions, "image": data.images}
-        sources = {"text": features.fingerprint({"texts": self._captions}), "image": data.fingerprint}
+        sources = {
+            "text": features.fingerprint({"texts": self._captions}),
+            "image": data.fingerprint,
+        }
         for side in SIDES:
             if encoder.config[side].frozen:
                 self._features[side] = cached_features(
-                    encoder, side, inputs[side], sources[side], cache, label=f"{data.name} {side}s"
+                    encoder, side, inputs[side], sources[side], cache, f"{data.name} {side}s"
                 )
 
     def embeddings(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -89,7 +70,6 @@ def cached_features(
     inputs: Sequence,
     source: str,
     cache: pathlib.Path,
-    *,
     label: str,
 ) -> np.ndarray:
     """A frozen tower's outputs for texts or images, from the cache or computed into it."""
@@ -220,7 +200,9 @@ def scalars(results: dict) -> dict[str, float]:
     }
 
 
-def report(encoder: Encoder, data: RetrievalSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
+def report(
+    encoder: Encoder, data: RetrievalSet, workdir: pathlib.Path, cache: pathlib.Path
+) -> None:
     """Evaluates and shows it: results file, table in the terminal, two pictures."""
     texts, images = Evaluator(encoder, data, cache).embeddings()
     results = retrieval(data, texts, images, encoder.step)

@@ -1,4 +1,4 @@
-"""Pictures of a retrieval evaluation: recall by language, and example queries with their answers."""
+"""Pictures of a retrieval evaluation: recall by language, and example queries with answers."""
 
 import importlib.util
 import io

@@ -52,6 +52,8 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("xlir", "input_pipeline", __name__):
         logging.getLogger(package).setLevel(logging.INFO)
+    # Orbax and TFDS report every step of their work there.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         verb = _parse(sys.argv)
         if verb == "help":
@@ -94,7 +96,7 @@ def _evaluate() -> None:
         raise UsageError("eval takes the configuration from --workdir, not from --config")
     workdir = pathlib.Path(_WORKDIR.value)
     encoder = Encoder.load(workdir)
-    test_set = data.test(encoder.config, _TEST_SET.value, _IMAGES.value)
+    test_set = data.test_set(encoder.config, _TEST_SET.value, _IMAGES.value)
     evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 

@@ -17,10 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from input_pipeline import loader
+from input_pipeline import datasets, features, loader, text
 from xlir import data, evaluate, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
-from xlir.encoder import Encoder, read_config
+from xlir.encoder import SIDES, Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
 
 log = logging.getLogger(__name__)
@@ -67,11 +67,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     encoder = _open(config, workdir)
     mesh = partition.create_mesh()
     partition.check_batch_size(config.data.batch_size, mesh)
-    training = data.training(config)
-    validation = evaluate.Evaluator(encoder, data.validation(config), data.feature_cache())
+    training = data.training_photos(config)
+    validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
     batches = loader.Batches(
-        loader.Order(config.seed, training.captions_per_image, config.data.batch_size),
-        data.reader(training, encoder),
+        loader.Order(
+            config.seed, [len(captions) for captions in training.captions], config.data.batch_size
+        ),
+        _reader(training, encoder),
         config.steps,
         process=jax.process_index(),
         processes=jax.process_count(),
@@ -91,7 +93,34 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 def finish(workdir: pathlib.Path) -> None:
     """Evaluates the best checkpoint of a run on its test set; writes results and pictures."""
     encoder = Encoder.load(workdir)
-    evaluate.report(encoder, data.test(encoder.config), workdir, data.feature_cache())
+    evaluate.report(encoder, data.test_set(encoder.config), workdir, data.feature_cache())
+
+
+def _reader(photos: datasets.CaptionedImages, encoder: Encoder) -> loader.Read:
+    """What reads the rows of a batch: features of frozen towers, raw input of others."""
+    captions = [caption for captions in photos.captions for caption in captions]
+    inputs = {"text": captions, "image": photos}
+    sources = {"text": features.fingerprint({"texts": captions}), "image": photos.fingerprint}
+    cached = {
+        side: evaluate.cached_features(
+            encoder, side, inputs[side], sources[side], data.feature_cache(), f"training {side}s"
+        )
+        for side in SIDES
+        if encoder.config[side].frozen
+    }
+    length = encoder.config.text.max_length
+
+    def read(image_rows: np.ndarray, caption_rows: np.ndarray) -> loader.Batch:
+        rows = {"text": caption_rows, "image": image_rows}
+        batch = {f"{side}_features": array[rows[side]] for side, array in cached.items()}
+        if "text" not in cached:
+            ids = encoder.tokenizer([captions[row] for row in caption_rows], max_length=length)
+            batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
+        if "image" not in cached:
+            batch["image"] = np.stack([encoder.decode(photos[row], row) for row in image_rows])
+        return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
+
+    return read
 
 
 def init_state(encoder: Encoder, transformation: optax.GradientTransformation) -> TrainState:

