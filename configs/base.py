@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
     data.name = ""
     # Folder of the data set; a Karpathy set holds dataset_*.json and its photos. Not for emoji.
     data.dir = ""
+    # The Karpathy JSON; empty: the folder's only dataset_*.json.
+    data.annotations = ""
     # Splits by name; several are joined with a plus: "train+restval".
     data.train = "train"
     data.validation = "val"

@@ -1,7 +1,12 @@
-"""Eight CPU devices for every test, and the place of the shared data."""
+"""Eight CPU devices for every test, real data where it is, and small runs to look at."""
 
+import itertools
+import json
 import os
 import pathlib
+import random
+import subprocess
+import sys
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -9,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
+from PIL import Image, ImageDraw
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -22,7 +28,109 @@ def shared() -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
     """Keeps tests out of the user's cache of prepared data sets and features."""
-    monkeypatch.setenv("XLIR_CACHE", str(tmp_path_factory.getbasetemp() / "xlir-cache"))
+    folder = tmp_path_factory.mktemp("xlir-cache")
+    os.environ["XLIR_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> pathlib.Path:
+    """A small set in Karpathy's layout: coloured shapes, English captions, a German test set."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder)
+    return folder
+
+
+COLOURS = {"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "black": "schwarz"}
+SHAPES = {"circle": "Kreis", "square": "Quadrat", "line": "Strich"}
+PLACES = {"left": "links", "right": "rechts", "top": "oben", "middle": "Mitte"}
+
+
+def write_photos(folder: pathlib.Path) -> None:
+    """60 JPEGs; the last 20 are the test set, of which 4 also stand in the training split."""
+    corners = {"left": (4, 20), "right": (36, 20), "top": (20, 4), "middle": (20, 20)}
+    (folder / "images").mkdir()
+    entries, german = [], {}
+    things = list(itertools.product(COLOURS, SHAPES, PLACES))
+    random.Random(0).shuffle(things)
+    for number, (colour, shape, place) in enumerate(things):
+        image = Image.new("RGB", (64, 64), "white")
+        draw, (x, y) = ImageDraw.Draw(image), corners[place]
+        box = (x, y, x + 24, y + 24)
+        {"circle": draw.ellipse, "square": draw.rectangle, "line": draw.line}[shape](
+            box, fill=colour, **({"width": 5} if shape == "line" else {})
+        )
+        name = f"{number:02d}.jpg"
+        image.save(folder / "images" / name, quality=95)
+        split = "train" if number < 44 else "test"
+        raw = [f"A {colour} {shape}, {place}.", f"{place}: the {shape} is {colour}"]
+        entries.append(
+            {
+                "filename": name,
+                "split": "val" if 30 <= number < 36 else split,
+                "sentences": [{"raw": caption} for caption in raw],
+            }
+        )
+        german[name] = f"{SHAPES[shape]}, {COLOURS[colour]}, {PLACES[place]}"
+    (folder / "dataset_shapes.json").write_text(json.dumps({"images": entries}))
+    test = folder / "multilingual_test"
+    test.mkdir()
+    names = [entry["filename"] for entry in entries[40:]]
+    english = [entry["sentences"][0]["raw"] for entry in entries[40:]]
+    (test / "test_image_names.txt").write_text("\n".join(names))
+    (test / "test_captions_en.txt").write_bytes("\r\n".join(english).encode())
+    (test / "test_captions_de.txt").write_text("\n".join(german[name] for name in names) + "\n")
+
+
+@pytest.fixture(scope="session")
+def command(photos):
+    """Runs `python -m xlir.main` as a user would, on one device; returns the finished process."""
+
+    def run(*arguments: str, script: str = "", check: bool = True, **environment: str):
+        """`script` runs first, in the same process."""
+        start = ["-m", "xlir.main"] if not script else ["-c", f"{script}\n{RUN_MAIN}"]
+        process = subprocess.run(
+            [sys.executable, *start, *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": "", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check:
+            assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return run
+
+
+RUN_MAIN = "import sys; from xlir import main; sys.exit(main.main())"
+
+
+@pytest.fixture(scope="session")
+def tiny(photos) -> list[str]:
+    """Flags of a training run of seconds on the small set."""
+    return [
+        "--config=configs/flickr8k.py",
+        f"--config.data.dir={photos}",
+        "--config.data.batch_size=16",
+        "--config.image.tower=efficientnet-lite0",
+        "--config.image.size=64",
+        "--config.text.hidden=(32,)",
+        "--config.image.hidden=(32,)",
+        "--config.embedding_dim=16",
+        "--config.steps=40",
+        "--config.eval_every=10",
+        "--config.log_every=5",
+    ]
+
+
+@pytest.fixture(scope="session")
+def workdir(command, tiny, tmp_path_factory) -> pathlib.Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    command(*tiny, f"--workdir={folder}")
+    return folder

@@ -61,9 +61,7 @@ def validation_set(config: ConfigDict) -> RetrievalSet:
     return _split(config, config.data.validation)
 
 
-def test_set(
-    config: ConfigDict, folder: str | None = None, images: str | None = None
-) -> RetrievalSet:
+def test_set(config: ConfigDict, folder: str = "", images: str = "") -> RetrievalSet:
     """A test set.
 
     Args:
@@ -102,11 +100,12 @@ def _builder(config: ConfigDict) -> datasets.Builder:
 
 def _split(config: ConfigDict, name: str) -> RetrievalSet:
     """A split of the run's data set, to be evaluated on."""
-    photos = datasets.CaptionedImages(_builder(config), name)
+    builder = _builder(config)
+    photos = datasets.CaptionedImages(builder, name)
     if config.data.name == "emoji":
         return _line_aligned(datasets.emoji.multilingual(name), photos, photos.fingerprint)
     return RetrievalSet(
-        name=name,
+        name=f"{builder.name}-{name}",
         images=photos,
         captions={"en": [caption for captions in photos.captions for caption in captions]},
         image_of={"en": np.repeat(np.arange(len(photos)), [len(c) for c in photos.captions])},

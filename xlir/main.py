@@ -34,10 +34,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run. train: runs/<name of the config> where it is not given."
 )
 _TEST_SET = flags.DEFINE_string(
-    "test_set", None, "eval: folder of a multilingual test set in XTD10's layout."
+    "test_set", "", "eval: folder of a multilingual test set in XTD10's layout."
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "eval: folder of the test set's photos; default: the run's data.dir."
+    "images", "", "eval: folder of the test set's photos; default: the run's data.dir."
 )
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _train() -> None:
     if _CONFIG.value is None:
         raise UsageError("train needs --config")
     for flag in (_TEST_SET, _IMAGES):
-        if flag.value is not None:
+        if flag.value:
             raise UsageError(f"--{flag.name} goes with eval, not with train")
     train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 

@@ -77,7 +77,7 @@ def prepare(folder: str | os.PathLike, annotations: str | os.PathLike = "") -> r
     for photo in present:
         splits.setdefault(photo.split, []).append(photo)
     return records.Builder(
-        annotations.stem,
+        annotations.stem.removeprefix("dataset_"),
         source,
         {split: _decodable(chosen) for split, chosen in splits.items()},
         {split: len(chosen) for split, chosen in splits.items()},

@@ -78,7 +78,8 @@ def multilingual(split: str) -> TestSet:
     captions = {
         language: [_clean(names[emoji][language]) for emoji in members] for language in LANGUAGES
     }
-    return TestSet(f"emoji-{split}", [_pictures()[emoji].name for emoji in members], captions)
+    name = "emoji" if split == "test" else f"emoji-{split}"
+    return TestSet(name, [_pictures()[emoji].name for emoji in members], captions)
 
 
 @functools.cache

@@ -72,7 +72,9 @@ def read_test_set(folder: str | os.PathLike) -> TestSet:
         raise ValueError(f"{lists[0]} names {twice} twice")
     languages = sorted(lines, key=lambda language: (language != "en", language))
     return TestSet(
-        folder.resolve().name, names, {language: lines[language] for language in languages}
+        os.path.basename(os.path.abspath(folder)),
+        names,
+        {language: lines[language] for language in languages},
     )
 
 

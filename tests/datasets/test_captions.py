@@ -1,0 +1,468 @@
+"""Sets in Karpathy and Li's JSON: what is prepared, skipped, refused, and prepared again."""
+
+import io
+import json
+import logging
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline.datasets import CaptionedImages, captions, records
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("XLIR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """An empty folder for a set."""
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    return tmp_path / "set"
+
+
+def jpeg(seed: int, size: int = 24) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def entry(filename="a.jpg", split="train", texts=("A dog.", "One dog."), **more):
+    return {
+        "filename": filename,
+        "split": split,
+        "sentences": [{"raw": text} for text in texts],
+        **more,
+    }
+
+
+def write_json(folder, entries, name="dataset_pets.json"):
+    (folder / name).write_text(json.dumps({"images": entries}), encoding="utf8")
+
+
+def write(folder, *entries):
+    """The JSON and a photo for each of its entries."""
+    write_json(folder, entries)
+    for seed, one in enumerate(entries):
+        (folder / "images" / one["filename"]).write_bytes(jpeg(seed))
+    return folder
+
+
+def read(folder, splits="train", **options) -> CaptionedImages:
+    return CaptionedImages(captions.prepare(folder), splits, **options)
+
+
+def warnings(caplog) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("input_pipeline") and record.levelno == logging.WARNING
+    ]
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    """A script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_round_trip_in_order(folder):
+    names = ["z.jpg", "a.jpg", "m.jpg"]
+    write(
+        folder,
+        *(
+            entry(name, texts=[f"{name} {i}" for i in range(5)], cocoid=900 - i)
+            for i, name in enumerate(names)
+        ),
+    )
+    images = read(folder)
+    assert images.filenames == names
+    assert images.image_ids.tolist() == [900, 899, 898]
+    assert images.image_ids.dtype == np.int64
+    assert images.captions == [[f"{name} {i}" for i in range(5)] for name in names]
+    assert [images[row] for row in range(len(images))] == [jpeg(0), jpeg(1), jpeg(2)]
+    assert images.excluded == 0
+
+
+def test_order_and_bytes_hold_beyond_one_block(folder, monkeypatch):
+    monkeypatch.setattr(captions, "AHEAD", 4)
+    write(folder, *(entry(f"{i}.jpg", imgid=i) for i in range(11)))
+    images = read(folder)
+    assert images.filenames == [f"{i}.jpg" for i in range(11)]
+    assert [images[row] for row in range(11)] == [jpeg(i) for i in range(11)]
+
+
+def test_ids_are_cocoid_else_imgid_else_the_place(folder):
+    write(
+        folder,
+        entry("a.jpg", cocoid=70, imgid=7),
+        entry("b.jpg", imgid=8),
+        entry("c.jpg"),
+    )
+    assert read(folder).image_ids.tolist() == [70, 8, 2]
+
+
+def test_white_space_in_captions_is_one_space(folder):
+    write(folder, entry(texts=[" A\n dog \t runs. ", "  ", "犬\u3000が"]))
+    assert read(folder).captions == [["A dog runs.", "犬 が"]]
+
+
+def test_splits_and_their_union(folder):
+    write(
+        folder,
+        entry("a.jpg", "train"),
+        entry("b.jpg", "restval"),
+        entry("c.jpg", "test"),
+        entry("d.jpg", "train"),
+    )
+    images = read(folder, "train+restval")
+    assert images.filenames == ["a.jpg", "d.jpg", "b.jpg"]
+    assert [images[row] for row in range(3)] == [jpeg(0), jpeg(3), jpeg(1)]
+    assert read(folder, "test").filenames == ["c.jpg"]
+
+
+def test_unknown_split_lists_the_known_ones(folder):
+    write(folder, entry("a.jpg", "train"), entry("b.jpg", "val"))
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, val"):
+        read(folder, "train+dev")
+
+
+def test_excluded_names_stay_out_and_are_counted(folder):
+    write(folder, *(entry(f"{i}.jpg", "train" if i < 3 else "restval") for i in range(5)))
+    images = read(folder, "train+restval", exclude={"1.jpg", "4.jpg", "elsewhere.jpg"})
+    assert images.filenames == ["0.jpg", "2.jpg", "3.jpg"]
+    assert images.excluded == 2
+    assert [images[row] for row in range(3)] == [jpeg(0), jpeg(2), jpeg(3)]
+    assert images.fingerprint != read(folder, "train+restval").fingerprint
+
+
+def test_missing_photos_are_counted_and_named_in_one_line(folder, caplog):
+    write(folder, *(entry(f"{i}.jpg") for i in range(6)))
+    for i in (0, 2, 3, 5):
+        (folder / "images" / f"{i}.jpg").unlink()
+    assert read(folder).filenames == ["1.jpg", "4.jpg"]
+    assert warnings(caplog) == [
+        "dataset_pets.json: photos missing, skipped: 4 (0.jpg, 2.jpg, 3.jpg, ...)"
+    ]
+
+
+def test_photos_that_cannot_be_decoded_are_counted_and_named_in_one_line(folder, caplog):
+    write(folder, *(entry(f"{i}.jpg") for i in range(5)))
+    (folder / "images" / "0.jpg").write_bytes(b"<html>404</html>")
+    (folder / "images" / "2.jpg").write_bytes(jpeg(2)[:-200])
+    (folder / "images" / "3.jpg").write_bytes(b"")
+    images = read(folder)
+    assert images.filenames == ["1.jpg", "4.jpg"]
+    assert [images[0], images[1]] == [jpeg(1), jpeg(4)]
+    assert warnings(caplog) == ["photos that can't be decoded, skipped: 3 (0.jpg, 2.jpg, 3.jpg)"]
+
+
+def test_a_photo_without_a_caption_is_skipped(folder, caplog):
+    write(folder, entry("a.jpg", texts=[]), entry("b.jpg"), entry("c.jpg", texts=[" ", ""]))
+    assert read(folder).filenames == ["b.jpg"]
+    assert warnings(caplog) == [
+        "dataset_pets.json: photos without a caption, skipped: 2 (a.jpg, c.jpg)"
+    ]
+
+
+def test_a_whole_set_warns_of_nothing(folder, caplog):
+    read(write(folder, entry()))
+    assert warnings(caplog) == []
+
+
+def test_every_photo_missing_names_the_folders(folder):
+    write_json(folder, [entry("a.jpg"), entry("b.jpg")])
+    with pytest.raises(FileNotFoundError, match="none of the 2 photos") as error:
+        captions.prepare(folder)
+    assert str(folder) in str(error.value)
+    assert str(folder / "images") in str(error.value)
+
+
+def test_a_split_without_one_good_photo_is_named(folder, cache):
+    write(folder, entry("a.jpg"), entry("b.jpg", "val"))
+    (folder / "images" / "b.jpg").write_bytes(b"no photo")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no photo of split 'val' can be decoded"):
+            captions.prepare(folder)
+    assert prepared_folders(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<html>404</html>", "is not JSON"),
+        ("", "is not JSON"),
+        ('{"images": [', "is not JSON"),
+        (b"\xff\xfe{", "is not JSON"),
+        ("[1, 2]", "holds list"),
+        ('{"annotations": [], "info": {}}', r"holds keys \['annotations', 'info'\]"),
+        ('{"images": {"a.jpg": []}}', r"holds keys \['images'\]"),
+        ('{"images": ["a.jpg"]}', "image 0 is malformed"),
+        ('{"images": [{"filename": "a.jpg", "split": "train"}]}', "image 0 lacks 'sentences'"),
+        ({"filename": None}, "image 1 is malformed"),
+        ({"filename": 5}, "image 1 is malformed"),
+        ({"filepath": 5}, "image 1 is malformed"),
+        ({"split": None}, "image 1 is malformed"),
+        ({"cocoid": "x"}, "image 1 is malformed"),
+        ({"sentences": None}, "image 1 is malformed"),
+        ({"sentences": ["A dog."]}, "image 1 is malformed"),
+        ({"sentences": [{"raw": None}]}, "image 1 is malformed"),
+        ({"sentences": [{"tokens": ["a"]}]}, "image 1 lacks 'raw'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_json_is_one_line_that_says_what_was_expected(folder, content, message):
+    if isinstance(content, dict):
+        content = json.dumps({"images": [entry("0.jpg"), entry("1.jpg") | content]})
+    content = content if isinstance(content, bytes) else content.encode()
+    (folder / "dataset_pets.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        captions.prepare(folder)
+    assert str(folder / "dataset_pets.json") in str(error.value)
+    assert "expected Karpathy and Li's JSON" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_cocos_own_captions_json_is_refused(folder):
+    """COCO's captions_train2014.json has `images` too, but not captions in them."""
+    content = {
+        "info": {},
+        "images": [{"license": 5, "file_name": "a.jpg", "id": 9, "height": 480, "width": 640}],
+        "annotations": [{"image_id": 9, "id": 1, "caption": "A dog."}],
+    }
+    (folder / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="image 0 lacks 'filename'; expected Karpathy"):
+        captions.prepare(folder)
+
+
+def test_a_file_name_twice_is_refused(folder):
+    write(folder, entry("a.jpg", cocoid=1), entry("b.jpg", cocoid=2), entry("a.jpg", cocoid=3))
+    with pytest.raises(ValueError, match=r"filename 'a\.jpg' stands there twice"):
+        captions.prepare(folder)
+
+
+def test_an_id_twice_is_refused(folder):
+    write(folder, entry("a.jpg", cocoid=7), entry("b.jpg", cocoid=7))
+    with pytest.raises(ValueError, match="image_id 7 stands there twice"):
+        captions.prepare(folder)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"filename": "../secret.jpg"},
+        {"filename": "x/../../secret.jpg"},
+        {"filename": "/secret.jpg"},
+        {"filename": ""},
+        {"filename": "secret.jpg", "filepath": ".."},
+        {"filename": "secret.jpg", "filepath": "train2014/../.."},
+        {"filename": "secret.jpg", "filepath": "/"},
+    ],
+    ids=str,
+)
+def test_paths_out_of_the_folder_are_refused(folder, where):
+    (folder.parent / "secret.jpg").write_bytes(jpeg(0))
+    write_json(folder, [entry() | where])
+    with pytest.raises(ValueError, match=f"image 0 is outside of {re.escape(str(folder))}"):
+        captions.prepare(folder)
+
+
+def test_file_names_beyond_ascii(folder):
+    names = ["größe 1.jpg", "犬.jpg", "a'b\"c.jpg", "😀.jpg"]
+    write(folder, *map(entry, names))
+    images = read(folder)
+    assert images.filenames == names
+    assert [images[row] for row in range(4)] == [jpeg(row) for row in range(4)]
+
+
+@pytest.mark.parametrize("above", ["", "images"])
+def test_cocos_folders(folder, above):
+    places = ["train2014", "val2014"]
+    write_json(
+        folder,
+        [entry(f"{i}.jpg", filepath=place, cocoid=i) for i, place in enumerate(places)],
+        "dataset_coco.json",
+    )
+    for i, place in enumerate(places):
+        (folder / above / place).mkdir()
+        (folder / above / place / f"{i}.jpg").write_bytes(jpeg(i))
+    # A photo of the same name elsewhere is another photo.
+    (folder / above / "val2014" / "0.jpg").write_bytes(jpeg(99))
+    images = read(folder)
+    assert images.filenames == ["0.jpg", "1.jpg"]
+    assert [images[0], images[1]] == [jpeg(0), jpeg(1)]
+
+
+def test_photos_beside_the_json(folder):
+    write_json(folder, [entry()])
+    (folder / "a.jpg").write_bytes(jpeg(5))
+    assert read(folder)[0] == jpeg(5)
+
+
+def test_two_jsons_are_named_and_one_can_be_chosen(folder):
+    write(folder, entry(texts=["One."]))
+    write_json(folder, [entry(texts=["Other."])], "dataset_other.json")
+    with pytest.raises(FileNotFoundError, match=r"dataset_other\.json, dataset_pets\.json: name"):
+        captions.prepare(folder)
+    builder = captions.prepare(folder, folder / "dataset_other.json")
+    assert CaptionedImages(builder, "train").captions == [["Other."]]
+
+
+def test_no_json_no_folder_no_chosen_file(folder):
+    with pytest.raises(FileNotFoundError, match=r"one dataset_\*\.json, found none"):
+        captions.prepare(folder)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        captions.prepare(folder / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no file .*x\.json \(config.data.annotations\)"):
+        captions.prepare(folder, folder / "x.json")
+
+
+def prepared_folders(cache) -> list[pathlib.Path]:
+    """The folders that TFDS would take for whole sets."""
+    found = (file.parent for file in cache.glob("datasets/**/dataset_info.json"))
+    return sorted(place for place in found if not place.name.startswith("incomplete"))
+
+
+def test_an_unchanged_set_is_not_prepared_again(folder, cache, monkeypatch):
+    first = read(write(folder, entry()))
+
+    def refuse(*_):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(captions, "_read_photo", refuse)
+    monkeypatch.setattr(records.Builder, "_generate_examples", refuse)
+    second = read(folder)
+    assert second.fingerprint == first.fingerprint
+    assert second.captions == first.captions
+    assert second[0] == first[0]
+    assert len(prepared_folders(cache)) == 1
+
+
+def test_a_changed_photo_is_prepared_anew(folder, cache):
+    first = read(write(folder, entry()))
+    (folder / "images" / "a.jpg").write_bytes(jpeg(7, size=32))
+    second = read(folder)
+    assert second[0] == jpeg(7, size=32)
+    assert second.fingerprint != first.fingerprint
+    assert len(prepared_folders(cache)) == 2
+
+
+def test_a_photo_that_turns_up_is_prepared(folder):
+    write(folder, entry("a.jpg"), entry("b.jpg"))
+    (folder / "images" / "b.jpg").unlink()
+    assert len(read(folder)) == 1
+    (folder / "images" / "b.jpg").write_bytes(jpeg(1))
+    assert len(read(folder)) == 2
+
+
+def test_other_captions_are_prepared_anew(folder):
+    first = read(write(folder, entry(texts=["A dog."])))
+    write_json(folder, [entry(texts=["A cat."])])
+    second = read(folder)
+    assert second.captions == [["A cat."]]
+    assert second.fingerprint != first.fingerprint
+
+
+def test_fingerprint_covers_the_split(folder):
+    write(folder, entry("a.jpg"), entry("b.jpg", "val"))
+    assert read(folder, "train").fingerprint != read(folder, "val").fingerprint
+
+
+KILLED = """
+import os, signal, sys
+from input_pipeline.datasets import captions
+captions.AHEAD = 1
+read_photo = captions._read_photo
+def read_then_die(photo):
+    if photo.filename == "3.jpg":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_photo(photo)
+captions._read_photo = read_then_die
+captions.prepare(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("last_split", ["train", "val"])
+def test_a_killed_preparation_leaves_nothing_readable(folder, cache, last_split):
+    write(folder, *(entry(f"{i}.jpg", "train" if i < 3 else last_split) for i in range(6)))
+    assert run(KILLED, folder).returncode == -signal.SIGKILL
+    assert list(cache.rglob("*")), "killed before it wrote anything"
+    assert prepared_folders(cache) == []
+    images = read(folder, "train" if last_split == "train" else "train+val")
+    assert images.filenames == [f"{i}.jpg" for i in range(6)]
+    assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
+    assert len(prepared_folders(cache)) == 1
+
+
+def test_two_that_prepare_at_once_both_get_the_set(folder, cache, monkeypatch):
+    """The other one finishes while this one is in the middle."""
+    write(folder, *(entry(f"{i}.jpg") for i in range(3)))
+    decodable = captions._decodable
+
+    def overtaken(photos):
+        yield from decodable(photos)
+        monkeypatch.setattr(captions, "_decodable", decodable)
+        assert len(read(folder)) == 3
+
+    monkeypatch.setattr(captions, "_decodable", overtaken)
+    images = read(folder)
+    assert [images[row] for row in range(3)] == [jpeg(row) for row in range(3)]
+    assert len(prepared_folders(cache)) == 1
+    assert list(cache.rglob("incomplete*")) == []
+
+
+LIGHT = """
+import sys
+from input_pipeline.datasets import CaptionedImages, captions
+images = CaptionedImages(captions.prepare(sys.argv[1]), "train")
+print(len(images), len(images[0]))
+print(sorted({"tensorflow", "torch", "jax"} & set(sys.modules)))
+"""
+
+
+def test_preparing_and_reading_import_no_framework(folder):
+    done = run(LIGHT, write(folder, entry()))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"1 {len(jpeg(0))}", "[]"]
+
+
+def test_flickr8k(shared, caplog):
+    builder = captions.prepare(shared / "flickr8k")
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    assert sizes == {"train": 5827, "val": 964, "test": 970}
+    images = CaptionedImages(builder, "test")
+    assert {len(texts) for texts in images.captions} == {5}
+    for row in (0, len(images) - 1):
+        file = shared / "flickr8k" / "images" / images.filenames[row]
+        assert images[row] == file.read_bytes()
+    assert warnings(caplog) == []
+
+
+def test_coco_mini(shared):
+    source = json.loads((shared / "coco_mini" / "dataset_coco.json").read_text())["images"]
+    builder = captions.prepare(shared / "coco_mini")
+    assert sum(info.num_examples for info in builder.info.splits.values()) == len(source) == 477
+    for split in builder.info.splits:
+        expected = [one for one in source if one["split"] == split]
+        images = CaptionedImages(builder, split)
+        assert images.filenames == [one["filename"] for one in expected]
+        assert images.image_ids.tolist() == [one["cocoid"] for one in expected]
+        one = expected[0]
+        assert images[0] == (shared / "coco_mini" / one["filepath"] / one["filename"]).read_bytes()

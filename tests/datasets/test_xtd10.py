@@ -1,0 +1,186 @@
+"""Reading multilingual test sets, as published and as people's editors leave them."""
+
+import pytest
+
+from input_pipeline.datasets import find_photos, read_test_set
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a folder of files, text or bytes, and returns it."""
+
+    def write_folder(**files):
+        folder = tmp_path / "set"
+        for name, content in {"names": "a.jpg\nb.jpg\n", **files}.items():
+            path = name.split("/")
+            stem = "test_image_names" if path[-1] == "names" else f"test_captions_{path[-1]}"
+            file = folder.joinpath(*path[:-1], f"{stem}.txt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if content is not None:
+                file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder
+
+    return write_folder
+
+
+def test_line_i_of_every_file_belongs_to_photo_i(write):
+    test_set = read_test_set(write(en="A dog.\nA cat.\n", de="Ein Hund.\nEine Katze.\n"))
+    assert test_set.name == "set"
+    assert test_set.filenames == ["a.jpg", "b.jpg"]
+    assert test_set.captions == {
+        "en": ["A dog.", "A cat."],
+        "de": ["Ein Hund.", "Eine Katze."],
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "One.\r\nTwo.\r\n",
+        "One.\r\nTwo.",
+        "One.\nTwo.",
+        "One.\r\nTwo.\n",
+        "One.\nTwo.\n\n\r\n",
+        "\ufeffOne.\nTwo.\n",
+        "\ufeffOne.\r\nTwo.",
+        "One. \n\tTwo.\n",
+    ],
+    ids=repr,
+)
+def test_line_ends_byte_order_mark_and_final_newline_do_not_matter(write, content):
+    assert read_test_set(write(en=content)).captions["en"] == ["One.", "Two."]
+
+
+def test_names_may_have_crlf_and_byte_order_mark(write):
+    assert read_test_set(write(names="\ufeffa.jpg\r\nb.jpg", en="1\n2")).filenames == [
+        "a.jpg",
+        "b.jpg",
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85"])
+def test_other_separators_inside_a_caption_do_not_split_it(write, separator):
+    captions = [f"one{separator}dog", "two dogs"]
+    assert read_test_set(write(en="\n".join(captions))).captions["en"] == captions
+
+
+def test_differing_counts_name_every_file_and_its_count(write):
+    folder = write(en="1\n2\n", de="1\n2\n3\n", zh="1\n")
+    with pytest.raises(ValueError, match="differing numbers of lines") as error:
+        read_test_set(folder)
+    for part in ("names 2", "en 2", "de 3", "zh 1"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["1\n\n3\n", "1\r\n\r\n3\r\n", "1\n  \n3\n"])
+def test_an_empty_line_inside_is_named_with_its_number(write, content):
+    with pytest.raises(ValueError, match=r"test_captions_de\.txt: line 2 is empty"):
+        read_test_set(write(names="a\nb\nc\n", en="1\n2\n3\n", de=content))
+
+
+def test_an_empty_file_is_named(write):
+    with pytest.raises(ValueError, match=r"test_captions_de\.txt: line 1 is empty"):
+        read_test_set(write(en="1\n2\n", de=""))
+
+
+def test_jp_is_japanese(write):
+    assert list(read_test_set(write(en="1\n2", jp="一\n二")).captions) == ["en", "ja"]
+
+
+@pytest.mark.parametrize("second", ["ja", "JP", "STAIR/jp"])
+def test_a_language_twice_is_refused(write, second):
+    with pytest.raises(ValueError, match="two caption files of language 'ja'"):
+        read_test_set(write(en="1\n2", jp="1\n2", **{second: "1\n2"}))
+
+
+def test_english_is_first_and_the_others_follow_by_code(write):
+    folder = write(zh="1\n2", en="1\n2", ar="1\n2", **{"MIC/de": "1\n2"})
+    assert list(read_test_set(folder).captions) == ["en", "ar", "de", "zh"]
+
+
+def test_a_set_needs_no_english(write):
+    assert list(read_test_set(write(zh="1\n2", de="1\n2")).captions) == ["de", "zh"]
+
+
+def test_a_photo_twice_is_refused(write):
+    with pytest.raises(ValueError, match=r"test_image_names\.txt names a\.jpg twice"):
+        read_test_set(write(names="a.jpg\nb.jpg\na.jpg\n", en="1\n2\n3\n"))
+
+
+def test_no_list_of_names(write):
+    with pytest.raises(FileNotFoundError, match=r"one test_image_names\.txt, found none"):
+        read_test_set(write(names=None, en="1\n2"))
+
+
+def test_two_lists_of_names(write):
+    with pytest.raises(FileNotFoundError, match=r"one test_image_names\.txt, found 2"):
+        read_test_set(write(en="1\n2", **{"copy/names": "a.jpg\nb.jpg\n"}))
+
+
+def test_no_captions(write):
+    with pytest.raises(FileNotFoundError, match="holds no test_captions_LANG"):
+        read_test_set(write())
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_test_set(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["Größe\n2".encode("latin-1"), "1\n2".encode("utf-16")])
+def test_another_encoding_is_named(write, content):
+    with pytest.raises(ValueError, match=r"test_captions_de\.txt is not UTF-8"):
+        read_test_set(write(en="1\n2", de=content))
+
+
+def test_other_files_are_left_alone(write):
+    folder = write(en="1\n2")
+    (folder / "LICENSE.md").write_text("terms")
+    (folder / "test_notes.txt").write_text("one\ntwo\nthree\n")
+    assert list(read_test_set(folder).captions) == ["en"]
+
+
+def test_the_working_folder_gives_its_name(write, monkeypatch):
+    monkeypatch.chdir(write(en="1\n2"))
+    assert read_test_set(".").name == "set"
+
+
+def test_photos_are_found_in_nested_folders_in_the_sets_order(write, tmp_path):
+    test_set = read_test_set(write(names="é 1.jpg\nb.jpg\nc.jpg\n", en="1\n2\n3\n"))
+    photos = tmp_path / "photos"
+    places = [photos / "val2014" / "é 1.jpg", photos / "b.jpg", photos / "x" / "y" / "c.jpg"]
+    for file in [*places, photos / "x" / "other.jpg"]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert find_photos(test_set, photos) == places
+
+
+def test_missing_photos_are_counted_and_named(write, tmp_path):
+    names = [f"{i}.jpg" for i in range(6)]
+    test_set = read_test_set(write(names="\n".join(names), en="\n".join(names)))
+    (tmp_path / "2.jpg").touch()
+    with pytest.raises(FileNotFoundError, match=r"5 of the 6 .*: 0\.jpg, 1\.jpg, 3\.jpg, \.\.\."):
+        find_photos(test_set, tmp_path)
+
+
+def test_no_folder_of_photos(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder of photos .*nowhere"):
+        find_photos(read_test_set(write(en="1\n2")), tmp_path / "nowhere")
+
+
+def test_xtd10_as_published(shared):
+    test_set = read_test_set(shared / "xtd10")
+    assert test_set.name == "xtd10"
+    assert " ".join(test_set.captions) == "en de es fr it ja ko pl ru tr zh"
+    assert {len(part) for part in (test_set.filenames, *test_set.captions.values())} == {1000}
+    assert "train2014" in test_set.filenames[799]
+    assert "val2014" in test_set.filenames[800]
+    assert test_set.captions["de"][147].startswith("Could not translate")
+
+
+def test_flickr8k_multilingual(shared):
+    test_set = read_test_set(shared / "flickr8k" / "multilingual_test")
+    assert list(test_set.captions) == ["en", "cs", "de", "fr", "zh"]
+    assert {len(part) for part in (test_set.filenames, *test_set.captions.values())} == {899}
+    photos = find_photos(test_set, shared / "flickr8k")
+    assert [photo.name for photo in photos] == test_set.filenames

@@ -1,0 +1,174 @@
+"""Training: resuming bit for bit, one step on any mesh, refusals, and what a run leaves behind."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from xlir import optimizer, partition, train
+from xlir.encoder import Encoder, read_config
+
+KILL = """
+import os, signal
+from xlir import checkpoint
+save = checkpoint.Checkpoints.save
+def save_and_die(self, step, items, score):
+    save(self, step, items, score)
+    if step == 20:
+        {wait}
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = save_and_die
+"""
+
+
+def metrics_of(workdir):
+    """The records of a run without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+def checkpoint_of(workdir, step):
+    """All arrays of a checkpoint."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        names = ("params", "optimizer")
+        items = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
+        return dict(manager.restore(step, args=items))
+
+
+@pytest.mark.parametrize("wait", ["self._manager.wait_until_finished()", "pass"])
+def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, tiny, tmp_path):
+    """kill -9 right after a checkpoint, and in the middle of writing one."""
+    interrupted = tmp_path / "run"
+    flags = [*tiny, f"--workdir={interrupted}"]
+    killed = command(*flags, script=KILL.format(wait=wait), check=False)
+    assert killed.returncode == -9, killed.stderr
+    resumed = command(*flags)
+    expected = "resuming from step 20" if wait != "pass" else "resuming from step"
+    assert expected in resumed.stderr
+    straight, again = (checkpoint_of(folder, 40) for folder in (workdir, interrupted))
+    jax.tree.map(np.testing.assert_array_equal, straight, again)
+    assert metrics_of(workdir) == metrics_of(interrupted)
+
+
+def test_a_finished_run_only_evaluates_again(workdir, command, tiny):
+    before = (workdir / "metrics.jsonl").read_text()
+    process = command(*tiny, f"--workdir={workdir}")
+    assert "zero-shot" in process.stdout
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_it_learns(workdir):
+    losses = [record["loss"] for record in metrics_of(workdir) if "loss" in record]
+    assert losses[-1] < 0.6 * losses[0]
+    results = json.loads(next((workdir / "results").glob("multilingual_test-*.json")).read_text())
+    recall = {k: v["text_to_image"]["R@5"] for k, v in results["languages"].items()}
+    assert recall["en"] > 0.5  # chance: 0.25
+    assert results["zero_shot_macro"]["text_to_image"]["R@5"] == recall["de"] > 0.3
+
+
+def test_what_a_run_leaves_behind(workdir):
+    files = {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "text_tower/weights.safetensors",
+        "text_tower/sentencepiece.model",
+        "image_tower/weights.safetensors",
+    } <= files
+    kinds = {name.split(".", 1)[-1] for name in files if name.startswith("results/")}
+    assert kinds == {"json", "recall.png", "queries.png"}
+    assert any(name.startswith("tensorboard/events") for name in files)
+    # Frozen towers are in no checkpoint: heads and their optimizer state are small.
+    assert sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*")) < 3_000_000
+
+
+def test_test_photos_are_kept_out_of_training(command, tiny, tmp_path):
+    process = command(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
+    # 38 photos of split train, 4 of which are in the test set.
+    assert "training on 34 photos with 68 captions; 4 photos of the test set removed" in (
+        process.stderr
+    )
+
+
+def test_another_configuration_is_refused_with_the_fields(workdir, command, tiny):
+    process = command(
+        *tiny,
+        f"--workdir={workdir}",
+        "--config.seed=3",
+        "--config.loss.name=sigmoid",
+        check=False,
+    )
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "config.loss.name ('infonce' -> 'sigmoid'), config.seed (0 -> 3)" in line
+
+
+def test_divergence_stops_and_keeps_what_was_saved(command, tiny, tmp_path):
+    flags = ["--config.optimizer.clip_norm=0.0", "--config.optimizer.learning_rate=1e18"]
+    flags += ["--config.optimizer.warmup_steps=25"]
+    process = command(*tiny, *flags, f"--workdir={tmp_path}", check=False)
+    assert process.returncode == 1
+    assert "diverged" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(command, tiny, tmp_path):
+    process = command(
+        *tiny,
+        "--config.data.batch_size=12",
+        f"--workdir={tmp_path}",
+        check=False,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    assert process.returncode == 1
+    assert "batch_size=12 does not divide over 8 devices" in process.stderr
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_step_on_eight_devices_equals_one(frozen, workdir):
+    """Parameters after three steps, dropout included; frozen and fine-tuned towers."""
+    config = read_config(workdir)
+    config.text.frozen = frozen
+    config.optimizer.ema = 0.9
+    rng = np.random.default_rng(0)
+    batch = {
+        "image_features": rng.normal(size=(16, 1280)).astype(np.float32),
+        "image_id": np.arange(16, dtype=np.int32) // 2 * 2,
+    }
+    if frozen:
+        batch["text_features"] = rng.normal(size=(16, 512)).astype(np.float32)
+    else:
+        batch["text_ids"] = rng.integers(3, 1000, (16, 8)).astype(np.int32)
+        batch["text_mask"] = np.arange(8) < rng.integers(2, 9, (16, 1))
+    ends = []
+    for devices in (jax.devices(), jax.devices()[:1]):
+        mesh = jax.make_mesh(
+            (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+        )
+        ends.append(take_steps(config, workdir, batch, mesh))
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def take_steps(config: ConfigDict, workdir, batch, mesh):
+    source = Encoder.open(workdir)
+    model = nnx.merge(source.graph, source.params, source.frozen)
+    encoder = Encoder(config, model, source.tokenizer)
+    transformation = optimizer.build(config)
+    state = train.init_state(encoder, transformation)
+    towers = [name for name in state.params if "tower" in name]
+    assert towers == ([] if config.text.frozen else ["text_tower"])
+    state = jax.device_put(state, partition.replicated(mesh))
+    frozen = jax.device_put(encoder.frozen, partition.replicated(mesh))
+    step = jax.jit(train.make_train_step(encoder, transformation))
+    before = state.params
+    for _ in range(3):
+        state, _ = step(state, frozen, partition.global_batch(batch, mesh))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params)
+    assert all(jax.tree.leaves({k: v for k, v in moved.items() if k != "bias"}))
+    return state.params, state.ema
