@@ -57,7 +57,7 @@ class SentencePieceTokenizer:
 
     def __call__(
         self, texts: Sequence[str], max_length: int | None = None
-    ) -> list[Int32[np.ndarray, "_"]]:
+    ) -> list[Int32[np.ndarray, " _"]]:
         """Ids of each text: BOS, its pieces, EOS.
 
         Args:
@@ -142,7 +142,7 @@ def from_package(tower: str) -> SentencePieceTokenizer:
 
 
 def pad(
-    ids: Sequence[Int32[np.ndarray, "_"]], length: int
+    ids: Sequence[Int32[np.ndarray, " _"]], length: int
 ) -> tuple[Int32[np.ndarray, "b {length}"], Bool[np.ndarray, "b {length}"]]:
     """Stacks texts: ids, zero where a row is padding, and a mask that is False there.
 
@@ -165,7 +165,7 @@ def length_batches(
     *,
     max_pieces: int = 2048,
     multiple: int = 4,
-) -> Iterator[tuple[Int[np.ndarray, "_"], int]]:
+) -> Iterator[tuple[Int[np.ndarray, " _"], int]]:
     """Groups texts of similar lengths into batches of few distinct padded shapes.
 
     Texts go in order from the longest to the shortest, so a batch is as long as its first text

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base
 from xlir import losses, partition
@@ -15,9 +16,7 @@ NAMES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 
 
-def config(
-    name: str, metric: str = "euclidean", push_apart: float = 0.0
-) -> ml_collections.ConfigDict:
+def config(name: str, metric: str = "euclidean", push_apart: float = 0.0) -> ConfigDict:
     options = base.get_config().loss
     options.name, options.metric, options.push_apart = name, metric, push_apart
     options.margin, options.rho = 0.7, 3.0
@@ -28,7 +27,7 @@ def batch(rows: int = 12, dim: int = 16, seed: int = 0, unit: bool = True):
     """Correlated pairs; every third photo stands in two rows."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(rows, dim))
-    text = image + 0.8 * rng.normal(size=(rows, dim))
+    text = image + 1.5 * rng.normal(size=(rows, dim))
     if unit:
         image /= np.linalg.norm(image, axis=1, keepdims=True)
         text /= np.linalg.norm(text, axis=1, keepdims=True)
@@ -121,7 +120,7 @@ def test_two_captions_of_one_photo_do_not_repel(name):
     image_id = jnp.zeros(2, jnp.int32)
     together = evaluate(options, text, image, image_id)
     alone = [evaluate(options, text[i : i + 1], image[i : i + 1], image_id[:1]) for i in (0, 1)]
-    np.testing.assert_allclose(together, sum(alone) / 2, rtol=1e-6)
+    np.testing.assert_allclose(together, sum(alone) / 2, rtol=1e-6, atol=1e-6)
     gradient = jax.grad(evaluate, argnums=1)(options, text, image, image_id)
     assert np.isfinite(gradient).all()
 
