@@ -45,8 +45,9 @@ def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
       ValueError: the data set or a split is unknown, or a test photo would be trained on.
       FileNotFoundError: the data set is not where the configuration says.
     """
+    builder = _builder(config)
     test_photos = _test_names(config)
-    photos = datasets.CaptionedImages(_builder(config), config.data.train, exclude=test_photos)
+    photos = datasets.CaptionedImages(builder, config.data.train, exclude=test_photos)
     log.info(
         "training on %d photos with %d captions; %d photos of the test set removed",
         *(len(photos), sum(map(len, photos.captions)), photos.excluded),

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from input_pipeline import images as image_io
 from input_pipeline import text as text_io
@@ -81,12 +81,15 @@ class Encoder:
 
         Raises:
           FileNotFoundError: the folder is not a run's, or holds no checkpoint yet.
+          ValueError: `checkpoint` is neither, or a file of the run is damaged or of another model.
         """
+        if checkpoint not in ("best", "latest"):
+            raise ValueError(f"checkpoint is {checkpoint!r}; known: best, latest")
         workdir = pathlib.Path(workdir)
         encoder = cls.open(workdir)
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            steps = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
-            step = steps[checkpoint]()
+            best = checkpoint == "best"
+            step = checkpoints.best_step() if best else checkpoints.latest_step()
             if step is None:
                 raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train it first")
             item = "ema" if "ema" in checkpoints.items(step) else "params"
@@ -163,7 +166,8 @@ class Encoder:
             ahead: list = []
             for start in range(0, len(images), IMAGE_BATCH):
                 rows = np.arange(start, min(start + IMAGE_BATCH, len(images)))
-                ahead.append((rows, [pool.submit(self.decode, images[row], row) for row in rows]))
+                decoded = [pool.submit(self.decode, images[row], row) for row in rows.tolist()]
+                ahead.append((rows, decoded))
                 if len(ahead) > 2:
                     rows, pixels = ahead.pop(0)
                     yield rows, {"image": np.stack([image.result() for image in pixels])}
@@ -175,13 +179,11 @@ class Encoder:
         name = f"image {row}"
         if isinstance(image, (str, os.PathLike)):
             name, image = os.fspath(image), pathlib.Path(image).read_bytes()
-        elif isinstance(image, Image.Image):
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            image = buffer.getvalue()
         try:
+            if isinstance(image, Image.Image):
+                image = _png(image)
             return image_io.decode(image, self.image_size, crop=self.config.image.crop)
-        except image_io.ImageError as error:
+        except (image_io.ImageError, OSError) as error:
             raise ValueError(f"{name}: {error}") from error
 
     def feature_batches(self, side: str, features: np.ndarray) -> Iterator[tuple[np.ndarray, dict]]:
@@ -247,7 +249,21 @@ SIDES = ("text", "image")
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
     """The configuration that a run was started with."""
-    return ConfigDict(json.loads((workdir / "config.json").read_text()))
+    file = workdir / "config.json"
+    try:
+        return ConfigDict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _png(image: Image.Image) -> bytes:
+    """An image as PNG, which knows neither EXIF's orientation (as saved here) nor CMYK."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _tower_file(workdir: pathlib.Path, side: str) -> pathlib.Path:

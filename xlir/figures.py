@@ -92,8 +92,11 @@ def plot_queries(
             best = np.argsort(-scores, kind="stable")[:TOP]
             rank = 1 + int(np.sum(scores > scores[right]))
             _draw_query(axes[i, 0], language, captions[language][query], rank)
-            for axis, row in zip(axes[i, 1:], best, strict=True):
+            for axis, row in zip(axes[i, 1:], best, strict=False):
                 _draw_picture(axis, pictures[row], right=row == right)
+            # A set may hold fewer images.
+            for axis in axes[i, 1 + len(best) :]:
+                axis.axis("off")
         figure.savefig(file, dpi=110)
         pyplot.close(figure)
 

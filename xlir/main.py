@@ -76,24 +76,25 @@ def main() -> int:
 
 
 def _train() -> None:
-    from xlir import train
-
     if _CONFIG.value is None:
         raise UsageError("train needs --config")
     for flag in (_TEST_SET, _IMAGES):
         if flag.value:
             raise UsageError(f"--{flag.name} goes with eval, not with train")
+    # JAX takes seconds to import: after what can be refused without it.
+    from xlir import train
+
     train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 
 
 def _evaluate() -> None:
-    from xlir import data, evaluate
-    from xlir.encoder import Encoder
-
     if _WORKDIR.value is None:
         raise UsageError("eval needs --workdir")
     if _CONFIG.value is not None:
         raise UsageError("eval takes the configuration from --workdir, not from --config")
+    from xlir import data, evaluate
+    from xlir.encoder import Encoder
+
     workdir = pathlib.Path(_WORKDIR.value)
     encoder = Encoder.load(workdir)
     test_set = data.test_set(encoder.config, _TEST_SET.value, _IMAGES.value)
@@ -106,15 +107,23 @@ def _parse(arguments: list[str]) -> str:
         return "help"
     try:
         _, *words = flags.FLAGS(arguments)
+        if _CONFIG.value is not None:
+            # A file that could not be read raises where it is first used.
+            _ = _CONFIG.value.lock
     except flags.UnrecognizedFlagError as error:
         raise UsageError(f"unknown flag --{error.flagname}") from error
     except flags.Error as error:
-        raise UsageError(str(error).splitlines()[0]) from error
-    except FileNotFoundError as error:
-        raise UsageError(f"no configuration file {error.filename or error}") from error
+        # Where get_config() raised, its traceback follows the first line.
+        first, *others = str(error).splitlines()
+        raise UsageError(" ".join([first, *others[-1:]])) from error
+    except OSError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"the configuration file can't be read: {reason}") from error
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     # Unknown fields, and values of another type.
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"the configuration is not usable: {_first_line(error)}") from error
+        raise UsageError(f"the configuration is not usable: {_reason(error)}") from error
     if len(words) > 1:
         raise UsageError(f"expected one verb, got {' '.join(words)}")
     verb = words[0] if words else "train"
@@ -136,8 +145,13 @@ def _flag_help() -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.args[0] if error.args else error).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """What is wrong with a configuration, in one line."""
+    # An unknown field is an AttributeError of a KeyError of its name and a suggestion.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = ". ".join(str(error.args[0] if error.args else error).splitlines())
+    return f"there is no field {text}" if isinstance(error, KeyError) else text
 
 
 def _fail(message: str, code: int = 1) -> int:

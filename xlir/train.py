@@ -85,6 +85,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     encoder.frozen = jax.device_put(encoder.frozen, partition.replicated(mesh))
     train_step = jax.jit(make_train_step(encoder, transformation), donate_argnums=0)
 
+    # Only now: a start that failed leaves no folder that insists on its configuration.
+    if not (workdir / "config.json").exists():
+        encoder.save(workdir)
     with Checkpoints(workdir) as checkpoints:
         state = _resume(state, checkpoints)
         with contextlib.closing(MetricLog(workdir, int(state.step))) as metric_log:
@@ -128,7 +131,9 @@ def _reader(
             ids = encoder.tokenizer([captions[row] for row in caption_rows], max_length=length)
             batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
         if "image" not in cached:
-            batch["image"] = np.stack([encoder.decode(photos[row], row) for row in image_rows])
+            batch["image"] = np.stack(
+                [encoder.decode(photos[row], row) for row in image_rows.tolist()]
+            )
         return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
 
     return read
@@ -206,9 +211,7 @@ def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, 
 def _open(config: ConfigDict, workdir: pathlib.Path) -> Encoder:
     """The run's encoder: as it was saved, or a new one where the run starts."""
     if not (workdir / "config.json").exists():
-        encoder = Encoder.create(config)
-        encoder.save(workdir)
-        return encoder
+        return Encoder.create(config)
     started_with = read_config(workdir)
     given = ConfigDict(json.loads(json.dumps(config.to_dict())))
     differing = sorted(_differences(started_with.to_dict(), given.to_dict()))

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -102,8 +103,8 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> pathlib
 def _read(annotations: pathlib.Path, folder: pathlib.Path) -> list[Photo]:
     """The JSON's entries, checked, with the files found for them."""
     try:
-        content = json.loads(annotations.read_text(encoding="utf8"))
-    except ValueError as error:
+        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{annotations} is not JSON ({error}); {EXPECTED}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         found = f"keys {sorted(content)}" if isinstance(content, dict) else type(content).__name__
@@ -118,6 +119,11 @@ def _read(annotations: pathlib.Path, folder: pathlib.Path) -> list[Photo]:
             split = entry["split"]
             if not all(isinstance(text, str) for text in (filename, filepath, split)):
                 raise TypeError("filename, filepath and split should be strings")
+            # TFDS parses "+" and "[" in the name of a split, and takes "all" for every split.
+            if not re.fullmatch(r"[\w-]+", split) or split == "all":
+                raise ValueError(f"{split!r} can't be the name of a split")
+            # Half of a surrogate pair is a str but not text that can be stored.
+            "".join((filename, *captions)).encode()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{annotations}: image {place} {fault}; {EXPECTED}") from error
@@ -142,7 +148,8 @@ def _find(
     for place in (folder / filepath, folder / "images" / filepath, folder / "images", folder):
         if place not in listings:
             listings[place] = set(os.listdir(place)) if place.is_dir() else set()
-        if filename in listings[place]:
+        # A dangling link, as git-annex leaves them, is listed too: that photo is missing.
+        if filename in listings[place] and (place / filename).is_file():
             return place / filename
     return None
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 
 NAMES_FILE = "test_image_names.txt"
-CAPTIONS_FILE = re.compile(r"test_(?:1k)?captions_([A-Za-z-]+)\.txt")
+CAPTIONS_FILE = re.compile(r"test_(?:1k)?captions_([A-Za-z0-9_-]+)\.txt")
 # XTD10 calls Japanese by its country's code.
 ALIASES = {"jp": "ja"}
 
@@ -53,7 +53,8 @@ def read_test_set(folder: str | os.PathLike) -> TestSet:
     if len(lists) != 1:
         found = f"{len(lists)} of them" if lists else "none"
         raise FileNotFoundError(f"{folder} should hold one {NAMES_FILE}, found {found}")
-    lines = {"names": _lines(lists[0])}
+    names, lines = _lines(lists[0]), {}
+    counts = {lists[0]: len(names)}
     for file in files:
         match = CAPTIONS_FILE.fullmatch(file.name)
         if match:
@@ -61,12 +62,12 @@ def read_test_set(folder: str | os.PathLike) -> TestSet:
             if language in lines:
                 raise ValueError(f"{folder} holds two caption files of language {language!r}")
             lines[language] = _lines(file)
-    if len(lines) == 1:
+            counts[file] = len(lines[language])
+    if not lines:
         raise FileNotFoundError(f"{folder} holds no test_captions_LANG.txt")
-    if len({len(part) for part in lines.values()}) > 1:
-        counts = ", ".join(f"{name} {len(part)}" for name, part in lines.items())
-        raise ValueError(f"the files of {folder} have differing numbers of lines: {counts}")
-    names = lines.pop("names")
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{file.name} {count}" for file, count in counts.items())
+        raise ValueError(f"the files of {folder} have differing numbers of lines: {found}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{lists[0]} names {twice} twice")

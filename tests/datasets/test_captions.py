@@ -138,6 +138,10 @@ def test_splits_and_their_union(folder):
     assert read(folder, "test").filenames == ["c.jpg"]
 
 
+def test_a_split_of_another_name(folder):
+    assert read(write(folder, entry(split="test-dev")), "test-dev").filenames == ["a.jpg"]
+
+
 def test_unknown_split_lists_the_known_ones(folder):
     write(folder, entry("a.jpg", "train"), entry("b.jpg", "val"))
     with pytest.raises(ValueError, match="no split 'dev'; it has train, val"):
@@ -161,6 +165,23 @@ def test_missing_photos_are_counted_and_named_in_one_line(folder, caplog):
     assert warnings(caplog) == [
         "dataset_pets.json: photos missing, skipped: 4 (0.jpg, 2.jpg, 3.jpg, ...)"
     ]
+
+
+def test_a_dangling_link_or_a_folder_is_a_missing_photo(folder, caplog):
+    write(folder, *(entry(f"{i}.jpg") for i in range(3)))
+    for i in (0, 1):
+        (folder / "images" / f"{i}.jpg").unlink()
+    (folder / "images" / "0.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "images" / "1.jpg").mkdir()
+    assert read(folder).filenames == ["2.jpg"]
+    assert warnings(caplog) == ["dataset_pets.json: photos missing, skipped: 2 (0.jpg, 1.jpg)"]
+
+
+def test_a_byte_order_mark_before_the_json_does_not_matter(folder):
+    write(folder, entry())
+    file = folder / "dataset_pets.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read(folder).filenames == ["a.jpg"]
 
 
 def test_photos_that_cannot_be_decoded_are_counted_and_named_in_one_line(folder, caplog):
@@ -220,13 +241,20 @@ def test_a_split_without_one_good_photo_is_named(folder, cache):
         ({"filename": 5}, "image 1 is malformed"),
         ({"filepath": 5}, "image 1 is malformed"),
         ({"split": None}, "image 1 is malformed"),
+        ("[" * 100_000, "is not JSON"),
+        ({"split": ""}, "'' can't be the name of a split"),
+        ({"split": "all"}, "'all' can't be the name of a split"),
+        ({"split": "train+val"}, "can't be the name of a split"),
+        ({"split": "../train"}, "can't be the name of a split"),
+        ({"filename": "\udcff.jpg"}, "image 1 is malformed"),
+        ({"sentences": [{"raw": "A dog \ud83d"}]}, "image 1 is malformed"),
         ({"cocoid": "x"}, "image 1 is malformed"),
         ({"sentences": None}, "image 1 is malformed"),
         ({"sentences": ["A dog."]}, "image 1 is malformed"),
         ({"sentences": [{"raw": None}]}, "image 1 is malformed"),
         ({"sentences": [{"tokens": ["a"]}]}, "image 1 lacks 'raw'"),
     ],
-    ids=str,
+    ids=lambda value: ascii(value)[:60],
 )
 def test_a_wrong_json_is_one_line_that_says_what_was_expected(folder, content, message):
     if isinstance(content, dict):

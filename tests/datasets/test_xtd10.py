@@ -68,7 +68,7 @@ def test_differing_counts_name_every_file_and_its_count(write):
     folder = write(en="1\n2\n", de="1\n2\n3\n", zh="1\n")
     with pytest.raises(ValueError, match="differing numbers of lines") as error:
         read_test_set(folder)
-    for part in ("names 2", "en 2", "de 3", "zh 1"):
+    for part in ("image_names.txt 2", "captions_en.txt 2", "_de.txt 3", "_zh.txt 1"):
         assert part in str(error.value)
 
 
@@ -96,6 +96,11 @@ def test_a_language_twice_is_refused(write, second):
 def test_english_is_first_and_the_others_follow_by_code(write):
     folder = write(zh="1\n2", en="1\n2", ar="1\n2", **{"MIC/de": "1\n2"})
     assert list(read_test_set(folder).captions) == ["en", "ar", "de", "zh"]
+
+
+@pytest.mark.parametrize("code", ["es-419", "zh_cn"])
+def test_no_caption_file_is_passed_over(write, code):
+    assert list(read_test_set(write(en="1\n2", **{code: "1\n2"})).captions) == ["en", code]
 
 
 def test_a_set_needs_no_english(write):

@@ -1,0 +1,176 @@
+"""Retrieval results on embeddings made by hand, and the verb `eval`."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xlir import evaluate, figures
+from xlir.data import RetrievalSet
+
+RECALLS = ("R@1", "R@5", "R@10")
+
+
+def retrieval_set(*languages, image_of=range(12)):
+    rows = np.array(image_of)
+    return RetrievalSet(
+        name="hand-made",
+        images=[b""] * (rows.max() + 1),
+        captions={language: [f"{language} {row}" for row in rows] for language in languages},
+        image_of={language: rows for language in languages},
+        fingerprint="",
+    )
+
+
+@pytest.fixture
+def three_languages():
+    """English finds every image, German a quarter of them, and French takes each for the next."""
+    images = np.eye(12, dtype=np.float32)
+    german = np.roll(images, 1, axis=0)
+    german[:3] = images[:3]
+    texts = {"en": images, "de": german, "fr": np.roll(images, 1, axis=0)}
+    return evaluate.retrieval(retrieval_set(*texts), texts, images, step=7)
+
+
+def test_results_have_the_documented_form(three_languages):
+    assert set(three_languages) == {"dataset", "step", "images", "zero_shot_macro", "languages"}
+    assert three_languages["dataset"] == "hand-made"
+    assert (three_languages["step"], three_languages["images"]) == (7, 12)
+    assert list(three_languages["languages"]) == ["en", "de", "fr"]
+    for result in three_languages["languages"].values():
+        assert set(result) == {"queries", "text_to_image", "image_to_text"}
+        assert result["queries"] == 12
+        for direction in evaluate.DIRECTIONS:
+            assert set(result[direction]) == {*RECALLS, "median_rank", "mrr"}
+    assert json.loads(json.dumps(three_languages)) == three_languages
+
+
+def test_recall_by_language(three_languages):
+    recall = {
+        language: result["text_to_image"]["R@1"]
+        for language, result in three_languages["languages"].items()
+    }
+    assert recall == {"en": 1.0, "de": 0.25, "fr": 0.0}
+
+
+def test_zero_shot_macro_leaves_english_out(three_languages):
+    macro = three_languages["zero_shot_macro"]
+    assert set(macro) == set(evaluate.DIRECTIONS)
+    for direction in evaluate.DIRECTIONS:
+        parts = [three_languages["languages"][code][direction] for code in ("de", "fr")]
+        assert set(macro[direction]) == set(RECALLS)
+        for name in RECALLS:
+            assert macro[direction][name] == pytest.approx(sum(part[name] for part in parts) / 2)
+    assert macro["text_to_image"]["R@1"] == pytest.approx(0.125)
+
+
+def test_english_only_has_no_macro_and_is_judged_by_english():
+    images = np.eye(12, dtype=np.float32)
+    results = evaluate.retrieval(retrieval_set("en"), {"en": images}, images, step=0)
+    assert results["zero_shot_macro"] is None
+    assert evaluate.score(results) == 1.0
+    assert "zero-shot" not in evaluate.table(results)
+    assert evaluate.headline(results) == "R@10 en 100.0"
+
+
+def test_score_is_zero_shot_recall_at_10(three_languages):
+    expected = three_languages["zero_shot_macro"]["text_to_image"]["R@10"]
+    assert evaluate.score(three_languages) == expected < 1
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_an_embedding_that_is_not_finite_raises(side):
+    text, images = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)
+    {"text": text, "image": images}[side][2, 1] = np.nan
+    with pytest.raises(ValueError, match="2 is not finite"):
+        evaluate.retrieval(retrieval_set("de", image_of=range(4)), {"de": text}, images, step=0)
+
+
+def test_several_captions_an_image():
+    """Each caption is a query for its image; an image finds itself through its best caption."""
+    images = np.eye(3, dtype=np.float32)
+    text = images[[0, 0, 1, 2, 2]]
+    text[1] = images[2]  # the second caption of image 0 reads like image 2
+    results = evaluate.retrieval(
+        retrieval_set("en", image_of=[0, 0, 1, 2, 2]), {"en": text}, images, step=0
+    )
+    english = results["languages"]["en"]
+    assert (english["queries"], results["images"]) == (5, 3)
+    assert english["text_to_image"]["R@1"] == pytest.approx(4 / 5)
+    # Image 2 has two captions of its own and one other at the same score, which may come first.
+    assert english["image_to_text"]["R@1"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+
+
+def test_table_has_a_row_for_each_language(three_languages):
+    lines = evaluate.table(three_languages).splitlines()
+    assert "hand-made, step 7, 12 images" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["en", "de", "fr", "zero-shot"]
+    english, german = lines[2].split(), lines[3].split()
+    assert english[1:] == ["12", "1", *["100.0"] * 6]
+    assert german[1] == "12"
+    assert german[3] == "25.0"
+
+
+def test_scalars_name_language_direction_and_metric(three_languages):
+    scalars = evaluate.scalars(three_languages)
+    assert scalars["validation/de/text_to_image/R@1"] == 0.25
+    assert scalars["validation/zero_shot/text_to_image/R@1"] == 0.125
+
+
+def test_pictures_of_a_set_smaller_than_a_row(photos, tmp_path):
+    pictures = [photos / "images" / f"{number:02d}.jpg" for number in range(3)]
+    images = np.eye(3, dtype=np.float32)
+    data = retrieval_set("de", image_of=range(3))
+    file = tmp_path / "queries.png"
+    figures.plot_queries(data.captions, data.image_of, {"de": images}, images, pictures, file)
+    with Image.open(file) as image:
+        image.load()
+
+
+@pytest.fixture(scope="module")
+def odd_test_set(photos, tmp_path_factory):
+    """XTD10's layout and names, with CRLF and byte order marks."""
+    folder = tmp_path_factory.mktemp("sets") / "odd"
+    folder.mkdir()
+    source = photos / "multilingual_test"
+    for name, target in (
+        ("test_image_names.txt", "test_image_names.txt"),
+        ("test_captions_en.txt", "test_1kcaptions_en.txt"),
+        ("test_captions_de.txt", "test_1kcaptions_jp.txt"),
+    ):
+        lines = (source / name).read_text().splitlines()[:12]
+        (folder / target).write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    return folder
+
+
+def test_eval_of_another_test_set(command, workdir, photos, odd_test_set, cache):
+    arguments = ["eval", f"--workdir={workdir}", f"--test_set={odd_test_set}"]
+    arguments += [f"--images={photos / 'images'}"]
+    first = command(*arguments)
+    (file,) = (workdir / "results").glob("odd-*.json")
+    results = json.loads(file.read_text())
+    assert (results["dataset"], results["images"]) == ("odd", 12)
+    assert file.name == f"odd-{results['step']}.json"
+    assert set(results["languages"]) == {"en", "ja"}
+    assert results["languages"]["en"]["text_to_image"]["R@5"] > 5 / 12  # chance
+    assert evaluate.table(results) in first.stdout
+    for what in ("recall", "queries"):
+        picture = file.with_suffix(f".{what}.png")
+        assert str(picture) in first.stdout
+        with Image.open(picture) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert 300 < image.width < 3000
+            assert 300 < image.height < 3000
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+    # The towers' outputs are cached: nothing is computed, and the results are the same.
+    assert "odd images: 100%" in first.stderr
+    before = sorted(os.listdir(cache / "features"))
+    second = command(*arguments)
+    assert "odd images" not in second.stderr
+    assert "odd texts" not in second.stderr
+    assert sorted(os.listdir(cache / "features")) == before
+    assert second.stdout == first.stdout
