@@ -66,6 +66,7 @@ def test_zero_shot_macro_leaves_english_out(three_languages):
     assert macro["text_to_image"]["R@1"] == pytest.approx(0.125)
 
 
+@pytest.mark.filterwarnings("error")
 def test_english_only_has_no_macro_and_is_judged_by_english():
     images = np.eye(12, dtype=np.float32)
     results = evaluate.retrieval(retrieval_set("en"), {"en": images}, images, step=0)

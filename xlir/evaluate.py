@@ -119,18 +119,20 @@ def retrieval(
             "image_to_text": metrics.summarize(backward),
         }
     zero_shot = [result for language, result in languages.items() if language != "en"]
-    macro = {
-        direction: {
-            name: float(np.mean([result[direction][name] for result in zero_shot]))
-            for name in ("R@1", "R@5", "R@10")
+    macro = None
+    if zero_shot:
+        macro = {
+            direction: {
+                name: float(np.mean([result[direction][name] for result in zero_shot]))
+                for name in ("R@1", "R@5", "R@10")
+            }
+            for direction in DIRECTIONS
         }
-        for direction in DIRECTIONS
-    }
     return {
         "dataset": data.name,
         "step": step,
         "images": len(images),
-        "zero_shot_macro": macro if zero_shot else None,
+        "zero_shot_macro": macro,
         "languages": languages,
     }
 
