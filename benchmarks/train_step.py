@@ -113,8 +113,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=config.data.batch_size)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default=config.dtype, help="what xlir computes in")
     arguments = parser.parse_args()
     config.data.batch_size = arguments.batch_size
+    config.dtype = arguments.dtype
     torch.set_num_threads(os.cpu_count())
     arrays = features(config)
     runs = {

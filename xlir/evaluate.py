@@ -151,7 +151,7 @@ def table(results: dict) -> str:
     head = f"{results['dataset']}, step {results['step']}, {results['images']} images"
     columns = "R@1   R@5  R@10"
     lines = [
-        f"{head:<38}text to image          image to text",
+        f"{head:<38}  text to image          image to text",
         f"{'':<10}{'queries':>8}{'median rank':>14}      {columns:<20}   {columns}",
     ]
 
