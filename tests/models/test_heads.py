@@ -1,0 +1,92 @@
+"""Heads against Flax's own layers: the faster forms are the same functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xlir.models import heads
+
+
+def both(hidden=(24, 20)):
+    """Our MLP and the same from Flax's layers, with equal parameters."""
+    ours = heads.MLP(12, 8, hidden=hidden, rngs=nnx.Rngs(0))
+    ours.input.scale[...] = jax.random.uniform(jax.random.key(1), (12,), minval=0.5, maxval=2)
+    ours.input.offset[...] = jax.random.normal(jax.random.key(2), (12,))
+    norm = nnx.LayerNorm(12, epsilon=1e-6, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = ours.input.scale[...], ours.input.offset[...]
+    linears = []
+    for layer in (ours.input.linear, *ours.layers):
+        linear = nnx.Linear(*layer.kernel.shape, rngs=nnx.Rngs(0))
+        linear.kernel[...], linear.bias[...] = layer.kernel[...], layer.bias[...]
+        linears.append(linear)
+    return ours, nnx.Sequential(norm, *[f for x in linears for f in (x, jax.nn.gelu)][:-1])
+
+
+@pytest.mark.parametrize("hidden", [(), (24,), (24, 20)])
+def test_values_and_gradients_equal_layer_norm_and_dense(hidden):
+    ours, flax = both(hidden)
+    x = 3 + 2 * jax.random.normal(jax.random.key(3), (16, 12))
+
+    def loss(model, x):
+        return jnp.sum(jnp.sin(model(x)))
+
+    np.testing.assert_allclose(ours(x), flax(x), rtol=1e-5, atol=1e-5)
+    mine, mine_x = nnx.grad(loss, argnums=(0, 1))(ours, x)
+    theirs, theirs_x = nnx.grad(loss, argnums=(0, 1))(flax, x)
+    np.testing.assert_allclose(mine_x, theirs_x, rtol=1e-4, atol=1e-5)
+    norm, first = theirs["layers"][0], theirs["layers"][1]
+    for a, b in (
+        (mine["input"]["scale"], norm["scale"]),
+        (mine["input"]["offset"], norm["bias"]),
+        (mine["input"]["linear"]["kernel"], first["kernel"]),
+        (mine["input"]["linear"]["bias"], first["bias"]),
+    ):
+        np.testing.assert_allclose(a[...], b[...], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_product_has_the_derivative_of_a_product(dtype, tolerance):
+    x = jax.random.normal(jax.random.key(0), (7, 5))
+    y = jax.random.normal(jax.random.key(1), (5, 3))
+    seed = jax.random.normal(jax.random.key(2), (7, 3))
+    ours, pull = jax.vjp(lambda x, y: heads.product(x, y, dtype), x, y)
+    expected, pull_expected = jax.vjp(jnp.matmul, x, y)
+    for a, b in zip((ours, *pull(seed)), (expected, *pull_expected(seed)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize("dim", [64, 61])
+def test_dropout_keeps_the_mean_and_its_rate(dim):
+    x = jnp.ones((4096, dim))
+    dropped = heads.dropout(x, 0.25, jax.random.key(0))
+    assert dropped.shape == x.shape
+    assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.005)
+    assert np.mean(dropped) == pytest.approx(1, abs=0.01)
+    # Columns of one random word are independent of each other.
+    correlation = np.corrcoef(np.asarray(dropped).T)
+    assert np.abs(correlation - np.eye(dim)).max() < 0.1
+    gradient = jax.grad(lambda x: jnp.sum(heads.dropout(x, 0.25, jax.random.key(0))))(x)
+    np.testing.assert_array_equal(gradient, dropped)
+
+
+def test_without_keys_there_is_no_dropout():
+    head = heads.MLP(12, 8, hidden=(16,), dropout=0.5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (3, 12))
+    np.testing.assert_array_equal(head(x), head(x))
+    assert (head(x, rngs=nnx.Rngs(dropout=1)) != head(x)).any()
+
+
+def test_an_identity_head_wants_the_towers_width():
+    with pytest.raises(ValueError, match=r"embedding_dim is 8: set config\.embedding_dim=12"):
+        heads.Identity(12, 8)
+
+
+def test_the_centre_stays_where_it_is():
+    head = heads.Center(4, 4)
+    head.mean[...] = jnp.arange(4.0)
+    gradient = nnx.grad(lambda head: jnp.sum(head(jnp.ones((2, 4)))))(head)
+    assert not gradient["mean"][...].any()
+    np.testing.assert_array_equal(head(jnp.ones((1, 4)))[0], 1 - jnp.arange(4.0))
