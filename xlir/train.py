@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from clu import parameter_overview
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -84,6 +85,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     state = jax.device_put(init_state(encoder, transformation), partition.replicated(mesh))
     encoder.frozen = jax.device_put(encoder.frozen, partition.replicated(mesh))
     train_step = jax.jit(make_train_step(encoder, transformation), donate_argnums=0)
+    trained = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    log.info("trained parameters:\n%s", trained)
 
     # Only now: a start that failed leaves no folder that insists on its configuration.
     if not (workdir / "config.json").exists():
