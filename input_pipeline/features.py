@@ -6,7 +6,6 @@ is never read. Rows are appended in order; an interrupted build goes on at its l
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -16,14 +15,10 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from input_pipeline.cache import fingerprint
+
 # Rows computed between two writes: what an interrupt can cost.
 BLOCK = 1024
-
-
-def fingerprint(description: Mapping[str, object]) -> str:
-    """A short hash of a JSON-able description."""
-    text = json.dumps(description, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def cached(

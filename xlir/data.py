@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from input_pipeline import datasets
+from input_pipeline.cache import cache_folder, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class RetrievalSet:
 
 def feature_cache() -> pathlib.Path:
     """Where the outputs of frozen towers are kept."""
-    return datasets.cache_folder() / "features"
+    return cache_folder() / "features"
 
 
 def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
@@ -85,7 +86,7 @@ def test_set(config: ConfigDict, folder: str = "", images: str = "") -> Retrieva
     identity = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files
     ]
-    return _line_aligned(chosen, files, datasets.fingerprint(identity))
+    return _line_aligned(chosen, files, fingerprint(identity))
 
 
 def _builder(config: ConfigDict) -> datasets.Builder:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from input_pipeline import features
+from input_pipeline.cache import fingerprint
 from xlir import figures, metrics
 from xlir.data import RetrievalSet
 from xlir.encoder import SIDES, Encoder
@@ -31,7 +32,7 @@ class Evaluator:
         self._captions = [caption for texts in data.captions.values() for caption in texts]
         inputs = {"text": self._captions, "image": data.images}
         sources = {
-            "text": features.fingerprint({"texts": self._captions}),
+            "text": fingerprint({"texts": self._captions}),
             "image": data.fingerprint,
         }
         for side in SIDES:

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from input_pipeline import datasets, features, loader, text
+from input_pipeline import datasets, loader, text
+from input_pipeline.cache import fingerprint
 from xlir import data, evaluate, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import SIDES, Encoder, read_config
@@ -110,7 +111,7 @@ def _frozen_features(
     """The outputs of frozen towers for the whole training set."""
     captions = _flat(photos.captions)
     inputs = {"text": captions, "image": photos}
-    sources = {"text": features.fingerprint({"texts": captions}), "image": photos.fingerprint}
+    sources = {"text": fingerprint({"texts": captions}), "image": photos.fingerprint}
     return {
         side: evaluate.cached_features(
             encoder, side, inputs[side], sources[side], data.feature_cache(), f"training {side}s"

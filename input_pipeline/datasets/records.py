@@ -6,7 +6,6 @@ leaves nothing that could be taken for a whole one.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -19,25 +18,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from input_pipeline.cache import cache_folder, fingerprint
+
 log = logging.getLogger(__name__)
 
 # (encoded image, file name, id, captions)
 Example = tuple[bytes, str, int, list[str]]
 # (file name, id, captions)
 Row = tuple[str, int, list[str]]
-
-
-def cache_folder() -> pathlib.Path:
-    """Where prepared sets and features live: $XLIR_CACHE, or xlir in the user's cache folder."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "xlir"
-    folder = pathlib.Path(os.environ.get("XLIR_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
-def fingerprint(source: object) -> str:
-    """A short hash of a JSON-able description of a source."""
-    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class CaptionedImages(Sequence):
