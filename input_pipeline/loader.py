@@ -28,7 +28,12 @@ class Order:
       batch_size: pairs in a global batch.
     """
 
-    def __init__(self, seed: int, captions_per_image: Sequence[int], batch_size: int):
+    def __init__(
+        self,
+        seed: int,
+        captions_per_image: Sequence[int] | Int[np.ndarray, " images"],
+        batch_size: int,
+    ):
         if not len(captions_per_image):
             raise ValueError("the training split has no photos")
         captions_per_image = np.asarray(captions_per_image, np.int64)
