@@ -5,25 +5,25 @@ import pathlib
 from setuptools import find_packages, setup
 
 REQUIREMENTS = [
-    "jax>=0.10.0",  # arrays, jit, sharding
-    "flax>=0.12.5",  # NNX modules
-    "optax>=0.2.6",  # AdamW, schedules, clipping
-    "orbax-checkpoint>=0.11.32",  # asynchronous checkpoints
-    "grain>=0.2.15",  # reading batches ahead
-    "tensorflow-datasets>=4.9.9",  # data sets as ArrayRecord; used without TensorFlow
-    "array_record>=0.8.3",  # their file format
+    "jax>=0.10.2",  # arrays, jit, sharding
+    "flax>=0.12.8",  # NNX modules
+    "optax>=0.2.8",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.12.8",  # asynchronous checkpoints
+    "grain>=0.2.18",  # reading batches ahead
+    "tensorflow-datasets>=4.9.10",  # data sets as ArrayRecord; used without TensorFlow
+    "array_record>=0.8.6",  # their file format
     "ml_collections>=1.1.0",  # configuration files and overrides
     "clu>=0.0.12",  # the parameter overview
-    "absl-py>=2.3",  # flags
-    "importlib_resources>=6.5",  # tensorflow-datasets imports it and does not declare it
-    "jaxtyping>=0.3.5",  # shapes in signatures
-    "numpy>=2.1",
-    "safetensors>=0.6",  # frozen towers in a workdir
-    "sentencepiece>=0.2.1",  # mUSE's tokenizer
-    "pillow>=11.3",  # decoding and resizing photos
-    "tqdm>=4.67",  # progress bars
-    "tensorboardX>=2.6.4",  # TensorBoard events without TensorFlow
-    "matplotlib>=3.10",  # the pictures of an evaluation
+    "absl-py>=2.5.1",  # flags
+    "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it
+    "jaxtyping>=0.3.11",  # shapes in signatures
+    "numpy>=2.4.6",
+    "safetensors>=0.8.0",  # frozen towers in a workdir
+    "sentencepiece>=0.2.3",  # mUSE's tokenizer
+    "pillow>=13.0.0",  # decoding and resizing photos
+    "tqdm>=4.70.1",  # progress bars
+    "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
+    "matplotlib>=3.11.2",  # the pictures of an evaluation
 ]
 
 EXTRAS = {
@@ -40,9 +40,9 @@ EXTRAS = {
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
     "test": [
-        "pytest>=8.4",
-        "beartype>=0.22",  # checks shapes and dtypes of signatures while tests run
-        "ruff>=0.14",
+        "pytest>=9.2.0",
+        "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
+        "ruff>=0.17.6",
     ],
 }
 
