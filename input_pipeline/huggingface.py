@@ -1,0 +1,276 @@
+"""Tokenizers of Hugging Face checkpoints, whole or with the vocabulary that a corpus needs."""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32, Integer
+
+# Of a saved tokenizer: which class reads the folder, and the tokenizer of this one.
+DESCRIPTION_FILE = "tokenization.json"
+TOKENIZER_FILE = "tokenizer.json"
+# One of them must be in a checkpoint; without any, transformers makes an empty tokenizer.
+VOCABULARY_FILES = (
+    TOKENIZER_FILE,
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+)
+# Rows of the embedding beyond the vocabulary that pass as padding; published models have up to 35.
+SPARE_ROWS = 1024
+# Towers whose positions do not depend on the padding id.
+ABSOLUTE_POSITIONS = ("bert", "distilbert")
+# Texts given to the tokenizer at once: it keeps all that it knows of each piece.
+CHUNK = 10_000
+
+
+class HuggingFaceTokenizer:
+    """Splits texts into pieces by a tokenizer of the `tokenizers` library.
+
+    The ids are those of `transformers`. So a special token that is written out in a text, such as
+    a literal "</s>", is that token, and a text without any piece has special tokens only.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, serialized: str, prefix: str = ""):
+        """Takes the content of a tokenizer.json.
+
+        Args:
+          serialized: JSON; padding and truncation in it are ignored.
+          prefix: put before every text, such as "query: " for the E5 models.
+
+        Raises:
+          ValueError: it is not a tokenizer, or one without special tokens around a text.
+        """
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"not a tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._serialized = serialized
+        self.prefix = prefix
+        probe = self._tokenizer.encode("a")
+        pieces = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+        if len(pieces) in (0, len(probe.ids)):
+            raise ValueError("a tokenizer without special tokens (CLS, SEP) around a text")
+        self._before, self._after = probe.ids[: pieces[0]], probe.ids[pieces[-1] + 1 :]
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: pathlib.Path, model_config: Mapping[str, Any], prefix: str = ""
+    ) -> "HuggingFaceTokenizer":
+        """The tokenizer of a checkpoint, converted where it is a vocabulary only.
+
+        Neither the network nor code of the checkpoint is used.
+
+        Args:
+          folder: a checkpoint.
+          model_config: its config.json, which the tokenizer must agree with.
+          prefix: see `__init__`.
+
+        Raises:
+          FileNotFoundError: the folder holds no tokenizer.
+          ValueError: the tokenizer is damaged or needs code of the checkpoint, or its vocabulary,
+            its special ids or its case disagree with the model.
+        """
+        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}"
+            )
+        # Its advice is to install torch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        import transformers  # takes seconds, and a finished run does not need it
+
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            backend = loaded.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            tokenizer = cls(backend.to_str(), prefix)
+        except Exception as error:  # the library raises nearly anything
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder}: its tokenizer can't be loaded: {reason}") from error
+        special_ids = {
+            f"{name}_token_id": getattr(loaded, f"{name}_token_id")
+            for name in ("pad", "bos", "eos", "cls", "sep")
+        }
+        try:
+            tokenizer._check_against_model(special_ids, model_config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        return tokenizer
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of pieces; ids are below it."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    def __call__(
+        self, texts: Sequence[str], max_length: int | None = None
+    ) -> list[Int32[np.ndarray, " _"]]:
+        """Ids of each text: special tokens before, its pieces, special tokens after.
+
+        Args:
+          texts: any strings; a lone surrogate counts as "?".
+          max_length: longer texts lose pieces at their end, but no special tokens. None: no limit.
+
+        Raises:
+          ValueError: `max_length` leaves no room for the special tokens and a piece.
+        """
+        special = len(self._before) + len(self._after)
+        if max_length is not None and max_length <= special:
+            raise ValueError(
+                f"max_length is {max_length}; special tokens and a piece need {special + 1}"
+            )
+        keep = None if max_length is None else max_length - special
+        rows = []
+        for start in range(0, len(texts), CHUNK):
+            clean = [
+                self.prefix + text.encode("utf8", "replace").decode()
+                for text in texts[start : start + CHUNK]
+            ]
+            for pieces in self._tokenizer.encode_batch_fast(clean, add_special_tokens=False):
+                ids = [*self._before, *pieces.ids[:keep], *self._after]
+                rows.append(np.array(ids, np.int32))
+        return rows
+
+    def fingerprint(self) -> str:
+        """A hash of everything that the ids depend on."""
+        described = json.dumps([self.prefix, self._serialized])
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes what `load_tokenizer` needs into a folder, which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TOKENIZER_FILE).write_text(self._serialized, encoding="utf8")
+        description = {"kind": self.kind, "prefix": self.prefix}
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "HuggingFaceTokenizer":
+        """Reads what `save` wrote."""
+        prefix = json.loads((folder / DESCRIPTION_FILE).read_text()).get("prefix", "")
+        try:
+            return cls((folder / TOKENIZER_FILE).read_text(encoding="utf8"), prefix)
+        except ValueError as error:
+            raise ValueError(f"{folder / TOKENIZER_FILE}: {error}") from error
+
+    def used_ids(self, texts: Iterable[str]) -> Int32[np.ndarray, " kept"]:
+        """The ids that must stay for `trimmed` to split texts as before, in ascending order.
+
+        They are the pieces of these texts, added tokens, and all pieces of a single character or
+        byte, so that the words of other texts fall into shorter pieces instead of into UNK.
+
+        Args:
+          texts: a corpus, and the texts of the evaluation languages.
+        """
+        content = json.loads(self._serialized)
+        model = content["model"]
+        used = {token["id"] for token in content["added_tokens"]}
+        prefix = model.get("continuing_subword_prefix") or ""
+        for piece, id in self._tokenizer.get_vocab().items():
+            if len(piece.removeprefix(prefix)) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                used.add(id)
+        if model["type"] == "Unigram":
+            # The score of an unknown character derives from the lowest one.
+            used.add(min(range(len(model["vocab"])), key=lambda id: model["vocab"][id][1]))
+            used.add(model["unk_id"])
+        elif model.get("unk_token"):
+            used.add(self._tokenizer.token_to_id(model["unk_token"]))
+        remaining = iter(texts)
+        while chunk := list(itertools.islice(remaining, CHUNK)):
+            used.update(np.unique(np.concatenate(self(chunk))).tolist())
+        return np.array(sorted(used - {None}), np.int32)
+
+    def trimmed(self, kept: Integer[np.ndarray, " kept"]) -> "HuggingFaceTokenizer":
+        """A tokenizer of some of the pieces, whose ids are 0 to len(kept) - 1.
+
+        Row i of its model's embedding is row `kept[i]` of this one's. A text whose pieces are all
+        kept is split as before; others are split into what there is.
+
+        Args:
+          kept: ascending ids, among them all added tokens (see `used_ids`).
+
+        Raises:
+          ValueError: `kept` is something else, or the vocabulary is neither of the Unigram kind
+            (SentencePiece) nor WordPiece: a BPE piece needs those that it is merged from.
+        """
+        content = json.loads(self._serialized)
+        model, added = content["model"], content["added_tokens"]
+        if model["type"] not in ("Unigram", "WordPiece"):
+            raise ValueError(
+                f"a {model['type']} vocabulary can't be trimmed; known: Unigram, WordPiece"
+            )
+        ids = kept.tolist()
+        if not ids or ids[0] < 0 or ids[-1] >= self.vocab_size or (np.diff(kept) <= 0).any():
+            raise ValueError(
+                f"kept ids must ascend, from 0 or more to {self.vocab_size - 1} or less"
+            )
+        new_ids = {old: new for new, old in enumerate(ids)}
+        if missing := [token["content"] for token in added if token["id"] not in new_ids]:
+            raise ValueError(f"kept ids lack the special tokens {', '.join(missing)}")
+        if model["type"] == "Unigram":
+            model["vocab"] = [model["vocab"][id] for id in ids if id < len(model["vocab"])]
+            model["unk_id"] = new_ids.get(model["unk_id"])
+        else:
+            pieces = model["vocab"].items()
+            model["vocab"] = {piece: new_ids[id] for piece, id in pieces if id in new_ids}
+        for token in added:
+            token["id"] = new_ids[token["id"]]
+        _renumber(content["post_processor"], new_ids)
+        return type(self)(json.dumps(content, ensure_ascii=False), self.prefix)
+
+    def _check_against_model(
+        self, special_ids: Mapping[str, int | None], model_config: Mapping[str, Any]
+    ) -> None:
+        rows = model_config.get("vocab_size")
+        if not isinstance(rows, int):
+            raise ValueError("config.json has no vocab_size")
+        if not rows - SPARE_ROWS <= self.vocab_size <= rows:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} pieces and the model an embedding of {rows} "
+                "rows: they are not of one checkpoint"
+            )
+        for name, ours in special_ids.items():
+            theirs = model_config.get(name)
+            # BERT's code writes pad_token_id 0 whatever the tokenizer (multilingual-e5-small has 1)
+            # and does not depend on it.
+            bert = model_config.get("model_type") in ABSOLUTE_POSITIONS
+            if None in (ours, theirs) or (bert and (name, theirs) == ("pad_token_id", 0)):
+                continue
+            if ours != theirs:
+                raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in config.json")
+        normalizer = self._tokenizer.normalizer
+        cased = self._tokenizer.token_to_id("A") is not None
+        if cased and normalizer is not None and normalizer.normalize_str("A") == "a":
+            raise ValueError(
+                "the tokenizer lowercases texts, and its vocabulary is cased: put "
+                '"do_lower_case": false into tokenizer_config.json'
+            )
+
+
+def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> None:
+    """Replaces the ids in the post-processor of a tokenizer.json, in place."""
+    for part in post_processor.get("processors", ()):
+        _renumber(part, new_ids)
+    for name in ("cls", "sep"):  # of BERT's and RoBERTa's: (token, id)
+        if name in post_processor:
+            token, id = post_processor[name]
+            post_processor[name] = [token, new_ids[id]]
+    templates = post_processor.get("special_tokens", {})
+    for token in templates.values():
+        token["ids"] = [new_ids[id] for id in token["ids"]]
