@@ -1,68 +1,295 @@
-"""Encoded images to arrays."""
+"""Encoded images to arrays, preprocessed as a checkpoint was trained."""
 
+import dataclasses
 import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
 CROPS = ("squash", "center")
 
+# A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves this many times the pixels per side that
+# it is resized to: half the time or less for a photo of 6 megapixels or more. At 224 pixels it is
+# 0.1 to 0.3 levels of 255 off in the mean and 3 at most; over 1 in 1.5% of a grainy photo's values,
+# in 1 of 40,000 of a smooth one's. Twice the pixels would cost 5 levels, and over 1 in 3%.
+DRAFT_FACTOR = 4
+# Of a photo longer than this many times its width only the middle is resized.
+MAX_ASPECT_RATIO = 32
+
+STANDARD = {"resample": 3, "image_mean": 0.5, "image_std": 0.5}
+CLIP = {
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+# transformers' image processors, less "ImageProcessor", and what they do where a config is silent.
+PROCESSORS: dict[str, dict] = {
+    "ViT": STANDARD | {"size": {"height": 224, "width": 224}, "resample": 2},
+    "DeiT": STANDARD
+    | {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
+    "Siglip": STANDARD | {"size": {"height": 224, "width": 224}},
+    "CLIP": CLIP,
+    "Bit": CLIP,
+    "ConvNext": STANDARD | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
+}
+# Those whose size, where it is one number, means both sides, and not the shorter one.
+SQUARING = ("ViT", "DeiT")
+# From this size on ConvNext's processor does not crop.
+CONVNEXT_SQUASH = 384
+
 
 class ImageError(ValueError):
     """The bytes are not a whole image that can be decoded."""
 
 
-def decode(
-    data: bytes, size: int, resample: str = "bicubic", crop: str = "squash"
-) -> UInt8[np.ndarray, "size size 3"]:
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what a tower takes.
+
+    Attributes:
+      size: pixels per side of the result.
+      resize: pixels that the shorter side is resized to ("center") or both sides are ("squash")
+        before the middle is cut out; 0 for the size itself.
+      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as Pillow does.
+      crop: "squash" resizes both sides; "center" keeps the proportions and cuts the longer side.
+      mean, std: the tower was trained on (pixels / 255 - mean) / std, red, green and blue. It does
+        that itself, `decode` does not.
+
+    Raises:
+      ValueError: a field is none of these.
+    """
+
+    size: int
+    resize: int = 0
+    resample: str = "bicubic"
+    crop: str = "squash"
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        if self.resample not in RESAMPLING:
+            raise ValueError(f"resample is {self.resample!r}; known: {', '.join(RESAMPLING)}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop is {self.crop!r}; known: {', '.join(CROPS)}")
+        object.__setattr__(self, "resize", self.resize or self.size)
+        if not 0 < self.size <= self.resize:
+            raise ValueError(
+                f"images of {self.size} pixels a side can't be cut out of images resized to "
+                f"{self.resize}: the size must be at least 1 and at most that"
+            )
+        for field in ("mean", "std"):
+            values = tuple(map(float, getattr(self, field)))
+            if len(values) != 3:
+                raise ValueError(f"{field} is {values}; it takes three numbers, one for a channel")
+            object.__setattr__(self, field, values)
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; it must be above 0")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        """The preprocessing that a checkpoint's preprocessor_config.json describes.
+
+        Args:
+          config: the file's content, or processor_config.json's with an `image_processor` in it.
+
+        Raises:
+          ValueError: the image processor is unknown, or asks for what is not implemented.
+        """
+        config = config.get("image_processor", config)
+        kind = _processor(config)
+        given = {field: value for field, value in config.items() if value is not None}
+        config = PROCESSORS[kind] | given
+        _refuse_unsupported(kind, config)
+        size, resize, crop = _geometry(kind, config)
+        normalize = config.get("do_normalize", True)
+        return cls(
+            size=size,
+            resize=resize,
+            resample=_resample(config["resample"]),
+            crop=crop,
+            mean=_channels(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            std=_channels(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
+        )
+
+    def resized(self, size: int) -> "Preprocessing":
+        """The same for another resolution: `resize` is in proportion, rounded down."""
+        return dataclasses.replace(self, size=size, resize=self.resize * size // self.size)
+
+
+def decode(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "size size 3"]:
     """Decodes an image and resizes it to a square, RGB, values 0 to 255.
 
     It is turned upright as its EXIF orientation says, and laid over white where it is transparent;
-    of an animation the first frame counts. Colour profiles are ignored.
+    of an animation the first frame counts. Colour profiles are ignored. Other than for large JPEGs
+    (`DRAFT_FACTOR`), the pixels equal those of transformers' image processors (Pillow's).
 
     Args:
       data: a file's bytes in any format that Pillow reads.
-      size: pixels per side.
-      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as Pillow does.
-      crop: "squash" resizes both sides; "center" keeps the proportions and cuts the longer side.
+      preprocessing: size, crop and filter.
 
     Raises:
       ImageError: the data are damaged, truncated, of no known format, or absurdly large.
-      ValueError: resample or crop is unknown.
     """
-    if resample not in RESAMPLING:
-        raise ValueError(f"resample is {resample!r}; known: {', '.join(RESAMPLING)}")
-    if crop not in CROPS:
-        raise ValueError(f"crop is {crop!r}; known: {', '.join(CROPS)}")
     try:
-        image = _upright_rgb(data, size)
+        image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no image format that Pillow knows"
         raise ImageError(f"cannot decode image of {len(data)} bytes: {reason}") from error
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = None if crop == "squash" else (left, top, left + side, top + side)
-    return np.array(image.resize((size, size), RESAMPLING[resample], box=box))
+    if preprocessing.crop == "center":
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            image = _middle(image)
+            size, box = image.size, None
+        width, height = _shorter_side_to(preprocessing.resize, size)
+    else:
+        width = height = preprocessing.resize
+    # Resized as a whole: what `resize` makes of the crop's part differs by up to 3 levels.
+    image = image.resize((width, height), RESAMPLING[preprocessing.resample], box=box)
+    left, top = (width - preprocessing.size) // 2, (height - preprocessing.size) // 2
+    return np.array(image.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
 
 
-def _upright_rgb(data: bytes, size: int) -> Image.Image:
+def _upright_rgb(
+    data: bytes, enough: int
+) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
+    """The image, perhaps reduced to a half, a quarter or an eighth, but no side below `enough`.
+
+    Returns:
+      The image; the width and height that it has in the file; and where the file's pixels end in
+      the reduced image, whose last row and column may be partly filler (left, top, right, bottom).
+    """
     image = Image.open(io.BytesIO(data))
-    # A JPEG may be decoded at 1/2, 1/4 or 1/8: 7 times faster for a photo of 12 megapixels. Twice
-    # the size leaves the last halving to the filter; the mean difference is under half a level.
-    image.draft(None, (2 * size, 2 * size))
+    size = image.size
+    reduced = image.draft(None, (enough, enough))
     image.load()
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
     ImageOps.exif_transpose(image, in_place=True)
+    if reduced is None:
+        size, box = image.size, None
+    else:
+        _, (_, _, width, height) = reduced
+        if orientation in (5, 6, 7, 8):
+            size, width, height = size[::-1], height, width
+        # What was the right or the bottom edge in the file.
+        left = image.width - width if orientation in (2, 3, 6, 7) else 0.0
+        top = image.height - height if orientation in (3, 4, 7, 8) else 0.0
+        box = (left, top, left + width, top + height)
     if image.mode.startswith("I"):
         # 16 bits a pixel, whose conversion would clip and not scale.
         image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image.convert("RGB"), size, box
+
+
+def _shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height after a resize of the shorter side; the longer one is rounded down."""
+    width, height = size
+    if width <= height:
+        return resize, int(resize * height / width)
+    return int(resize * width / height), resize
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The part of a strip that holds what will be cut out of its middle.
+
+    To resize the whole of 3 x 60,000 pixels to 224 in width would take 3 GB.
+    """
+    width, height = (min(side, MAX_ASPECT_RATIO * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _processor(config: Mapping[str, Any]) -> str:
+    """The key in PROCESSORS: the type's name without what tells its variants apart."""
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if not name:
+        raise ValueError(
+            "the image processor's config names no image_processor_type; "
+            'add one, such as "ViTImageProcessor" or "CLIPImageProcessor"'
+        )
+    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    if kind not in PROCESSORS:
+        known = ", ".join(f"{known}ImageProcessor" for known in PROCESSORS)
+        raise ValueError(f"no image processor {name!r} here; known: {known}")
+    return kind
+
+
+def _refuse_unsupported(kind: str, config: Mapping[str, Any]) -> None:
+    reasons = {
+        "do_resize is false, and images of one size are needed": not config.get("do_resize", True),
+        "do_rescale is false, and pixels are rescaled to [0, 1]": not config.get(
+            "do_rescale", True
+        ),
+        f"rescale_factor is {config.get('rescale_factor')}, and only 1/255 is known": (
+            not math.isclose(config.get("rescale_factor", 1 / 255) * 255, 1, rel_tol=1e-6)
+        ),
+        "do_pad is true, and padding is not known": config.get("do_pad", False),
+        "do_center_crop is true, and crop_pct already says how it crops": kind == "ConvNext"
+        and config.get("do_center_crop", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"the {kind} image processor's config can't be followed: {reason}")
+
+
+def _geometry(kind: str, config: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Preprocessing's size, resize and crop."""
+    given = config["size"]
+    if isinstance(given, Mapping) and set(given) == {"shortest_edge"}:
+        given, crop = given["shortest_edge"], "center"
+    else:
+        crop = "center" if isinstance(given, int) and kind not in SQUARING else "squash"
+    size = resize = _square("size", given)
+    if kind == "ConvNext":
+        if crop == "squash":
+            raise ValueError(f"the ConvNext image processor's size is {given}, not a shortest_edge")
+        if size >= CONVNEXT_SQUASH:
+            return size, size, "squash"
+        return size, int(size / config["crop_pct"]), crop
+    if config.get("do_center_crop"):
+        return _square("crop_size", config["crop_size"]), resize, crop
+    if crop == "center":
+        raise ValueError(
+            f"the {kind} image processor's config resizes the shorter side to {resize} and does "
+            "not crop: a square is needed; set do_center_crop, or size to height and width"
+        )
+    return size, resize, crop
+
+
+def _square(field: str, size: Any) -> int:
+    """Pixels per side, given as one number, as [height, width], or by name."""
+    sides = size
+    if isinstance(size, Mapping):
+        sides = [size.get(side) for side in ("height", "width")] if len(size) == 2 else []
+    elif isinstance(size, int):
+        sides = [size, size]
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
+        raise ValueError(f"the image processor's {field} is {size!r}; a square is needed")
+    return sides[0]
+
+
+def _resample(number: int) -> str:
+    for name, filter_ in RESAMPLING.items():
+        if filter_ == number:
+            return name
+    known = ", ".join(f"{int(filter_)} ({name})" for name, filter_ in RESAMPLING.items())
+    raise ValueError(f"the image processor's resample is {number}; known: {known}")
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    """One number for each channel, or one for all."""
+    return tuple(map(float, value if isinstance(value, Sequence) else (value,) * 3))

@@ -1,12 +1,15 @@
 """Decoding: orientation, transparency, colour modes, crops, and damaged files."""
 
+import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from input_pipeline import images
+from input_pipeline.images import Preprocessing
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -50,7 +53,7 @@ def quarters(array: np.ndarray) -> list[str]:
 def test_exif_orientation(orientation, expected, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    array = images.decode(encoded(corners(), format, exif=exif), 32)
+    array = images.decode(encoded(corners(), format, exif=exif), Preprocessing(32))
     assert array.shape == (32, 32, 3)
     assert array.dtype == np.uint8
     assert quarters(array) == expected.split()
@@ -58,15 +61,19 @@ def test_exif_orientation(orientation, expected, format):
 
 def test_transparency_is_over_white():
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (images.decode(encoded(image, "PNG"), 4) == 255).all()
+    assert (images.decode(encoded(image, "PNG"), Preprocessing(4)) == 255).all()
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
-    assert np.abs(images.decode(encoded(image, "PNG"), 4).astype(int) - 127).max() <= 1
+    assert (
+        np.abs(images.decode(encoded(image, "PNG"), Preprocessing(4)).astype(int) - 127).max() <= 1
+    )
     gray = Image.new("LA", (8, 8), (0, 0))
-    assert (images.decode(encoded(gray, "PNG"), 4) == 255).all()
+    assert (images.decode(encoded(gray, "PNG"), Preprocessing(4)) == 255).all()
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([255, 0, 0, 0, 0, 255])
-    assert (images.decode(encoded(palette, "PNG", transparency=1), 4) == 255).all()
-    assert (images.decode(encoded(palette, "PNG", transparency=0), 4) == (0, 0, 255)).all()
+    assert (images.decode(encoded(palette, "PNG", transparency=1), Preprocessing(4)) == 255).all()
+    assert (
+        images.decode(encoded(palette, "PNG", transparency=0), Preprocessing(4)) == (0, 0, 255)
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def test_transparency_is_over_white():
     ],
 )
 def test_colour_modes(mode, format, colour, expected):
-    array = images.decode(encoded(Image.new(mode, (16, 16), colour), format), 8)
+    array = images.decode(encoded(Image.new(mode, (16, 16), colour), format), Preprocessing(8))
     assert np.abs(array.astype(int) - expected).max() <= 4
 
 
@@ -92,8 +99,8 @@ def test_crops():
     stripes = Image.new("RGB", (90, 30), "red")
     stripes.paste("lime", (30, 0, 60, 30))
     data = encoded(stripes, "PNG")
-    assert (images.decode(data, 30, crop="center") == (0, 255, 0)).all()
-    squashed = images.decode(data, 30)
+    assert (images.decode(data, Preprocessing(30, crop="center")) == (0, 255, 0)).all()
+    squashed = images.decode(data, Preprocessing(30))
     assert squashed[15, 2].tolist() == squashed[15, 27].tolist() == [255, 0, 0]
     assert squashed[15, 15].tolist() == [0, 255, 0]
 
@@ -102,7 +109,9 @@ def test_resampling_at_the_same_size_changes_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     data = encoded(Image.fromarray(pixels), "PNG")
     for resample in images.RESAMPLING:
-        np.testing.assert_array_equal(images.decode(data, 32, resample), pixels)
+        np.testing.assert_array_equal(
+            images.decode(data, Preprocessing(32, resample=resample)), pixels
+        )
 
 
 def test_reduced_decoding_of_photos_is_sane(shared):
@@ -114,10 +123,10 @@ def test_reduced_decoding_of_photos_is_sane(shared):
         full = np.asarray(
             Image.open(io.BytesIO(large)).resize((224, 224), Image.Resampling.BICUBIC)
         )
-        difference = np.abs(images.decode(large, 224).astype(int) - full)
+        difference = np.abs(images.decode(large, Preprocessing(224)).astype(int) - full)
         assert difference.mean() < 1
         np.testing.assert_array_equal(
-            images.decode(photo.read_bytes(), 224),
+            images.decode(photo.read_bytes(), Preprocessing(224)),
             np.asarray(whole.resize((224, 224), Image.Resampling.BICUBIC)),
         )
 
@@ -139,7 +148,7 @@ PHOTO = encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "JPEG")
 )
 def test_damaged_data(data, reason):
     with pytest.raises(images.ImageError, match=reason) as raised:
-        images.decode(data, 32)
+        images.decode(data, Preprocessing(32))
     assert str(raised.value).startswith(f"cannot decode image of {len(data)} bytes: ")
     assert "\n" not in str(raised.value)
 
@@ -147,11 +156,231 @@ def test_damaged_data(data, reason):
 def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(images.ImageError, match="decompression bomb"):
-        images.decode(encoded(Image.new("1", (64, 64)), "PNG"), 32)
+        images.decode(encoded(Image.new("1", (64, 64)), "PNG"), Preprocessing(32))
 
 
 def test_unknown_options():
     with pytest.raises(ValueError, match="known: nearest, bilinear, bicubic, lanczos"):
-        images.decode(PHOTO, 32, resample="cubic")
+        Preprocessing(32, resample="cubic")
     with pytest.raises(ValueError, match="known: squash, center"):
-        images.decode(PHOTO, 32, crop="random")
+        Preprocessing(32, crop="random")
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+OPENAI = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+OLD = {"do_normalize": True, "do_resize": True}
+NEW = {**OLD, "do_rescale": True, "rescale_factor": 0.00392156862745098}
+
+# name: what its preprocessor_config.json says, and the Preprocessing's size, resize, crop, resample
+CHECKPOINTS = {
+    "vit": (
+        {**OLD, **HALF, "feature_extractor_type": "ViTFeatureExtractor", "size": 224},
+        (224, 224, "squash", "bilinear"),
+    ),
+    "vit, new": (
+        {**NEW, **HALF, "image_processor_type": "ViTImageProcessor", "resample": 2}
+        | {"size": {"height": 384, "width": 384}},
+        (384, 384, "squash", "bilinear"),
+    ),
+    "clip": (
+        {**OLD, **OPENAI, "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}
+        | {"do_center_crop": True, "size": 224, "crop_size": 224},
+        (224, 224, "center", "bicubic"),
+    ),
+    "clip, new": (
+        {**NEW, **OPENAI, "image_processor_type": "CLIPImageProcessorFast", "resample": 3}
+        | {"do_center_crop": True, "do_convert_rgb": True, "size": {"shortest_edge": 335}}
+        | {"crop_size": {"height": 335, "width": 335}},
+        (335, 335, "center", "bicubic"),
+    ),
+    "dinov2": (
+        {**NEW, **IMAGENET, "image_processor_type": "BitImageProcessor", "resample": 3}
+        | {"do_center_crop": True, "do_convert_rgb": True, "size": {"shortest_edge": 256}}
+        | {"crop_size": {"height": 224, "width": 224}},
+        (224, 256, "center", "bicubic"),
+    ),
+    "siglip": (
+        {**NEW, **HALF, "image_processor_type": "SiglipImageProcessor", "resample": 3}
+        | {"do_convert_rgb": None, "size": {"height": 224, "width": 224}},
+        (224, 224, "squash", "bicubic"),
+    ),
+    "deit": (
+        {**OLD, **IMAGENET, "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3}
+        | {"do_center_crop": True, "size": 256, "crop_size": 224},
+        (224, 256, "squash", "bicubic"),
+    ),
+    "resnet": (
+        {**OLD, **IMAGENET, "feature_extractor_type": "ConvNextFeatureExtractor", "resample": 3}
+        | {"crop_pct": 0.875, "size": 224},
+        (224, 256, "center", "bicubic"),
+    ),
+    "convnext, odd": (
+        {**NEW, **IMAGENET, "image_processor_type": "ConvNextImageProcessor", "resample": 2}
+        | {"crop_pct": 0.9, "size": {"shortest_edge": 161}},
+        (161, 178, "center", "bilinear"),
+    ),
+    "convnext, large": (
+        {**NEW, **IMAGENET, "image_processor_type": "ConvNextImageProcessor", "resample": 3}
+        | {"crop_pct": None, "size": {"shortest_edge": 384}},
+        (384, 384, "squash", "bicubic"),
+    ),
+    "all defaults": (
+        {"image_processor_type": "CLIPImageProcessor"},
+        (224, 224, "center", "bicubic"),
+    ),
+}
+# Width and height: both ways, odd, small, narrow, square.
+SIZES = ((500, 333), (375, 501), (640, 427), (99, 71), (431, 97), (256, 256), (1203, 902))
+
+
+def processor(config: dict):
+    """The image processor of transformers that runs on Pillow and numpy."""
+    transformers = pytest.importorskip("transformers")
+    name = config.get("image_processor_type") or config["feature_extractor_type"]
+    kind = name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    return getattr(transformers, f"{kind}Pil")(**config)
+
+
+def photographs(shared, width: int, height: int, quality: int = 90) -> list[bytes]:
+    """Real photos in another size, as JPEG."""
+    paths = sorted(shared.glob("flickr8k/images/*.jpg"))[:1]
+    paths += sorted(shared.glob("coco_mini/*/*.jpg"))[:1]
+    assert paths
+    return [
+        encoded(
+            Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS),
+            "JPEG",
+            quality=quality,
+        )
+        for path in paths
+    ]
+
+
+def as_processed(config: dict, data: bytes, **options) -> np.ndarray:
+    """What transformers makes of a photo, channels last."""
+    image = Image.open(io.BytesIO(data))
+    return processor(config)(image, **options)["pixel_values"][0].transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_pixels_equal_those_of_transformers(shared, name):
+    config, expected = CHECKPOINTS[name]
+    preprocessing = Preprocessing.from_config(config)
+    described = (preprocessing.size, preprocessing.resize, preprocessing.crop)
+    assert (*described, preprocessing.resample) == expected
+    for size in SIZES:
+        for data in photographs(shared, *size):
+            theirs = as_processed(config, data, do_rescale=False, do_normalize=False)
+            assert theirs.dtype == np.uint8
+            np.testing.assert_array_equal(images.decode(data, preprocessing), theirs, str(size))
+
+    ours = images.decode(data, preprocessing).astype(np.float32) / 255
+    ours = (ours - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    np.testing.assert_allclose(ours, as_processed(config, data), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "reduced"), [("siglip", True), ("resnet", False)])
+def test_large_photos_differ_little_from_transformers(shared, name, reduced):
+    """Where 4 times 224 pixels fit into a half; 4 times 256 don't. With grain, the worst case."""
+    config, _ = CHECKPOINTS[name]
+    for data in photographs(shared, 3000, 2000):
+        pixels = np.asarray(Image.open(io.BytesIO(data))).astype(float)
+        pixels += np.random.default_rng(0).normal(0, 8, (2000, 3000, 1))
+        grainy = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        data = encoded(grainy, "JPEG", quality=90)
+        theirs = as_processed(config, data, do_rescale=False, do_normalize=False).astype(int)
+        difference = np.abs(images.decode(data, Preprocessing.from_config(config)) - theirs)
+        print(f"{difference.max()} {difference.mean():.3f} {np.mean(difference > 1):.5f}")
+        assert (difference.max() > 0) == reduced
+        assert difference.max() <= 3
+        assert difference.mean() < 0.35
+        assert np.mean(difference > 1) < 0.02
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_decoding_keeps_proportions_and_edges(shared, monkeypatch, orientation):
+    """The file's size counts, not the half's, which is rounded up."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for width, height in ((511, 257), (261, 1043)):
+        image = Image.open(io.BytesIO(photographs(shared, width, height)[0]))
+        data = encoded(image, "JPEG", exif=exif, quality=95)
+        reduced, size, _ = images._upright_rgb(data, 4 * 32)
+        assert size == ((height, width) if orientation > 4 else (width, height))
+        assert reduced.size == tuple(-(-side // 2) for side in size)
+        for crop in images.CROPS:
+            preprocessing = Preprocessing(32, crop=crop)
+            half = images.decode(data, preprocessing).astype(int)
+            with monkeypatch.context() as patched:
+                patched.setattr(images, "DRAFT_FACTOR", 1000)
+                whole = images.decode(data, preprocessing)
+            difference = np.abs(half - whole)
+            print(size, crop, f"{difference.max()} {difference.mean():.3f}")
+            assert 0 < difference.mean() < 0.4
+            assert difference.max() <= 8
+
+
+def test_strips():
+    """The middle of 100,000 to 3 pixels, in no more than a photo's memory."""
+    strip = Image.new("RGB", (3, 99_999), "red")
+    strip.paste("lime", (0, 49_900, 3, 50_099))
+    data = encoded(strip, "PNG")
+    assert (images.decode(data, Preprocessing(224, 256, crop="center")) == (0, 255, 0)).all()
+    turned = encoded(strip.transpose(Image.Transpose.ROTATE_90), "PNG")
+    assert (images.decode(turned, Preprocessing(224, 256, crop="center")) == (0, 255, 0)).all()
+
+
+def test_another_resolution_keeps_the_proportions():
+    config, _ = CHECKPOINTS["resnet"]
+    preprocessing = Preprocessing.from_config(config)
+    for size in (32, 161, 288):
+        changed = preprocessing.resized(size)
+        assert changed == Preprocessing.from_config(config | {"size": size})
+        assert (changed.size, changed.resize) == (size, int(size / 0.875))
+    assert preprocessing.resized(224) == preprocessing
+    squashing = Preprocessing.from_config(CHECKPOINTS["vit"][0]).resized(96)
+    assert (squashing.size, squashing.resize, squashing.crop) == (96, 96, "squash")
+
+
+def test_other_ways_to_say_the_same():
+    config, _ = CHECKPOINTS["dinov2"]
+    expected = Preprocessing.from_config(config)
+    assert Preprocessing.from_config({"image_processor": config}) == expected
+    assert Preprocessing(**json.loads(json.dumps(dataclasses.asdict(expected)))) == expected
+    assert Preprocessing.from_config(config | {"crop_size": [224, 224]}) == expected
+    assert Preprocessing.from_config(config | {"image_mean": 0.5}).mean == (0.5, 0.5, 0.5)
+    plain = Preprocessing.from_config(config | {"do_normalize": False})
+    assert (plain.mean, plain.std) == ((0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("vit", {"feature_extractor_type": None}, "names no image_processor_type; add one"),
+        ("vit", {"feature_extractor_type": "SamImageProcessor"}, "'SamImageProcessor' here; known"),
+        ("vit", {"do_resize": False}, "do_resize is false"),
+        ("vit", {"do_rescale": False}, "do_rescale is false"),
+        ("vit", {"rescale_factor": 1 / 127.5}, "only 1/255"),
+        ("vit", {"do_pad": True}, "do_pad"),
+        ("vit", {"size": {"height": 224, "width": 112}}, "a square is needed"),
+        ("vit", {"size": {"shortest_edge": 224}}, "does not crop"),
+        ("vit", {"size": {}}, "a square is needed"),
+        ("vit", {"size": "224"}, "a square is needed"),
+        ("vit", {"resample": 5}, r"resample is 5; known: 0 \(nearest\)"),
+        ("clip", {"do_center_crop": False}, "does not crop: a square is needed; set"),
+        ("clip", {"crop_size": 256}, "can't be cut out of images resized to 224"),
+        ("clip", {"size": {"shortest_edge": 224, "longest_edge": 448}}, "a square is needed"),
+        ("clip", {"image_std": [0.5, 0.5]}, "three numbers"),
+        ("clip", {"image_std": [0, 1, 1]}, "must be above 0"),
+        ("resnet", {"do_center_crop": True}, "crop_pct already"),
+        ("resnet", {"size": {"height": 224, "width": 224}}, "not a shortest_edge"),
+    ],
+)
+def test_configs_that_cannot_be_followed(name, change, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        Preprocessing.from_config(CHECKPOINTS[name][0] | change)
+    assert "\n" not in str(raised.value)

@@ -182,7 +182,8 @@ class Encoder:
         try:
             if isinstance(image, Image.Image):
                 image = _png(image)
-            return image_io.decode(image, self.image_size, crop=self.config.image.crop)
+            preprocessing = image_io.Preprocessing(self.image_size, crop=self.config.image.crop)
+            return image_io.decode(image, preprocessing)
         except (image_io.ImageError, OSError) as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -1,0 +1,285 @@
+"""ResNet, the image tower of Hugging Face's checkpoints `microsoft/resnet-*`.
+
+Architecture: He et al. 2015 (https://arxiv.org/abs/1512.03385), in the form called v1.5 where the
+3x3 convolution of a bottleneck halves the resolution, not the 1x1 before it. What a config.json
+says goes by transformers' `ResNetModel`, whose pooled output this is.
+
+Batch normalisation is folded into the convolutions, for inference and for fine-tuning.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+# What a config.json says where it says nothing: transformers' ResNetConfig.
+DEFAULTS = {
+    "num_channels": 3,
+    "embedding_size": 64,
+    "hidden_sizes": (256, 512, 1024, 2048),
+    "depths": (3, 4, 6, 3),
+    "layer_type": "bottleneck",
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+}
+BASIC = {"layer_type": "basic", "hidden_sizes": (64, 128, 256, 512)}
+# Hub id -> the fields of its config.json that differ from the defaults.
+ARCHITECTURES: dict[str, dict] = {
+    "microsoft/resnet-18": {**BASIC, "depths": (2, 2, 2, 2)},
+    "microsoft/resnet-26": {"depths": (2, 2, 2, 2)},
+    "microsoft/resnet-34": dict(BASIC),
+    "microsoft/resnet-50": {},
+    "microsoft/resnet-101": {"depths": (3, 4, 23, 3)},
+    "microsoft/resnet-152": {"depths": (3, 8, 36, 3)},
+}
+LAYER_TYPES = ("basic", "bottleneck")
+# How much narrower than its output a bottleneck is inside.
+REDUCTION = 4
+BATCH_NORM_EPSILON = 1e-5
+IMAGE_SIZE = 224
+
+
+class Shape(NamedTuple):
+    """One convolution; the padding is half the kernel's size."""
+
+    features: int
+    output: int
+    kernel_size: int
+    stride: int
+
+
+class ResNet(nnx.Module):
+    """Images to globally average-pooled features of the last block; no classifier.
+
+    Args:
+      config: content of a config.json of model type "resnet"; missing fields take the defaults.
+      mean, std: of the red, green and blue pixels in [0, 1] that the weights were trained with.
+      dtype: what to compute in; the parameters and the features are float32.
+      remat: compute the inside of each block again in the backward pass instead of keeping it.
+
+    Attributes:
+      dim: width of the features.
+      image_size: pixels per side that the published weights were trained at; others work.
+
+    Raises:
+      ValueError: the config is of another model, or asks for what is not implemented.
+    """
+
+    def __init__(
+        self,
+        config: Mapping,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        stages = _stages(config)
+        self.dim = stages[-1][-1][-1].output
+        self.image_size = IMAGE_SIZE
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.dtype = dtype
+        self.remat = remat
+        self.stem = Convolution(_stem(config), rngs=rngs)
+        self.blocks = nnx.List([Block(shapes, rngs=rngs) for stage in stages for shapes in stage])
+
+    def __call__(
+        self, images: UInt8[Array | np.ndarray, "batch height width 3"]
+    ) -> Float[Array, "batch dim"]:
+        """Features of RGB images with values 0 to 255; they are normalised here."""
+        pixels = jnp.asarray(images).astype(jnp.float32) / 255
+        mean, std = jnp.float32(self.mean), jnp.float32(self.std)
+        return self._features((pixels - mean) / std)
+
+    def _features(self, pixels: Float[Array, "batch height width 3"]) -> Float[Array, "batch dim"]:
+        x = _max_pool(jax.nn.relu(self.stem(pixels.astype(self.dtype))))
+        for block in self.blocks:
+            x = _rematerialised(block, x) if self.remat else block(x)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+class Block(nnx.Module):
+    """Convolutions with ReLU between them, and a skip; projected where the shape changes."""
+
+    def __init__(self, shapes: Sequence[Shape], *, rngs: nnx.Rngs):
+        self.convolutions = nnx.List([Convolution(shape, rngs=rngs) for shape in shapes])
+        shortcut = _shortcut(shapes)
+        self.shortcut = None if shortcut is None else Convolution(shortcut, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Height and width are divided by the stride, rounded up."""
+        y = x
+        for convolution in self.convolutions[:-1]:
+            y = jax.nn.relu(convolution(y))
+        y = self.convolutions[-1](y)
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Convolution(nnx.Module):
+    """A convolution with bias; 1x1 as one matrix product over all pixels that it keeps."""
+
+    def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+        self.kernel_size, self.stride = shape.kernel_size, shape.stride
+        kernel = (shape.features, shape.output)
+        if shape.kernel_size > 1:
+            kernel = (shape.kernel_size, shape.kernel_size, *kernel)
+        # He et al. 2015, for the ReLU that follows; over the outputs, as transformers draws them.
+        scale = math.sqrt(2 / (shape.output * shape.kernel_size**2))
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), kernel) * scale)
+        self.bias = nnx.Param(jnp.zeros(shape.output))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Linear. Height and width are divided by the stride, rounded up."""
+        kernel, bias = self.kernel.astype(x.dtype), self.bias.astype(x.dtype)
+        if self.kernel_size == 1:
+            x = x[:, :: self.stride, :: self.stride]
+            y = x.reshape(-1, x.shape[-1]) @ kernel
+            return y.reshape(*x.shape[:-1], -1) + bias
+        padding = (self.kernel_size // 2,) * 2
+        return bias + jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=(padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
+    """A checkpoint under our names (`pretrained.flatten`), batch normalisation folded in.
+
+    Tensors that the table does not know keep their names, for the strict merge to report.
+
+    Args:
+      weights: state dict of transformers' ResNetModel or ResNetForImageClassification; the
+        classifier is dropped, and the batch counter that only training uses.
+      config: content of the checkpoint's config.json.
+
+    Raises:
+      ValueError: the config is of another model, or asks for what is not implemented.
+    """
+    rest = {
+        name.removeprefix("resnet."): tensor
+        for name, tensor in weights.items()
+        if not name.startswith("classifier.") and not name.endswith(".num_batches_tracked")
+    }
+    renamed = {}
+    for ours, theirs in _names(config):
+        names = [f"{theirs}.convolution.weight"] + [
+            f"{theirs}.normalization.{part}"
+            for part in ("weight", "bias", "running_mean", "running_var")
+        ]
+        if all(name in rest for name in names):
+            kernel, bias = _folded(*(rest.pop(name) for name in names))
+            renamed[f"{ours}.kernel"], renamed[f"{ours}.bias"] = kernel, bias
+    return renamed | rest
+
+
+def _names(config: Mapping) -> Iterator[tuple[str, str]]:
+    """Each convolution's name here and in the checkpoint, which counts blocks by stage."""
+    yield "stem", "embedder.embedder"
+    index = 0
+    for stage, blocks in enumerate(_stages(config)):
+        for layer, shapes in enumerate(blocks):
+            ours, theirs = f"blocks.{index}", f"encoder.stages.{stage}.layers.{layer}"
+            for number in range(len(shapes)):
+                yield f"{ours}.convolutions.{number}", f"{theirs}.layer.{number}"
+            if _shortcut(shapes) is not None:
+                yield f"{ours}.shortcut", f"{theirs}.shortcut"
+            index += 1
+
+
+def _stages(config: Mapping) -> list[list[list[Shape]]]:
+    """The convolutions of each block of each stage, shortcuts left out."""
+    config = _checked(config)
+    features, stages = config["embedding_size"], []
+    for stage, (output, depth) in enumerate(
+        zip(config["hidden_sizes"], config["depths"], strict=True)
+    ):
+        blocks = []
+        for layer in range(depth):
+            halves = layer == 0 and (stage > 0 or config["downsample_in_first_stage"])
+            blocks.append(_block(config, features, output, 2 if halves else 1))
+            features = output
+        stages.append(blocks)
+    return stages
+
+
+def _block(config: Mapping, features: int, output: int, stride: int) -> list[Shape]:
+    if config["layer_type"] == "basic":
+        return [Shape(features, output, 3, stride), Shape(output, output, 3, 1)]
+    hidden = output // REDUCTION
+    first, second = (stride, 1) if config["downsample_in_bottleneck"] else (1, stride)
+    return [
+        Shape(features, hidden, 1, first),
+        Shape(hidden, hidden, 3, second),
+        Shape(hidden, output, 1, 1),
+    ]
+
+
+def _stem(config: Mapping) -> Shape:
+    return Shape(3, _checked(config)["embedding_size"], 7, 2)
+
+
+def _shortcut(shapes: Sequence[Shape]) -> Shape | None:
+    """The projection beside a block's convolutions, or None where the input itself fits."""
+    stride = math.prod(shape.stride for shape in shapes)
+    if stride == 1 and shapes[0].features == shapes[-1].output:
+        return None
+    return Shape(shapes[0].features, shapes[-1].output, 1, stride)
+
+
+def _checked(config: Mapping) -> dict:
+    """The config with its defaults filled in."""
+    config = {"model_type": "resnet", **DEFAULTS, **config}
+    for field, known in (
+        ("model_type", ("resnet",)),
+        ("layer_type", LAYER_TYPES),
+        ("hidden_act", ("relu",)),
+        ("num_channels", (3,)),
+    ):
+        if config[field] not in known:
+            names = ", ".join(map(str, known))
+            raise ValueError(f"{field} in ResNet's config is {config[field]!r}; known: {names}")
+    widths, depths = config["hidden_sizes"], config["depths"]
+    if not depths or len(widths) != len(depths) or min(depths) < 1:
+        raise ValueError(
+            f"ResNet's config has hidden_sizes {widths} and depths {depths}; "
+            "it needs one width and one depth, at least 1, for each stage"
+        )
+    return config
+
+
+def _folded(
+    kernel: np.ndarray, gain: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A convolution [out, in, h, w] without bias and its batch normalisation, as one convolution.
+
+    Returns:
+      The kernel in our layout (1x1 [in, out], else [h, w, in, out]) and the bias.
+    """
+    scale = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPSILON)
+    kernel = np.transpose(kernel, (2, 3, 1, 0)) * scale
+    if kernel.shape[:2] == (1, 1):
+        kernel = kernel[0, 0]
+    return kernel.astype(np.float32), (bias - mean * scale).astype(np.float32)
+
+
+def _rematerialised(block: Block, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    """A block's output; the backward pass computes its inside again."""
+    # Not nnx.remat, which refuses a block from outside of the trace, although nothing changes it.
+    graph, state = nnx.split(block)
+    return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
+
+def _max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """The maximum of 3x3 pixels at every other one."""
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
