@@ -13,6 +13,8 @@ def get_config():
     config = base.get_config()
     config.steps = 150
     config.eval_every = 50
+    # Trains 1.5 times as fast on a CPU that multiplies it natively (AVX512-BF16, AMX).
+    config.head_dtype = "bfloat16"
     config.log_every = 10
     config.data.name = "captions"
     config.data.batch_size = 1024

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xlir.models import heads
+from xlir.models import heads, layers
 
 
 def both(hidden=(24, 20)):
@@ -51,7 +51,7 @@ def test_product_has_the_derivative_of_a_product(dtype, tolerance):
     x = jax.random.normal(jax.random.key(0), (7, 5))
     y = jax.random.normal(jax.random.key(1), (5, 3))
     seed = jax.random.normal(jax.random.key(2), (7, 3))
-    ours, pull = jax.vjp(lambda x, y: heads.product(x, y, dtype), x, y)
+    ours, pull = jax.vjp(lambda x, y: layers.product(x, y, dtype), x, y)
     expected, pull_expected = jax.vjp(jnp.matmul, x, y)
     for a, b in zip((ours, *pull(seed)), (expected, *pull_expected(seed)), strict=True):
         assert a.dtype == jnp.float32
@@ -61,14 +61,14 @@ def test_product_has_the_derivative_of_a_product(dtype, tolerance):
 @pytest.mark.parametrize("dim", [64, 61])
 def test_dropout_keeps_the_mean_and_its_rate(dim):
     x = jnp.ones((4096, dim))
-    dropped = heads.dropout(x, 0.25, jax.random.key(0))
+    dropped = layers.dropout(x, 0.25, jax.random.key(0))
     assert dropped.shape == x.shape
     assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.005)
     assert np.mean(dropped) == pytest.approx(1, abs=0.01)
     # Columns of one random word are independent of each other.
     correlation = np.corrcoef(np.asarray(dropped).T)
     assert np.abs(correlation - np.eye(dim)).max() < 0.1
-    gradient = jax.grad(lambda x: jnp.sum(heads.dropout(x, 0.25, jax.random.key(0))))(x)
+    gradient = jax.grad(lambda x: jnp.sum(layers.dropout(x, 0.25, jax.random.key(0))))(x)
     np.testing.assert_array_equal(gradient, dropped)
 
 

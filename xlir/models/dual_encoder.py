@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from xlir.models import efficientnet, heads, muse
+from xlir.models.layers import Linear
 
 # Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
 MAX_SCALE = 100.0
@@ -119,19 +120,20 @@ def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
     return nnx.All(nnx.Param, nnx.Not(nnx.Any(*frozen)))
 
 
-def compute_dtype(config: ConfigDict) -> DTypeLike:
-    """The dtype that towers and heads compute in."""
-    if config.dtype == "auto":
+def compute_dtype(config: ConfigDict, field: str = "dtype") -> DTypeLike:
+    """The dtype that towers (`dtype`) or heads (`head_dtype`) compute in."""
+    name = config[field]
+    if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"config.dtype is {config.dtype!r}; known: auto, float32, bfloat16")
-    return jnp.dtype(config.dtype)
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"config.{field} is {name!r}; known: auto, float32, bfloat16")
+    return jnp.dtype(name)
 
 
 def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.Module:
     """The head of one side."""
     options, dim = config[side], config.embedding_dim
-    dtype = compute_dtype(config)
+    dtype = compute_dtype(config, "head_dtype")
     if options.head == "none":
         return heads.Identity(features, dim)
     if options.head == "center":
@@ -139,7 +141,7 @@ def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.M
             raise ValueError(f"config.{side}.head is 'center', which needs a frozen tower")
         return heads.Center(features, dim)
     if options.head == "linear":
-        return heads.Linear(features, dim, dtype=dtype, rngs=rngs)
+        return Linear(features, dim, dtype=dtype, rngs=rngs)
     if options.head == "mlp":
         return heads.MLP(
             features, dim, hidden=options.hidden, dropout=options.dropout, dtype=dtype, rngs=rngs
