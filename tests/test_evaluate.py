@@ -1,5 +1,6 @@
 """Retrieval results on embeddings made by hand, and the verb `eval`."""
 
+import dataclasses
 import json
 import os
 
@@ -102,6 +103,41 @@ def test_several_captions_an_image():
     assert english["text_to_image"]["R@1"] == pytest.approx(4 / 5)
     # Image 2 has two captions of its own and one other at the same score, which may come first.
     assert english["image_to_text"]["R@1"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+
+
+def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
+    """It stays among the answers."""
+    images = np.eye(4, dtype=np.float32)
+    data = retrieval_set("en", "de", image_of=range(4))
+    data.image_of["de"] = np.array([0, 1, 3])
+    data.captions["de"] = data.captions["de"][:3]
+    # The third German caption finds the image without one, then its own.
+    german = np.stack([images[0], images[1], images[2] + 0.9 * images[3]])
+    results = evaluate.retrieval(data, {"en": images, "de": german}, images, step=0)
+    german = results["languages"]["de"]
+    assert (german["queries"], results["images"]) == (3, 4)
+    assert german["text_to_image"]["R@1"] == pytest.approx(2 / 3)
+    assert german["image_to_text"]["R@1"] == 1
+    assert results["languages"]["en"]["image_to_text"]["R@1"] == 1
+
+
+def test_folds_are_searched_alone_and_averaged():
+    """Each query finds an image of the other fold first: nothing, searched together."""
+    images = np.eye(6, dtype=np.float32)
+    text = 0.5 * np.repeat(images, 2, axis=0) + np.repeat(np.roll(images, 3, axis=0), 2, axis=0)
+    text[0] += 0.7 * images[1]  # but for one query, which finds another in its own
+    data = dataclasses.replace(
+        retrieval_set("en", image_of=np.repeat(np.arange(6), 2)), folds=("folded", 2)
+    )
+    together = evaluate.retrieval(data, {"en": text}, images, step=3)
+    results = evaluate.folded_retrieval(data, {"en": text}, images, step=3)
+    assert together["languages"]["en"]["text_to_image"]["R@1"] == 0
+    assert results["languages"]["en"]["text_to_image"]["R@1"] == pytest.approx((5 / 6 + 1) / 2)
+    assert results["languages"]["en"]["image_to_text"]["R@5"] == 1
+    assert (results["dataset"], results["step"], results["images"]) == ("folded", 3, 3)
+    assert results["languages"]["en"]["queries"] == 6
+    assert results["zero_shot_macro"] is None
+    assert evaluate.table(results)
 
 
 def test_table_has_a_row_for_each_language(three_languages):

@@ -1,9 +1,14 @@
-"""The command line: help, and errors that a user can mend in one line."""
+"""The command line: help, errors that a user can mend in one line, and COCO from end to end."""
+
+import json
+import shutil
+import zipfile
 
 import pytest
 from absl import flags
+from PIL import Image
 
-from xlir import main
+from xlir import data, main
 
 # Whatever imports JAX after this fails.
 NO_JAX = "import sys; sys.modules['jax'] = None"
@@ -32,15 +37,16 @@ def refusal(process, code):
 def test_help_lists_verbs_examples_and_flags(command):
     process = command("--help", script=NO_JAX)
     assert process.stderr == ""
-    for part in ("  train ", "  eval ", QUICKSTART, "--config:", "--workdir:", "--images:"):
+    for part in ("  train ", "  prepare ", "  eval ", QUICKSTART):
         assert part in process.stdout
-    assert "--test_set:" in process.stdout
+    for flag in main.FLAGS:
+        assert f"--{flag}: " in process.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["bogus"], ["unknown verb 'bogus'", "train, eval"]),
+        (["bogus"], ["unknown verb 'bogus'", "train, prepare, eval"]),
         (["train", "eval", QUICKSTART], ["one verb", "train eval"]),
         ([QUICKSTART, "--batch=3"], ["unknown flag --batch"]),
         ([QUICKSTART, "--config.stepz=3"], ["no field 'stepz'", 'Did you mean "steps"']),
@@ -58,6 +64,10 @@ def test_help_lists_verbs_examples_and_flags(command):
         (["train"], ["train needs --config"]),
         ([QUICKSTART, "--test_set=x"], ["--test_set goes with eval"]),
         ([QUICKSTART, "--images=x"], ["--images goes with eval"]),
+        ([QUICKSTART, "--drop_junk"], ["--drop_junk goes with eval, not with train"]),
+        (["prepare"], ["prepare needs --config"]),
+        (["prepare", QUICKSTART, "--workdir=x"], ["--workdir goes with train and eval"]),
+        (["prepare", QUICKSTART, "--images=x"], ["--images goes with eval, not with prepare"]),
         (["eval"], ["eval needs --workdir"]),
         (["eval", QUICKSTART, "--workdir=x"], ["from --workdir, not from --config"]),
     ],
@@ -99,10 +109,12 @@ def run(monkeypatch, capsys):
     """Runs the command line in this process; returns the exit code and stderr's lines."""
 
     def run(*arguments):
+        # As in a process of its own.
+        data._prepared.cache_clear()
         for name in list(flags.FLAGS):
             if name.startswith("config."):
                 delattr(flags.FLAGS, name)
-        for name in ("config", "workdir", "test_set", "images"):
+        for name in main.FLAGS:
             flags.FLAGS[name].unparse()
         monkeypatch.setattr("sys.argv", ["xlir", *arguments])
         code = main.main()
@@ -142,3 +154,140 @@ def test_eval_with_a_missing_photo(run, workdir, photos, tmp_path):
     assert code == 1
     assert "1 of the 2 photos" in line
     assert "absent.jpg" in line
+
+
+def test_prepare_needs_no_jax_and_says_what_is_there(command, tiny):
+    """And a second time it prepares nothing."""
+    arguments = ["prepare", *tiny[:2]]
+    process = command(*arguments, script=NO_JAX)
+    first, *splits = process.stdout.splitlines()
+    assert first.startswith("shapes: ")
+    assert [line.split()[:3] for line in splits] == [
+        ["train", "38", "photos"],
+        ["val", "6", "photos"],
+        ["test", "16", "photos"],
+    ]
+    again = command(*arguments, script=NO_JAX)
+    assert "preparing" not in again.stderr
+    assert again.stdout == process.stdout
+
+
+def test_missing_coco_is_said_with_sizes_and_commands_before_jax_is_loaded(command, tmp_path):
+    arguments = ["--config=configs/flickr8k.py", "--config.data.name=coco"]
+    arguments += [f"--config.data.dir={tmp_path}", "--config.data.test_set=xtd10"]
+    for verb in ("train", "prepare"):
+        process = command(verb, *arguments, script=NO_JAX, check=False)
+        assert process.returncode == 1
+        assert process.stderr.startswith(f"xlir: {tmp_path}")
+        assert "13.5 GB" in process.stderr
+        assert "wget -c" in process.stderr
+        assert ("git clone" in process.stderr) == (verb == "train")
+        assert "Traceback" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def packed_coco(shared, tmp_path):
+    """The photos as COCO's archives, and the captions as Karpathy's."""
+    folder = tmp_path / "coco"
+    folder.mkdir()
+    source = shared / "coco_mini"
+    for place in ("train2014", "val2014"):
+        with zipfile.ZipFile(folder / f"{place}.zip", "w") as archive:
+            for file in sorted((source / place).iterdir()):
+                archive.write(file, f"{place}/{file.name}")
+    with zipfile.ZipFile(folder / "caption_datasets.zip", "w") as archive:
+        archive.write(source / "dataset_coco.json", "dataset_coco.json")
+        archive.writestr("dataset_flickr8k.json", "{}")
+    return folder
+
+
+def coco_flags(folder, tiny):
+    more = {"dir": folder, "name": "coco", "train": "train", "test_set": "split:test"}
+    return [*tiny, *(f"--config.data.{field}={value}" for field, value in more.items())]
+
+
+KILL = """
+import os, signal
+from xlir import checkpoint
+save = checkpoint.Checkpoints.save
+def save_and_die(self, step, items, score):
+    save(self, step, items, score)
+    self._manager.wait_until_finished()
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.Checkpoints.save = save_and_die
+"""
+
+
+def test_coco_from_its_archives_trains_resumes_and_is_evaluated(
+    command, tiny, packed_coco, tmp_path
+):
+    arguments = [*coco_flags(packed_coco, tiny), f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.steps=20"]
+    killed = command(*arguments, script=KILL, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert "training on 257 photos" in killed.stderr
+    assert "removed 0 photos of XTD10 (0 of train2014, 0 of val2014)" in killed.stderr
+    resumed = command(*arguments)
+    assert "resuming from step 10" in resumed.stderr
+    assert "preparing" not in resumed.stderr
+    (file,) = (tmp_path / "run" / "results").glob("coco-test-*.json")
+    results = json.loads(file.read_text())
+    assert results["images"] == 110
+    assert results["languages"]["en"]["queries"] >= 550
+
+
+def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
+    run, packed_coco, cache, tmp_path, caplog
+):
+    arguments = ["prepare", "--config=configs/flickr8k.py", "--config.data.name=coco"]
+    arguments += [f"--config.data.dir={packed_coco}"]
+    assert run(*arguments)[0] == 0
+    prepared = {file: file.stat().st_mtime_ns for file in cache.rglob("*.array_record*")}
+
+    whole = (packed_coco / "val2014.zip").read_bytes()
+    (packed_coco / "val2014.zip").write_bytes(whole[: len(whole) // 2])
+    code, (line,) = run(*arguments)
+    assert code == 1
+    assert f"val2014.zip ({len(whole) // 2:,} of 6,645,013,297 bytes) is a partial" in line
+    (packed_coco / "val2014.zip").write_bytes(whole)
+
+    annotations = tmp_path / "dataset_coco.json"
+    annotations.write_text('{"images": [{"filename": "a.jpg"}]}')
+    code, (line,) = run(*arguments, f"--config.data.annotations={annotations}")
+    assert code == 1
+    assert f"{annotations}: image 0 lacks 'sentences'" in line
+
+    with zipfile.ZipFile(packed_coco / "caption_datasets.zip") as archive:
+        content = json.loads(archive.read("dataset_coco.json"))
+    content["images"][0]["filename"] = "COCO_train2014_absent.jpg"
+    annotations.write_text(json.dumps(content))
+    caplog.clear()
+    assert run(*arguments, f"--config.data.annotations={annotations}")[0] == 0
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "dataset_coco.json: photos missing, skipped: 1 (COCO_train2014_absent.jpg)"
+    assert (
+        prepared.items()
+        <= {file: file.stat().st_mtime_ns for file in cache.rglob("*.array_record*")}.items()
+    )
+
+
+def test_xtd10_in_eleven_languages_in_one_command(command, workdir, shared, tmp_path):
+    """Stand-in photos under XTD10's names."""
+    names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
+    for number, name in enumerate(names):
+        colour = (number % 10 * 25, number // 10 % 10 * 25, number // 100 * 25)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    arguments = ["eval", f"--workdir={run}", f"--test_set={shared / 'xtd10'}"]
+    arguments += [f"--images={tmp_path}"]
+    process = command(*arguments, "--drop_junk")
+    assert "6 captions in 'de' are junk, dropped" in process.stderr
+    (file,) = (run / "results").glob("xtd10-without-junk-*.json")
+    languages = json.loads(file.read_text())["languages"]
+    assert list(languages) == ["en", "de", "es", "fr", "it", "ja", "ko", "pl", "ru", "tr", "zh"]
+    for language, result in languages.items():
+        assert result["queries"] == (994 if language == "de" else 1000)
+        for direction in ("text_to_image", "image_to_text"):
+            assert 0 <= result[direction]["R@1"] <= result[direction]["R@10"] <= 1

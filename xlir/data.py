@@ -1,18 +1,25 @@
 """Configuration -> training photos, and validation and test sets."""
 
+import collections
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from input_pipeline import datasets
 from input_pipeline.cache import cache_folder, fingerprint
 
 log = logging.getLogger(__name__)
+
+NAMES = ("emoji", "captions", "coco", "coco_captions")
+# Karpathy's test split of COCO: photos, folds of the 1K protocol, captions a photo that count.
+COCO_TEST, COCO_FOLDS, COCO_CAPTIONS = 5000, 5, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +32,8 @@ class RetrievalSet:
       captions: language -> captions.
       image_of: language -> for each caption the row of its image.
       fingerprint: identifies the images' content, for the feature cache.
+      folds: (name, number) where results are also the mean over so many equal parts, taken in
+        order, each searched alone; filed under that name.
     """
 
     name: str
@@ -32,6 +41,7 @@ class RetrievalSet:
     captions: dict[str, list[str]]
     image_of: dict[str, np.ndarray]
     fingerprint: str
+    folds: tuple[str, int] | None = None
 
 
 def feature_cache() -> pathlib.Path:
@@ -39,21 +49,76 @@ def feature_cache() -> pathlib.Path:
     return cache_folder() / "features"
 
 
+def check(config: ConfigDict) -> None:
+    """Looks whether COCO and XTD10 are at hand where a configuration asks for them; takes no time.
+
+    Raises:
+      FileNotFoundError: they are not; the message says what is missing, how large it is and the
+        commands that get it.
+      ValueError: what is there can't be used.
+    """
+    lacking = []
+    if config.data.name == "coco" and (missing := datasets.coco.missing(config.data.dir)):
+        lacking.append(missing)
+    if config.data.name == "coco_captions":
+        _builder(config)
+    if "xtd10" in _names(config.data.test_set):
+        try:
+            datasets.read_xtd10(_xtd10_folder(config))
+        except FileNotFoundError as error:
+            lacking.append(str(error))
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+
+
+def prepare(config: ConfigDict) -> str:
+    """Prepares the data set where it is not prepared yet.
+
+    Returns:
+      Where it is, and how many photos and captions each split holds.
+
+    Raises:
+      ValueError, FileNotFoundError: as `training_photos`.
+    """
+    builder = _builder(config)
+    lines = [f"{_set_name(builder)}: {builder.data_path}"]
+    for split in builder.info.splits:
+        photos = datasets.CaptionedImages(builder, split)
+        xtd10 = sum(map(bool, map(datasets.xtd10.origin, photos.filenames)))
+        lines.append(
+            f"  {split:<10}{len(photos):>9,} photos{sum(map(len, photos.captions)):>11,} captions"
+            + (f"  ({xtd10:,} photos of XTD10, which are never trained on)" if xtd10 else "")
+        )
+    return "\n".join(lines)
+
+
 def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
-    """The training photos, less those of the test set.
+    """The training photos, less those of the test sets and, always, those of XTD10.
 
     Raises:
       ValueError: the data set or a split is unknown, or a test photo would be trained on.
-      FileNotFoundError: the data set is not where the configuration says.
+      FileNotFoundError: the data set, or a test set, is not where the configuration says.
     """
     builder = _builder(config)
-    test_photos = _test_names(config)
-    photos = datasets.CaptionedImages(builder, config.data.train, exclude=test_photos)
+    # What is evaluated on at the end is looked for now, not after hours of training.
+    test_sets(config)
+    names = _test_names(config)
+
+    def is_test_photo(filename: str) -> bool:
+        return filename in names or datasets.xtd10.origin(filename) is not None
+
+    photos = datasets.CaptionedImages(builder, config.data.train, exclude=is_test_photo)
     log.info(
         "training on %d photos with %d captions; %d photos of the test set removed",
-        *(len(photos), sum(map(len, photos.captions)), photos.excluded),
+        *(len(photos), sum(map(len, photos.captions)), len(photos.excluded)),
     )
-    if test_photos & set(photos.filenames):
+    origins = collections.Counter(map(datasets.xtd10.origin, photos.excluded))
+    if _set_name(builder) == "coco" or set(origins) - {None}:
+        log.info(
+            "removed %d photos of XTD10 (%d of train2014, %d of val2014)",
+            *(origins["train2014"] + origins["val2014"], origins["train2014"], origins["val2014"]),
+        )
+    if any(map(is_test_photo, photos.filenames)):
         raise ValueError("photos of the test set are left in the training split")
     return photos
 
@@ -63,41 +128,102 @@ def validation_set(config: ConfigDict) -> RetrievalSet:
     return _split(config, config.data.validation)
 
 
-def test_set(config: ConfigDict, folder: str = "", images: str = "") -> RetrievalSet:
-    """A test set.
+def test_sets(
+    config: ConfigDict, names: str = "", images: str = "", *, drop_junk: bool = False
+) -> list[RetrievalSet]:
+    """The test sets of a run, or others.
 
     Args:
       config: the run's configuration.
-      folder: a folder in XTD10's layout; default: the run's own test set.
-      images: the folder that holds its photos, at any depth; default: `data.dir`.
+      names: one, or several joined with commas, of: "xtd10"; "split:NAME", a split of the run's
+        data set in English; a folder in XTD10's layout. Default: the run's own, `data.test_set`.
+      images: the folder that holds their photos, at any depth; default: `data.test_images`; else
+        for XTD10 the run's data set, for another `data.dir`.
+      drop_junk: leave out XTD10's German captions that translate nothing; also `data.drop_junk`.
 
     Raises:
-      FileNotFoundError: the folder, one of its files, or a photo is missing.
+      FileNotFoundError: a folder, one of its files, or a photo is missing.
       ValueError: the folder's files do not fit together.
     """
-    folder = folder or _test_folder(config)
-    if not folder:
-        return _split(config, "test")
-    photos = images or config.data.dir
-    if not photos:
-        raise FileNotFoundError("name the folder of the test set's photos with --images=DIR")
-    chosen = datasets.read_test_set(folder)
-    files = datasets.find_photos(chosen, photos)
+    chosen = names or config.data.test_set
+    images = images or config.data.get("test_images", "")
+    drop_junk = drop_junk or config.data.get("drop_junk", False)
+    base = "" if names else config.data.dir
+    return [_test_set(config, name, base, images, drop_junk) for name in _names(chosen)]
+
+
+def test_set(config: ConfigDict, folder: str = "", images: str = "") -> RetrievalSet:
+    """The first of `test_sets`."""
+    return test_sets(config, folder, images)[0]
+
+
+def _test_set(
+    config: ConfigDict, name: str, base: str, images: str, drop_junk: bool
+) -> RetrievalSet:
+    """One test set; a folder is relative to `base`."""
+    if name.startswith("split:") or not name:
+        return _split(config, name.removeprefix("split:") or "test")
+    folder = _xtd10_folder(config) if name == "xtd10" else pathlib.Path(base) / name
+    if name != "xtd10" and not datasets.is_xtd10(folder):
+        chosen = datasets.read_test_set(folder)
+        images = images or config.data.dir
+        if not images:
+            raise FileNotFoundError("name the folder of the test set's photos with --images=DIR")
+    else:
+        chosen = datasets.read_xtd10(folder, drop_junk=drop_junk)
+        for language, lines in datasets.xtd10.JUNK.items():
+            what = "dropped" if drop_junk else "kept (config.data.drop_junk, --drop_junk)"
+            log.info("xtd10: %d captions in %r are junk, %s", len(lines), language, what)
+    if not images:
+        photos = _prepared_photos(config, chosen)
+        return _line_aligned(chosen, photos, photos.fingerprint)
+    files = datasets.find_photos(chosen, images)
     identity = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files
     ]
     return _line_aligned(chosen, files, fingerprint(identity))
 
 
-def _builder(config: ConfigDict) -> datasets.Builder:
-    """The prepared data set."""
-    if config.data.name == "emoji":
+def _prepared_photos(config: ConfigDict, chosen: datasets.TestSet) -> datasets.CaptionedImages:
+    """A test set's photos, by name, from all splits of the run's data set."""
+    builder = _builder(config)
+    photos = datasets.CaptionedImages(builder, "+".join(builder.info.splits))
+    missing = sorted(set(chosen.filenames) - set(photos.filenames))
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(chosen.filenames)} photos of {chosen.name} are not in the "
+            f"prepared {_set_name(builder)} ({', '.join(missing[:3])}, ...): name a folder that "
+            "holds them, at any depth, with --images=DIR (to train: --config.data.test_images=DIR)"
+        )
+    return photos.select(chosen.filenames)
+
+
+def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
+    """The prepared data set; looked for once in a process, COCO's JSON takes seconds to read."""
+    name, folder = config.data.name, config.data.dir
+    if name not in NAMES:
+        raise ValueError(f"config.data.name is {name!r}; known: {', '.join(NAMES)}")
+    if name == "coco" and (missing := datasets.coco.missing(folder)):
+        raise FileNotFoundError(missing)
+    if name != "emoji" and not folder:
+        raise ValueError("name the data set's folder with --config.data.dir=PATH")
+    return _prepared(name, folder, config.data.annotations, cache_folder())
+
+
+@functools.cache
+def _prepared(
+    name: str, folder: str, annotations: str, cache: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+    if name == "emoji":
         return datasets.emoji.prepare()
-    if config.data.name == "captions":
-        if not config.data.dir:
-            raise ValueError("name the data set's folder with --config.data.dir=PATH")
-        return datasets.captions.prepare(config.data.dir, config.data.annotations)
-    raise ValueError(f"config.data.name is {config.data.name!r}; known: emoji, captions")
+    if name == "coco_captions":
+        return datasets.coco.open_tfds(folder)
+    return datasets.captions.prepare(folder, annotations)
+
+
+def _set_name(builder: tfds.core.DatasetBuilder) -> str:
+    """COCO is filed under one name, whoever prepared it."""
+    return "coco" if builder.name == "coco_captions" else builder.name
 
 
 def _split(config: ConfigDict, name: str) -> RetrievalSet:
@@ -106,12 +232,19 @@ def _split(config: ConfigDict, name: str) -> RetrievalSet:
     photos = datasets.CaptionedImages(builder, name)
     if config.data.name == "emoji":
         return _line_aligned(datasets.emoji.multilingual(name), photos, photos.fingerprint)
+    set_name, captions, folds = f"{_set_name(builder)}-{name}", photos.captions, None
+    # As published: 5 captions a photo, all photos at once (5K) and the mean of 5 folds (1K).
+    # Folds are in the order of the file; TFDS has shuffled it.
+    if set_name == "coco-test" and len(photos) == COCO_TEST:
+        captions = [texts[:COCO_CAPTIONS] for texts in captions]
+        set_name, folds = "coco-test-5k", ("coco-test-1k", COCO_FOLDS)
     return RetrievalSet(
-        name=f"{builder.name}-{name}",
+        name=set_name,
         images=photos,
-        captions={"en": [caption for captions in photos.captions for caption in captions]},
-        image_of={"en": np.repeat(np.arange(len(photos)), [len(c) for c in photos.captions])},
+        captions={"en": [caption for texts in captions for caption in texts]},
+        image_of={"en": np.repeat(np.arange(len(photos)), [len(texts) for texts in captions])},
         fingerprint=photos.fingerprint,
+        folds=folds,
     )
 
 
@@ -119,24 +252,32 @@ def _line_aligned(
     test_set: datasets.TestSet, images: Sequence[bytes | os.PathLike], fingerprint: str
 ) -> RetrievalSet:
     """One caption a photo and language, in the order of the photos."""
-    rows = np.arange(len(images))
     return RetrievalSet(
         name=test_set.name,
         images=images,
         captions=test_set.captions,
-        image_of={language: rows for language in test_set.captions},
+        image_of={language: test_set.rows(language) for language in test_set.captions},
         fingerprint=fingerprint,
     )
 
 
-def _test_folder(config: ConfigDict) -> pathlib.Path | None:
-    """The folder of the configured test set; `data.test_set` is relative to `data.dir`."""
-    if not config.data.test_set:
-        return None
-    return pathlib.Path(config.data.dir) / config.data.test_set
+def _names(test_sets: str) -> list[str]:
+    """Test sets that are joined with commas; a folder may have one in its name."""
+    return [test_sets] if os.path.isdir(test_sets) else test_sets.split(",")
+
+
+def _xtd10_folder(config: ConfigDict) -> pathlib.Path:
+    """Where XTD10's captions are: `data.xtd10`, else xtd10 in `data.dir`."""
+    given = config.data.get("xtd10", "")
+    return pathlib.Path(given or pathlib.Path(config.data.dir or "PATH") / "xtd10")
 
 
 def _test_names(config: ConfigDict) -> set[str]:
-    """The names of photos that must not be trained on."""
-    folder = _test_folder(config)
-    return set(datasets.read_test_set(folder).filenames) if folder else set()
+    """The names of photos of the run's test sets, other than XTD10 and splits."""
+    names: set[str] = set()
+    for name in _names(config.data.test_set):
+        if name and name != "xtd10" and not name.startswith("split:"):
+            folder = pathlib.Path(config.data.dir) / name
+            if not datasets.is_xtd10(folder):
+                names |= set(datasets.read_test_set(folder).filenames)
+    return names

@@ -5,11 +5,14 @@
 Verbs:
   train   train and evaluate what --config describes; resumes where --workdir holds a checkpoint
           (the default verb)
-  eval    evaluate the best checkpoint of --workdir on its own test set or on --test_set
+  prepare prepare the data set that --config describes, which train would do too, and say where
+          it is and what it holds
+  eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set
 
 Examples:
   python -m xlir.main --config=configs/quickstart.py
   python -m xlir.main --config=configs/flickr8k.py --config.data.dir=PATH --workdir=runs/flickr8k
+  python -m xlir.main prepare --config=configs/flickr8k.py --config.data.dir=PATH
   python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
       --images=PATH/images
 
@@ -25,7 +28,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-VERBS = ("train", "eval")
+VERBS = ("train", "prepare", "eval")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT."
@@ -34,11 +37,20 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run. train: runs/<name of the config> where it is not given."
 )
 _TEST_SET = flags.DEFINE_string(
-    "test_set", "", "eval: folder of a multilingual test set in XTD10's layout."
+    "test_set",
+    "",
+    "eval: folder of a multilingual test set in XTD10's layout, or 'xtd10', or 'split:NAME' of the "
+    "run's data set; several are joined with commas.",
 )
 _IMAGES = flags.DEFINE_string(
-    "images", "", "eval: folder of the test set's photos; default: the run's data.dir."
+    "images",
+    "",
+    "eval: folder of the test set's photos; default: the run's data.dir, for XTD10 its data set.",
 )
+_DROP_JUNK = flags.DEFINE_bool(
+    "drop_junk", False, "eval: leave out XTD10's six German captions that translate nothing."
+)
+FLAGS = ("config", "workdir", "test_set", "images", "drop_junk")
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +72,8 @@ def main() -> int:
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         elif verb == "train":
             _train()
+        elif verb == "prepare":
+            _prepare()
         else:
             _evaluate()
     except UsageError as error:
@@ -78,13 +92,31 @@ def main() -> int:
 def _train() -> None:
     if _CONFIG.value is None:
         raise UsageError("train needs --config")
-    for flag in (_TEST_SET, _IMAGES):
-        if flag.value:
-            raise UsageError(f"--{flag.name} goes with eval, not with train")
+    _refuse("train", _TEST_SET, _IMAGES, _DROP_JUNK)
     # JAX takes seconds to import: after what can be refused without it.
+    from xlir import data
+
+    data.check(_CONFIG.value)
     from xlir import train
 
     train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
+
+
+def _prepare() -> None:
+    if _CONFIG.value is None:
+        raise UsageError("prepare needs --config")
+    _refuse("prepare", _WORKDIR, _TEST_SET, _IMAGES, _DROP_JUNK)
+    from xlir import data
+
+    print(data.prepare(_CONFIG.value))
+
+
+def _refuse(verb: str, *others: flags.FlagHolder) -> None:
+    """Refuses flags that a verb does not know."""
+    for flag in others:
+        if flag.value:
+            owner = "train and eval" if flag.name == "workdir" else "eval"
+            raise UsageError(f"--{flag.name} goes with {owner}, not with {verb}")
 
 
 def _evaluate() -> None:
@@ -97,8 +129,10 @@ def _evaluate() -> None:
 
     workdir = pathlib.Path(_WORKDIR.value)
     encoder = Encoder.load(workdir)
-    test_set = data.test_set(encoder.config, _TEST_SET.value, _IMAGES.value)
-    evaluate.report(encoder, test_set, workdir, data.feature_cache())
+    for test_set in data.test_sets(
+        encoder.config, _TEST_SET.value, _IMAGES.value, drop_junk=_DROP_JUNK.value
+    ):
+        evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
 def _parse(arguments: list[str]) -> str:
@@ -140,8 +174,7 @@ def _default_workdir() -> str:
 
 def _flag_help() -> str:
     return "\n".join(
-        f"  --{flag.name}: {flag.help}"
-        for flag in (flags.FLAGS[name] for name in ("config", "workdir", "test_set", "images"))
+        f"  --{flag.name}: {flag.help}" for flag in (flags.FLAGS[name] for name in FLAGS)
     )
 
 

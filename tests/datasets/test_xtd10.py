@@ -1,8 +1,10 @@
 """Reading multilingual test sets, as published and as people's editors leave them."""
 
+import shutil
+
 import pytest
 
-from input_pipeline.datasets import find_photos, read_test_set
+from input_pipeline.datasets import find_photos, is_xtd10, read_test_set, read_xtd10, xtd10
 
 
 @pytest.fixture
@@ -189,3 +191,89 @@ def test_flickr8k_multilingual(shared):
     assert {len(part) for part in (test_set.filenames, *test_set.captions.values())} == {899}
     photos = find_photos(test_set, shared / "flickr8k")
     assert [photo.name for photo in photos] == test_set.filenames
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A machine on which the licence was not shown yet."""
+    monkeypatch.setenv("XLIR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def clone(shared, tmp_path):
+    """XTD10 as a clone of its repository: it has the English file in two folders."""
+    folder = tmp_path / "clone"
+    shutil.copytree(shared / "xtd10", folder, copy_function=shutil.copyfile)
+    # The source may be read-only.
+    for place in [folder, *folder.rglob("*")]:
+        place.chmod(0o755)
+    shutil.copyfile(folder / "XTD10/test_1kcaptions_en.txt", folder / "MIC/test_1kcaptions_en.txt")
+    return folder
+
+
+def test_xtd10_is_checked_and_has_eleven_languages(clone, shared, cache):
+    test_set = read_xtd10(clone)
+    assert test_set.name == "xtd10"
+    assert test_set == read_test_set(shared / "xtd10")
+    assert is_xtd10(clone)
+    assert all(
+        test_set.rows(language).tolist() == list(range(1000)) for language in test_set.captions
+    )
+
+
+def test_junk_lines_are_dropped_in_german_only(clone, cache):
+    whole, clean = read_xtd10(clone), read_xtd10(clone, drop_junk=True)
+    assert clean.name == "xtd10-without-junk"
+    assert {code: len(texts) for code, texts in clean.captions.items()} == {
+        code: 994 if code == "de" else 1000 for code in whole.captions
+    }
+    rows = clean.rows("de").tolist()
+    assert [whole.captions["de"][row] for row in rows] == clean.captions["de"]
+    dropped = [whole.captions["de"][row] for row in range(1000) if row not in rows]
+    untranslated = "Could not translate"
+    assert dropped == [untranslated, untranslated, "?", untranslated, "?", "dfgdfg"]
+
+
+@pytest.mark.parametrize("name", ["XTD10/test_1kcaptions_ko.txt", "XTD10/test_image_names.txt"])
+def test_an_altered_file_is_named_with_the_command_that_gets_it(clone, cache, name):
+    file = clone / name
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=f"{file.name}; get XTD10 anew with git clone") as error:
+        read_xtd10(clone)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_or_folder_is_named_with_the_command_that_gets_it(clone, cache, tmp_path):
+    (clone / "STAIR" / "test_1kcaptions_jp.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks test_1kcaptions_jp\.txt; .* git clone"):
+        read_xtd10(clone)
+    with pytest.raises(FileNotFoundError, match=r"no captions of XTD10 in .*nowhere.* git clone"):
+        read_xtd10(tmp_path / "nowhere")
+
+
+def test_the_licence_is_shown_once(clone, cache, caplog):
+    for _ in range(2):
+        read_xtd10(clone)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "noncommercial research only" in message
+    assert str(clone / "LICENSE.md") in message
+
+
+def test_the_names_kept_in_the_package_are_xtd10s(shared):
+    names = read_test_set(shared / "xtd10").filenames
+    ids = xtd10._test_photos()
+    assert [f"COCO_{origin}_{number:012d}.jpg" for number, origin in ids.items()] == names
+
+
+def test_a_photo_is_known_in_any_folder_and_by_coco_2017s_name():
+    origins = {
+        "COCO_train2014_000000061844.jpg": "train2014",
+        "train2014/COCO_train2014_000000061844.jpg": "train2014",
+        "000000061844.jpg": "train2014",
+        "COCO_val2014_000000129945.jpg": "val2014",
+        "COCO_train2014_000000000009.jpg": None,
+        "000000061844.png": None,
+        "61844.jpg": None,
+        "": None,
+    }
+    assert {name: xtd10.origin(name) for name in origins} == origins

@@ -1,0 +1,164 @@
+"""Where photos lie: in folders, or in zip archives as they were downloaded, read without unpacking.
+
+An archive whose download is unfinished is refused before any work: it lacks the table of contents
+that a zip has at its end, or some of its photos (a download in pieces may have its end already).
+Every photo is checked against its CRC-32 when it is read.
+"""
+
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+LOCAL_HEADER = b"PK\x03\x04"
+# Of the archives as published at images.cocodataset.org, in bytes.
+PUBLISHED = {"train2014.zip": 13_510_573_713, "val2014.zip": 6_645_013_297}
+# What programs that download leave beside a file that is not whole.
+LEFT_BESIDE = (".aria2", ".part", ".crdownload", ".st")
+
+
+class FileInFolder(NamedTuple):
+    """A file of its own."""
+
+    path: pathlib.Path
+    # Identifies its content: relative path, size, time of change.
+    identity: tuple
+
+    def read(self) -> bytes:
+        """The file's bytes."""
+        return self.path.read_bytes()
+
+
+class FileInZip(NamedTuple):
+    """A member of an archive."""
+
+    archive: zipfile.ZipFile
+    member: zipfile.ZipInfo
+    # Identifies its content: name in the archive, size, CRC.
+    identity: tuple
+
+    def read(self) -> bytes:
+        """The member's bytes, checked; several threads may read.
+
+        Raises:
+          ValueError: they are not what was packed.
+        """
+        try:
+            return self.archive.read(self.member)
+        # The last two: an unknown compression, or a password.
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            zlib.error,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            raise partial(self.archive.filename, f"{self.member.filename}: {error}") from error
+
+
+class PhotoFiles:
+    """Finds photos in a folder, in its `images`, and in the zip archives of both.
+
+    Each folder is listed once, not asked for each of 100,000 photos, and archives are opened only
+    where a photo lies in no folder.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._listings: dict[pathlib.Path, set[str]] = {}
+        self._archives: list[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] | None = None
+
+    def find(self, filename: str, filepath: str) -> FileInFolder | FileInZip | None:
+        """The file of a photo, or None.
+
+        Args:
+          filename: its name; may hold a subfolder.
+          filepath: COCO's folder, train2014 or val2014; may be empty.
+
+        Raises:
+          ValueError: an archive is not whole.
+        """
+        places = [filepath, f"images/{filepath}", "images", ""]
+        names = [str(pathlib.PurePosixPath(place) / filename) for place in places]
+        for name in names:
+            path = self._folder / name
+            # A dangling link, as git-annex leaves them, is listed too: that photo is missing.
+            if path.name in self._listing(path.parent) and path.is_file():
+                # The time, or another photo of the same size would be taken for the old one. A
+                # copy that does not keep times is prepared anew: minutes, against stale photos.
+                status = path.stat()
+                return FileInFolder(path, (name, status.st_size, status.st_mtime_ns))
+        for archive, members in self._open_archives():
+            for name in names:
+                if name in members:
+                    member = members[name]
+                    identity = (member.filename, member.file_size, member.CRC)
+                    return FileInZip(archive, member, identity)
+        return None
+
+    def _listing(self, place: pathlib.Path) -> set[str]:
+        if place not in self._listings:
+            self._listings[place] = set(os.listdir(place)) if place.is_dir() else set()
+        return self._listings[place]
+
+    def _open_archives(self) -> list[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+        if self._archives is None:
+            files = [*self._folder.glob("*.zip"), *(self._folder / "images").glob("*.zip")]
+            opened = [open_archive(file) for file in sorted(files)]
+            self._archives = [
+                (archive, {member.filename: member for member in archive.infolist()})
+                for archive in opened
+            ]
+        return self._archives
+
+
+def open_archive(file: pathlib.Path) -> zipfile.ZipFile:
+    """An archive whose table of contents is there.
+
+    Raises:
+      ValueError: it is a part of a download.
+    """
+    for ending in LEFT_BESIDE:
+        if file.with_name(file.name + ending).exists():
+            raise partial(file, f"{file.name}{ending} lies beside it")
+    try:
+        return zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise partial(file, "it lacks the end of a zip archive") from error
+
+
+def check(files: Iterable[FileInFolder | FileInZip]) -> None:
+    """Looks for the start of each member: a download in pieces leaves holes.
+
+    Raises:
+      ValueError: an archive is not whole.
+    """
+    starts: dict[str, list[tuple[int, str]]] = {}
+    for file in files:
+        if isinstance(file, FileInZip):
+            member = file.member
+            starts.setdefault(file.archive.filename, []).append(
+                (member.header_offset, member.filename)
+            )
+    for name, members in starts.items():
+        with open(name, "rb") as archive:
+            bar = tqdm(sorted(members), desc=f"checking {os.path.basename(name)}", unit="")
+            for offset, member in bar:
+                archive.seek(offset)
+                if archive.read(len(LOCAL_HEADER)) != LOCAL_HEADER:
+                    bar.close()
+                    raise partial(name, f"{member} is not in it")
+
+
+def partial(file: str | os.PathLike, fault: str) -> ValueError:
+    """The error of an archive that is not whole."""
+    file = pathlib.Path(file)
+    whole = f" of {PUBLISHED[file.name]:,}" if file.name in PUBLISHED else ""
+    return ValueError(
+        f"{file} ({file.stat().st_size:,}{whole} bytes) is a partial download or damaged: {fault}; "
+        "download it again (wget -c goes on where it stopped) or move it away"
+    )

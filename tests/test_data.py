@@ -1,0 +1,211 @@
+"""Configuration -> photos to train on and sets to test on; XTD10's photos never train."""
+
+import io
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from input_pipeline.datasets import xtd10
+from tests.datasets.test_coco import CocoCaptions
+from xlir import data
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("XLIR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def jpeg(seed: int = 0) -> bytes:
+    colour = tuple(np.random.default_rng(seed).integers(0, 256, 3).tolist())
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def config_of(folder, name="coco", **fields):
+    config = base.get_config()
+    config.data.name = name
+    config.data.dir = str(folder)
+    for field, value in fields.items():
+        config.data[field] = value
+    return config
+
+
+def xtd10_names() -> list[str]:
+    return [f"COCO_{place}_{number:012d}.jpg" for number, place in xtd10._test_photos().items()]
+
+
+def coco_entries() -> list[dict]:
+    """XTD10's 1,000 photos in Karpathy's train and restval, and 12 others over all splits."""
+    names = xtd10_names()
+    splits = ["train"] * 800 + ["restval"] * 200
+    for number in range(12):
+        split = ("train", "restval", "val", "test")[number % 4]
+        names.append(f"COCO_{'train' if split == 'train' else 'val'}2014_{number:012d}.jpg")
+        splits.append(split)
+    return [
+        {
+            "filename": name,
+            "filepath": name.split("_")[1],
+            "cocoid": int(name[-16:-4]),
+            "split": split,
+            "sentences": [{"raw": f"a caption, {name}"}, {"raw": "another"}],
+        }
+        for name, split in zip(names, splits, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("coco")
+    for entry in coco_entries():
+        (folder / entry["filepath"]).mkdir(exist_ok=True)
+        (folder / entry["filepath"] / entry["filename"]).write_bytes(jpeg(entry["cocoid"]))
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": coco_entries()}))
+    return folder
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("name", ["coco", "captions"])
+@pytest.mark.parametrize(
+    ("train", "left", "removed"),
+    [
+        ("train", 3, "removed 800 photos of XTD10 (800 of train2014, 0 of val2014)"),
+        ("train+restval", 6, "removed 1000 photos of XTD10 (800 of train2014, 200 of val2014)"),
+        ("val", 3, "removed 0 photos of XTD10 (0 of train2014, 0 of val2014)"),
+    ],
+)
+def test_no_photo_of_xtd10_is_trained_on(coco_folder, log, name, train, left, removed):
+    """XTD10's captions are not at hand here."""
+    photos = data.training_photos(config_of(coco_folder, name, train=train))
+    assert len(photos) == left
+    assert not set(photos.filenames) & set(xtd10_names())
+    assert removed in log()
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = CocoCaptions(config="2014", data_dir=folder, file_format="array_record")
+    builder.entries, builder.jpeg = coco_entries, jpeg
+    builder.download_and_prepare()
+    return folder
+
+
+def test_no_photo_of_xtd10_is_trained_on_from_tfds(tfds_folder, log):
+    config = config_of(tfds_folder, "coco_captions", train="train+restval")
+    photos = data.training_photos(config)
+    assert len(photos) == 6
+    assert not set(photos.filenames) & set(xtd10_names())
+    assert "removed 1000 photos of XTD10 (800 of train2014, 200 of val2014)" in log()
+    assert data.validation_set(config).name == "coco-val"
+    assert data.test_sets(config)[0].name == "coco-test"
+
+
+def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, log):
+    """Photos are found by name, whoever prepared COCO."""
+    fields = {"xtd10": str(shared / "xtd10"), "test_set": "xtd10,split:test"}
+    for config in (
+        config_of(coco_folder, **fields),
+        config_of(tfds_folder, "coco_captions", **fields),
+    ):
+        multilingual, english = data.test_sets(config)
+        assert (multilingual.name, english.name) == ("xtd10", "coco-test")
+        assert len(multilingual.captions) == 11
+        assert len(multilingual.images) == 1000
+        for row in (0, 799, 800, 999):
+            assert multilingual.images[row] == jpeg(int(xtd10_names()[row][-16:-4]))
+        assert english.captions["en"][1::2] == ["another"] * 3
+        assert (
+            "xtd10: 6 captions in 'de' are junk, kept (config.data.drop_junk, --drop_junk)" in log()
+        )
+        data.check(config)
+        data.training_photos(config)
+
+
+def test_xtd10_without_junk(coco_folder, shared, log):
+    config = config_of(coco_folder, test_set="xtd10", xtd10=str(shared / "xtd10"), drop_junk=True)
+    (test_set,) = data.test_sets(config)
+    assert test_set.name == "xtd10-without-junk"
+    assert len(test_set.captions["de"]) == len(test_set.image_of["de"]) == 994
+    assert 147 not in test_set.image_of["de"]
+    assert len(test_set.images) == len(test_set.captions["fr"]) == 1000
+    assert "xtd10: 6 captions in 'de' are junk, dropped" in log()
+
+
+def test_xtd10s_photos_from_a_folder(coco_folder, photos, shared):
+    """The run's own data set has none of them."""
+    config = config_of(photos, "captions", test_set=str(shared / "xtd10"))
+    with pytest.raises(FileNotFoundError, match=r"1000 of the 1000 photos of xtd10.*--images=DIR"):
+        data.test_sets(config)
+    with pytest.raises(FileNotFoundError, match=r"prepared shapes .*config\.data\.test_images"):
+        data.training_photos(config)
+    config.data.test_images = str(coco_folder)
+    (test_set,) = data.test_sets(config)
+    assert [file.name for file in test_set.images] == xtd10_names()
+
+
+def test_what_is_missing_is_said_before_anything_starts(tmp_path):
+    config = config_of(tmp_path / "coco", test_set="xtd10")
+    with pytest.raises(FileNotFoundError) as error:
+        data.check(config)
+    for part in ("train2014.zip", "13.5 GB", "wget -c", "git clone"):
+        assert part in str(error.value)
+    assert not (tmp_path / "coco").exists()
+    with pytest.raises(FileNotFoundError, match="no coco_captions/2014"):
+        data.check(config_of(tmp_path, "coco_captions"))
+
+
+def test_configurations_from_before_these_fields_go_on_working(photos):
+    config = config_of(photos, "captions", test_set="multilingual_test")
+    for field in ("xtd10", "test_images", "drop_junk"):
+        del config.data[field]
+    assert data.test_set(config).name == "multilingual_test"
+    assert len(data.training_photos(config)) == 34
+
+
+def test_unknown_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"'cocoa'; known: emoji, captions, coco, coco_captions"):
+        data.training_photos(config_of(tmp_path, "cocoa"))
+
+
+def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
+    """5,000 photos are 5 folds of 1,000; here 10 are 5 of 2. Five captions a photo count."""
+    monkeypatch.setattr(data, "COCO_TEST", 10)
+    (tmp_path / "val2014").mkdir()
+    entries = []
+    for number in range(10):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        (tmp_path / "val2014" / name).write_bytes(jpeg())
+        captions = [{"raw": f"{number} {k}"} for k in range(5 + number % 2)]
+        entries.append(
+            {"filename": name, "filepath": "val2014", "split": "test", "sentences": captions}
+        )
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
+    (test_set,) = data.test_sets(config_of(tmp_path, "captions"))
+    assert (test_set.name, test_set.folds) == ("coco-test-5k", ("coco-test-1k", 5))
+    assert test_set.image_of["en"].tolist() == np.repeat(np.arange(10), 5).tolist()
+    assert test_set.captions["en"][5:10] == [f"1 {k}" for k in range(5)]
+
+
+def test_prepare_says_where_and_how_many(coco_folder, cache):
+    first, *splits = data.prepare(config_of(coco_folder)).splitlines()
+    assert first.startswith(f"coco: {cache}")
+    xtd10_removed = "photos of XTD10, which are never trained on)"
+    assert [" ".join(line.split()) for line in splits] == [
+        f"train 803 photos 1,606 captions (800 {xtd10_removed}",
+        f"restval 203 photos 406 captions (200 {xtd10_removed}",
+        "val 3 photos 6 captions",
+        "test 3 photos 6 captions",
+    ]

@@ -1,0 +1,513 @@
+"""Transformer encoders: the stack of layers that text and image towers share, and BERT's kind.
+
+Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); BERT, Devlin et al. 2019
+(https://arxiv.org/abs/1810.04805); XLM-R, Conneau et al. 2020 (https://arxiv.org/abs/1911.02116).
+
+Activations are [batch * length, hidden] outside of the attention: on CPUs that is a third faster
+than [batch, length, hidden], elsewhere it is the same. The layers' parameters are stacked along a
+first axis and applied by a scan, which compiles one layer and not all of them.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+from xlir.models.layers import LayerNorm, Linear, dropout
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+POOLINGS = ("mean", "cls", "pooler")
+
+_BERT_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+_XLMR_BASE = _BERT_BASE | {
+    "model_type": "xlm-roberta",
+    "vocab_size": 250002,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "layer_norm_eps": 1e-5,
+}
+_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+_MINILM = _BERT_BASE | {
+    "model_type": "bert",
+    "vocab_size": 250037,
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+}
+# Hub id -> what its config.json says, as far as it matters here.
+ARCHITECTURES: dict[str, dict] = {
+    "FacebookAI/xlm-roberta-base": _XLMR_BASE,
+    "FacebookAI/xlm-roberta-large": _XLMR_BASE | _LARGE,
+    "google-bert/bert-base-multilingual-cased": _BERT_BASE
+    | {"model_type": "bert", "vocab_size": 119547},
+    "sentence-transformers/LaBSE": _BERT_BASE | {"model_type": "bert", "vocab_size": 501153},
+    "microsoft/Multilingual-MiniLM-L12-H384": _MINILM,
+    "intfloat/multilingual-e5-small": _MINILM,
+    "intfloat/multilingual-e5-base": _XLMR_BASE,
+    "intfloat/multilingual-e5-large": _XLMR_BASE | _LARGE,
+    "distilbert/distilbert-base-multilingual-cased": {
+        "model_type": "distilbert",
+        "vocab_size": 119547,
+        "dim": 768,
+        "n_layers": 6,
+        "n_heads": 12,
+        "hidden_dim": 3072,
+        "max_position_embeddings": 512,
+        "activation": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "pad_token_id": 0,
+    },
+}
+
+
+class Shape(NamedTuple):
+    """What the layers of a stack have in common.
+
+    Attributes:
+      hidden: width of the residual stream.
+      heads: attention heads; they divide `hidden`.
+      inner: width inside the feed-forward block.
+      activation: a key of `ACTIVATIONS`.
+      epsilon: of the layer norms.
+      pre_norm: normalise the input of each block (ViT) and not the sum after it (BERT).
+      dropout: rate on the output of each block.
+      attention_dropout: rate on the attention weights.
+      qkv_bias: queries, keys and values have a bias.
+      layer_scale: each block's output is scaled by a learned vector (DINOv2).
+      gated: the feed-forward block is SwiGLU (DINOv2 giant).
+    """
+
+    hidden: int
+    heads: int
+    inner: int
+    activation: str
+    epsilon: float
+    pre_norm: bool
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    gated: bool = False
+
+
+class Layers(nnx.Module):
+    """A stack of transformer layers.
+
+    Args:
+      depth: how many.
+      shape: of each.
+      dtype: of the operands of matrix products; everything else is float32.
+      remat: keep only each layer's input for the backward pass, and compute the rest again.
+    """
+
+    def __init__(self, depth: int, shape: Shape, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(axis_size=depth)
+        def stacked(rngs: nnx.Rngs) -> Layer:
+            return Layer(shape, dtype=dtype, rngs=rngs)
+
+        self.stacked = stacked(rngs)
+        self.depth = depth
+        self.remat = remat
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        mask: Bool[Array, "batch length"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch length hidden"]:
+        """Applies the layers.
+
+        Args:
+          x: a sequence of tokens a row.
+          mask: False for tokens that none attends to.
+          key: for dropout; without one there is none.
+        """
+        batch, length, hidden = x.shape
+        graph, params = nnx.split(self.stacked)
+
+        def apply(x: Array, inputs: tuple) -> tuple[Array, None]:
+            params, key = inputs
+            return nnx.merge(graph, params)(x, (batch, length), mask, key), None
+
+        if self.remat:
+            apply = jax.checkpoint(apply, prevent_cse=False)
+        keys = None if key is None else jax.random.split(key, self.depth)
+        x, _ = jax.lax.scan(apply, x.reshape(batch * length, hidden), (params, keys))
+        return x.reshape(batch, length, hidden)
+
+
+class Layer(nnx.Module):
+    """Self-attention, then a feed-forward block, each with a residual connection and a norm."""
+
+    def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.pre_norm, self.dropout = shape.pre_norm, shape.dropout
+        self.attention = Attention(shape, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(shape.hidden, epsilon=shape.epsilon)
+        self.mlp = FeedForward(shape, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(shape.hidden, epsilon=shape.epsilon)
+        ones = functools.partial(jnp.ones, shape.hidden)
+        self.attention_scale = nnx.Param(ones()) if shape.layer_scale else None
+        self.mlp_scale = nnx.Param(ones()) if shape.layer_scale else None
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden"],
+        size: tuple[int, int],
+        mask: Bool[Array, "batch length"] | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "tokens hidden"]:
+        """Applies the layer to a batch of `size` (batch, length), flattened."""
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        attention = functools.partial(self.attention, size=size, mask=mask, key=keys[0])
+        x = self._block(x, attention, self.attention_norm, self.attention_scale, keys[1])
+        return self._block(x, self.mlp, self.mlp_norm, self.mlp_scale, keys[2])
+
+    def _block(
+        self,
+        x: Array,
+        function: Callable[[Array], Array],
+        norm: LayerNorm,
+        scale: nnx.Param | None,
+        key: Key[Array, ""] | None,
+    ) -> Array:
+        y = function(norm(x) if self.pre_norm else x)
+        y = y if scale is None else y * scale[...]
+        y = y if key is None else dropout(y, self.dropout, key)
+        return x + y if self.pre_norm else norm(x + y)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; the softmax is float32."""
+
+    def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        if shape.hidden % shape.heads:
+            raise ValueError(f"{shape.heads} attention heads do not divide {shape.hidden}")
+        dense = functools.partial(_dense, dtype=dtype, rngs=rngs)
+        self.qkv = dense(shape.hidden, 3 * shape.hidden, use_bias=shape.qkv_bias)
+        self.output = dense(shape.hidden, shape.hidden)
+        self.heads, self.dropout, self.dtype = shape.heads, shape.attention_dropout, dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden"],
+        size: tuple[int, int],
+        mask: Bool[Array, "batch length"] | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "tokens hidden"]:
+        """Attends within each sequence of a batch of `size` (batch, length)."""
+        query, key_, value = (
+            part.reshape(*size, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1)
+        )
+        attended = attend(query, key_, value, mask, self.dtype, self.dropout, key)
+        return self.output(attended.reshape(x.shape))
+
+
+def attend(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch length heads dim"],
+    value: Float[Array, "batch length heads dim"],
+    mask: Bool[Array, "batch length"] | None,
+    dtype: DTypeLike,
+    rate: float = 0.0,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "batch queries heads dim"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1).
+
+    Args:
+      query: what attends.
+      key: what is attended to.
+      value: what is summed.
+      mask: False for keys that none attends to; a row without any True averages over all of them.
+      dtype: of the operands of both products; their sums and the softmax are float32.
+      rate: dropout of the attention weights, where `dropout_key` is given.
+      dropout_key: for that dropout.
+    """
+    query = query * query.shape[-1] ** -0.5
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits)
+    if dropout_key is not None and rate:
+        flat = weights.reshape(-1, weights.shape[-1])
+        weights = dropout(flat, rate, dropout_key).reshape(weights.shape)
+    return product("bhqk,bkhd->bqhd", weights.astype(dtype), value.astype(dtype))
+
+
+class FeedForward(nnx.Module):
+    """`Dense -> activation -> Dense`; gated, the first is two, and one of them the gate."""
+
+    def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        if shape.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation {shape.activation!r} is not known; known: {', '.join(ACTIVATIONS)}"
+            )
+        dense = functools.partial(_dense, dtype=dtype, rngs=rngs)
+        self.inner = dense(shape.hidden, (2 if shape.gated else 1) * shape.inner)
+        self.outer = dense(shape.inner, shape.hidden)
+        self.activation, self.gated = shape.activation, shape.gated
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        """Applies the block."""
+        x, activation = self.inner(x), ACTIVATIONS[self.activation]
+        if not self.gated:
+            return self.outer(activation(x))
+        gate, x = jnp.split(x, 2, axis=-1)
+        return self.outer(activation(gate) * x)
+
+
+class TextTransformer(nnx.Module):
+    """BERT, DistilBERT and XLM-R: token ids to one pooled vector.
+
+    The row of the token type that a single text has, and XLM-R's offset of positions
+    (`pad_token_id + 1`), are folded into the position table when weights are loaded.
+
+    Args:
+      config: the content of a config.json; its fields are those of `transformers`.
+      pooling: "mean" over the tokens, "cls" (the first token), or "pooler" (the checkpoint's own
+        dense layer and tanh over the first token).
+      dtype: of the operands of matrix products; everything else is float32.
+      remat: see `Layers`.
+      rngs: keys for the initial parameters.
+
+    Attributes:
+      dim: width of the output.
+      max_length: the longest text, in tokens.
+
+    Raises:
+      ValueError: the pooling or something in the config is unknown.
+    """
+
+    def __init__(
+        self,
+        config: Mapping,
+        *,
+        pooling: str = "mean",
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; known: {', '.join(POOLINGS)}")
+        if config["model_type"] == "distilbert" and pooling == "pooler":
+            raise ValueError("DistilBERT has no pooler: set pooling to mean or cls")
+        depth, shape = text_shape(config)
+        normal = nnx.initializers.normal(0.02)
+        self.dim, self.pooling, self.dropout = shape.hidden, pooling, shape.dropout
+        self.max_length = config["max_position_embeddings"] - position_offset(config)
+        self.embedding = nnx.Param(normal(rngs.params(), (config["vocab_size"], self.dim)))
+        self.position = nnx.Param(normal(rngs.params(), (self.max_length, self.dim)))
+        self.embedding_norm = LayerNorm(self.dim, epsilon=shape.epsilon)
+        self.layers = Layers(depth, shape, dtype=dtype, remat=remat, rngs=rngs)
+        self.pooler = (
+            _dense(self.dim, self.dim, dtype=dtype, rngs=rngs) if pooling == "pooler" else None
+        )
+
+    def __call__(
+        self,
+        text_ids: Int32[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch dim"]:
+        """Encodes texts that are padded on the right.
+
+        Args:
+          text_ids: token ids; what they are where the mask is False has no effect.
+          text_mask: False where a row is padding.
+          rngs: turns dropout on.
+
+        Raises:
+          ValueError: the texts are longer than the position table.
+        """
+        length = text_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"texts of {length} tokens, but this tower takes {self.max_length}")
+        x = self.embedding[...][text_ids] + self.position[...][:length]
+        x = self.embedding_norm(x)
+        key = None if rngs is None else rngs.dropout()
+        if key is not None:
+            key, embedding_key = jax.random.split(key)
+            x = dropout(x.reshape(-1, self.dim), self.dropout, embedding_key).reshape(x.shape)
+        x = self.layers(x, text_mask, key=key)
+        if self.pooling == "mean":
+            mask = text_mask[..., None]
+            return jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        x = x[:, 0]
+        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+
+def text_shape(config: Mapping) -> tuple[int, Shape]:
+    """Depth and layer shape that a text model's config.json describes."""
+    if config["model_type"] == "distilbert":
+        return config["n_layers"], Shape(
+            hidden=config["dim"],
+            heads=config["n_heads"],
+            inner=config["hidden_dim"],
+            activation=config.get("activation", "gelu"),
+            epsilon=1e-12,
+            pre_norm=False,
+            dropout=config.get("dropout", 0.1),
+            attention_dropout=config.get("attention_dropout", 0.1),
+        )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(
+            f"position_embedding_type {config['position_embedding_type']!r} is not supported, "
+            "only absolute"
+        )
+    return config["num_hidden_layers"], Shape(
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        inner=config["intermediate_size"],
+        activation=config.get("hidden_act", "gelu"),
+        epsilon=config.get("layer_norm_eps", 1e-12),
+        pre_norm=False,
+        dropout=config.get("hidden_dropout_prob", 0.1),
+        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
+    )
+
+
+def position_offset(config: Mapping) -> int:
+    """Rows of the published position table that no token uses: RoBERTa's count from pad + 1."""
+    return config.get("pad_token_id", 1) + 1 if "roberta" in config["model_type"] else 0
+
+
+_BERT_LAYER = {
+    "attention.qkv": tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "attention.output": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "mlp.inner": ("intermediate.dense",),
+    "mlp.outer": ("output.dense",),
+    "mlp_norm": ("output.LayerNorm",),
+}
+_DISTILBERT_LAYER = {
+    "attention.qkv": tuple(f"attention.{name}_lin" for name in "qkv"),
+    "attention.output": ("attention.out_lin",),
+    "attention_norm": ("sa_layer_norm",),
+    "mlp.inner": ("ffn.lin1",),
+    "mlp.outer": ("ffn.lin2",),
+    "mlp_norm": ("output_layer_norm",),
+}
+
+
+def rename_text(
+    weights: Mapping[str, np.ndarray], config: Mapping, pooling: str
+) -> dict[str, np.ndarray]:
+    """A published checkpoint's tensors under the names of `TextTransformer`.
+
+    Heads of other tasks (`lm_head`, `cls`, `classifier`) are left out, and so is the pooler where
+    it is not used. Whatever else is not known keeps its name, for the merge to complain about.
+    """
+    model_type = config["model_type"]
+    prefix = {"xlm-roberta": "roberta."}.get(model_type, f"{model_type}.")
+    left = {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if not name.startswith(("lm_head.", "cls.", "classifier.", "vocab_", "qa_outputs."))
+    }
+    left.pop("embeddings.position_ids", None)  # a constant that older versions saved
+    distilbert = model_type == "distilbert"
+    renamed = rename_layers(
+        left,
+        text_shape(config)[0],
+        "transformer.layer.{}." if distilbert else "encoder.layer.{}.",
+        _DISTILBERT_LAYER if distilbert else _BERT_LAYER,
+        "layers.stacked.",
+    )
+    moved = {"embedding": "embeddings.word_embeddings.weight"}
+    moved |= {
+        f"embedding_norm.{ours}": f"embeddings.LayerNorm.{theirs}"
+        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+    }
+    renamed |= {ours: left.pop(theirs) for ours, theirs in moved.items() if theirs in left}
+    if "embeddings.position_embeddings.weight" in left:
+        position = left.pop("embeddings.position_embeddings.weight")[position_offset(config) :]
+        types = left.pop("embeddings.token_type_embeddings.weight", None)
+        renamed["position"] = position if types is None else position + types[0]
+    for name, ours in (
+        ("pooler.dense.weight", "pooler.kernel"),
+        ("pooler.dense.bias", "pooler.bias"),
+    ):
+        value = left.pop(name, None)
+        if value is not None and pooling == "pooler":
+            renamed[ours] = value.T
+    return renamed | left
+
+
+def rename_layers(
+    left: dict[str, np.ndarray],
+    depth: int,
+    prefix: str,
+    table: Mapping[str, tuple[str, ...]],
+    ours: str,
+) -> dict[str, np.ndarray]:
+    """Takes a stack's tensors out of `left`; returns them stacked, under the names of `Layers`.
+
+    Args:
+      left: the checkpoint's tensors; those used are removed.
+      depth: layers.
+      prefix: of a layer's tensors, with `{}` for its number.
+      table: our name of a module -> the checkpoint's modules that are joined to it.
+      ours: prefix of our names.
+    """
+    renamed = {}
+    for module, sources in table.items():
+        for suffix in ("weight", "bias"):
+            names = [[f"{prefix.format(i)}{s}.{suffix}" for s in sources] for i in range(depth)]
+            if not all(name in left for layer in names for name in layer):
+                continue
+            layers = [[left.pop(name).T for name in layer] for layer in names]
+            ending = suffix
+            if suffix == "weight":
+                ending = "kernel" if layers[0][0].ndim == 2 else "scale"
+            renamed[f"{ours}{module}.{ending}"] = np.stack(
+                [np.concatenate(layer, axis=-1) for layer in layers]
+            )
+    return renamed
+
+
+def _dense(
+    features: int, dim: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+) -> Linear:
+    """A dense layer with BERT's initial values."""
+    return Linear(
+        features,
+        dim,
+        use_bias=use_bias,
+        dtype=dtype,
+        initializer=nnx.initializers.truncated_normal(0.02),
+        rngs=rngs,
+    )
