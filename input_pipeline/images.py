@@ -141,13 +141,7 @@ def decode(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "size
     Raises:
       ImageError: the data are damaged, truncated, of no known format, or absurdly large.
     """
-    try:
-        image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "no image format that Pillow knows"
-        raise ImageError(f"cannot decode image of {len(data)} bytes: {reason}") from error
+    image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize)
     if preprocessing.crop == "center":
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             image = _middle(image)
@@ -161,7 +155,70 @@ def decode(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "size
     return np.array(image.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
 
 
+def decode_augmented(
+    data: bytes,
+    preprocessing: Preprocessing,
+    generator: np.random.Generator,
+    min_area: float,
+    mirror: bool,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A random part of an image, resized to a square, and perhaps mirrored.
+
+    The crop is Inception's (Szegedy et al. 2015, section 6): its area is uniform, its aspect ratio
+    log-uniform between 3/4 and 4/3.
+
+    Args:
+      data: a file's bytes.
+      preprocessing: size and filter, and the crop where there is no random one.
+      generator: draws the part and the mirroring.
+      min_area: the smallest share of the area that is kept; 0 for no random crop.
+      mirror: swap left and right in half of the images.
+
+    Raises:
+      ImageError: as `decode`.
+    """
+    if min_area:
+        image, _, _ = _upright_rgb(data, DRAFT_FACTOR * preprocessing.size)
+        box = _random_box(image.size, min_area, generator)
+        size = (preprocessing.size, preprocessing.size)
+        pixels = np.array(image.resize(size, RESAMPLING[preprocessing.resample], box=box))
+    else:
+        pixels = decode(data, preprocessing)
+    if mirror and generator.random() < 0.5:
+        return np.ascontiguousarray(pixels[:, ::-1])
+    return pixels
+
+
+def _random_box(
+    size: tuple[int, int], min_area: float, generator: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a random part; the whole where ten draws do not fit."""
+    width, height = size
+    for _ in range(10):
+        area = generator.uniform(min_area, 1) * width * height
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if across <= width and down <= height:
+            left = generator.uniform(0, width - across)
+            top = generator.uniform(0, height - down)
+            return left, top, left + across, top + down
+    return 0, 0, width, height
+
+
 def _upright_rgb(
+    data: bytes, enough: int
+) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
+    """As `_decoded`; what goes wrong is an ImageError."""
+    try:
+        return _decoded(data, enough)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "no image format that Pillow knows"
+        raise ImageError(f"cannot decode image of {len(data)} bytes: {reason}") from error
+
+
+def _decoded(
     data: bytes, enough: int
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
     """The image, perhaps reduced to a half, a quarter or an eighth, but no side below `enough`.

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 Batch = dict[str, np.ndarray]
-# (image rows, caption rows) -> the arrays of a batch, one row each.
-Read = Callable[[np.ndarray, np.ndarray], Batch]
+# (image rows, caption rows, step, places in the global batch) -> the arrays of a batch.
+Read = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Batch]
 
 
 class Order:
@@ -80,8 +80,8 @@ class Batches(grain.sources.RandomAccessDataSource):
                 f"a batch of {len(images)} does not divide over {self._processes} processes"
             )
         share = len(images) // self._processes
-        rows = slice(self._process * share, (self._process + 1) * share)
-        return self._read(images[rows], captions[rows])
+        places = np.arange(self._process * share, (self._process + 1) * share)
+        return self._read(images[places], captions[places], step, places)
 
 
 def iterate(batches: Batches, *, first_step: int, prefetch: int) -> Iterator[Batch]:

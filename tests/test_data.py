@@ -171,7 +171,7 @@ def test_configurations_from_before_these_fields_go_on_working(photos):
     config = config_of(photos, "captions", test_set="multilingual_test")
     for field in ("xtd10", "test_images", "drop_junk"):
         del config.data[field]
-    assert data.test_set(config).name == "multilingual_test"
+    assert data.test_sets(config)[0].name == "multilingual_test"
     assert len(data.training_photos(config)) == 34
 
 

@@ -152,11 +152,6 @@ def test_sets(
     return [_test_set(config, name, base, images, drop_junk) for name in _names(chosen)]
 
 
-def test_set(config: ConfigDict, folder: str = "", images: str = "") -> RetrievalSet:
-    """The first of `test_sets`."""
-    return test_sets(config, folder, images)[0]
-
-
 def _test_set(
     config: ConfigDict, name: str, base: str, images: str, drop_junk: bool
 ) -> RetrievalSet:

@@ -8,6 +8,7 @@ import concurrent.futures
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps
 from input_pipeline import images as image_io
 from input_pipeline import text as text_io
 from xlir.checkpoint import Checkpoints
-from xlir.models import dual_encoder, pretrained
+from xlir.models import dual_encoder, pretrained, towers
 
 # Inputs that go through a tower, or rows that go through a head, at once.
 IMAGE_BATCH = 32
@@ -49,27 +50,48 @@ class Encoder:
         self,
         config: ConfigDict,
         model: dual_encoder.DualEncoder,
-        tokenizer: text_io.SentencePieceTokenizer,
+        tokenizer: text_io.Tokenizer,
+        descriptions: dict[str, towers.Description],
     ):
         self.config = config
         self.tokenizer = tokenizer
+        self.descriptions = descriptions
         self.step = 0
-        self.image_size = config.image.size or model.image_tower.image_size
+        self.preprocessing = image_io.Preprocessing(**descriptions["image"]["preprocessing"])
         self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
         self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
         self._embed = {side: jax.jit(functools.partial(self._embed_batch, side)) for side in SIDES}
         self._tower = {side: jax.jit(functools.partial(self._tower_batch, side)) for side in SIDES}
 
     @classmethod
-    def create(cls, config: ConfigDict) -> "Encoder":
+    def create(cls, config: ConfigDict, texts: Iterable[str] = ()) -> "Encoder":
         """An encoder with published weights in its towers and untrained heads.
+
+        Args:
+          config: see configs/base.py.
+          texts: what a trimmed vocabulary (`text.trim_vocab`) must be able to split.
 
         Raises:
           ValueError: the configuration names something unknown.
           FileNotFoundError: weights or tokenizer are not installed.
         """
-        model = dual_encoder.build(config, pretrained=True)
-        return cls(config, model, text_io.from_package(config.text.tower))
+        descriptions = {
+            "text": towers.describe_text(config.text),
+            "image": towers.describe_image(config.image),
+        }
+        tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
+        if config.text.trim_vocab:
+            kept = tokenizer.used_ids(itertools.chain(texts, _lines(config.text.trim_vocab)))
+            tokenizer = tokenizer.trimmed(kept)
+            descriptions["text"]["config"]["vocab_size"] = len(kept)
+        dtype = dual_encoder.compute_dtype(config)
+        model = dual_encoder.DualEncoder(
+            config,
+            towers.load(config.text, descriptions["text"], dtype=dtype, kept=kept),
+            towers.load(config.image, descriptions["image"], dtype=dtype),
+            rngs=nnx.Rngs(config.seed),
+        )
+        return cls(config, model, tokenizer, descriptions)
 
     @classmethod
     def load(cls, workdir: str | os.PathLike, *, checkpoint: str = "best") -> "Encoder":
@@ -110,10 +132,21 @@ class Encoder:
                 f"{workdir} is not the folder of a training run (it has no config.json)"
             )
         config = read_config(workdir)
-        model = dual_encoder.build(config, pretrained=False)
+        dtype = dual_encoder.compute_dtype(config)
+        descriptions, loaded = {}, {}
         for side in SIDES:
-            pretrained.load(getattr(model, f"{side}_tower"), _tower_file(workdir, side))
-        return cls(config, model, text_io.load_tokenizer(workdir / "text_tower"))
+            folder = workdir / f"{side}_tower"
+            descriptions[side] = json.loads((folder / DESCRIPTION_FILE).read_text())
+            create = functools.partial(
+                towers.create, descriptions[side], dtype=dtype, remat=config[side].remat
+            )
+            # Shapes only: what is about to be overwritten need not be drawn.
+            loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
+            pretrained.load(loaded[side], folder / WEIGHTS_FILE)
+        model = dual_encoder.DualEncoder(
+            config, loaded["text"], loaded["image"], rngs=nnx.Rngs(config.seed)
+        )
+        return cls(config, model, text_io.load_tokenizer(workdir / "text_tower"), descriptions)
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes configuration, towers and tokenizer, the parts that training does not change.
@@ -122,9 +155,10 @@ class Encoder:
         """
         model = nnx.merge(self.graph, self.params, self.frozen)
         for side in SIDES:
-            file = _tower_file(workdir, side)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pretrained.save(getattr(model, f"{side}_tower"), file)
+            folder = workdir / f"{side}_tower"
+            folder.mkdir(parents=True, exist_ok=True)
+            pretrained.save(getattr(model, f"{side}_tower"), folder / WEIGHTS_FILE)
+            (folder / DESCRIPTION_FILE).write_text(json.dumps(self.descriptions[side], indent=1))
         self.tokenizer.save(workdir / "text_tower")
         unfinished = workdir / "config.json.partial"
         unfinished.write_text(json.dumps(self.config.to_dict(), indent=1))
@@ -174,16 +208,31 @@ class Encoder:
             for rows, pixels in ahead:
                 yield rows, {"image": np.stack([image.result() for image in pixels])}
 
-    def decode(self, image: str | os.PathLike | bytes | Image.Image, row: int = 0) -> np.ndarray:
-        """One image as the image tower takes it, uint8 [size, size, 3]."""
+    def decode(
+        self,
+        image: str | os.PathLike | bytes | Image.Image,
+        row: int = 0,
+        generator: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """One image as the image tower takes it, uint8 [size, size, 3].
+
+        Args:
+          image: a path, encoded bytes, or a PIL image.
+          row: for error messages.
+          generator: augments it as config.image says; None does not.
+        """
         name = f"image {row}"
         if isinstance(image, (str, os.PathLike)):
             name, image = os.fspath(image), pathlib.Path(image).read_bytes()
         try:
             if isinstance(image, Image.Image):
                 image = _png(image)
-            preprocessing = image_io.Preprocessing(self.image_size, crop=self.config.image.crop)
-            return image_io.decode(image, preprocessing)
+            if generator is not None:
+                options = self.config.image
+                return image_io.decode_augmented(
+                    image, self.preprocessing, generator, options.min_area, options.mirror
+                )
+            return image_io.decode(image, self.preprocessing)
         except (image_io.ImageError, OSError) as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -220,7 +269,7 @@ class Encoder:
             digest.update(np.ascontiguousarray(array))
         options = self.config[side]
         description: dict[str, object] = {
-            "tower": options.tower,
+            "tower": self.descriptions[side],
             "weights": digest.hexdigest(),
             "dtype": jnp.dtype(dual_encoder.compute_dtype(self.config)).name,
         }
@@ -229,7 +278,7 @@ class Encoder:
                 "max_length": options.max_length,
                 "tokenizer": self.tokenizer.fingerprint(),
             }
-        return description | {"size": self.image_size, "crop": options.crop}
+        return description
 
     def _embed_batch(self, side: str, params: nnx.State, frozen: nnx.State, batch: dict):
         model = nnx.merge(self.graph, params, frozen)
@@ -246,6 +295,9 @@ class Encoder:
 
 
 SIDES = ("text", "image")
+# In the folder of a tower in a workdir.
+WEIGHTS_FILE = "weights.safetensors"
+DESCRIPTION_FILE = "tower.json"
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -267,8 +319,12 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _tower_file(workdir: pathlib.Path, side: str) -> pathlib.Path:
-    return workdir / f"{side}_tower" / "weights.safetensors"
+def _lines(files: str) -> Iterator[str]:
+    """The lines of text files, or of all .txt below folders; several are joined with commas."""
+    for name in files.split(","):
+        path = pathlib.Path(name)
+        for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+            yield from file.read_text(encoding="utf-8-sig").splitlines()
 
 
 def _gather(

@@ -1,8 +1,16 @@
 """Configuration -> Optax: AdamW with clipping, a schedule, and a rate for each tower."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+# What a tower applies before its layers.
+BELOW_LAYERS = frozenset(
+    ("embedding", "embedding_norm", "position", "patches", "class_token", "input_norm", "stem")
+)
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -24,22 +32,34 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
     """
     options, rate = config.optimizer, schedule(config)
 
-    def adamw(factor: float) -> optax.GradientTransformation:
-        return optax.adamw(
+    def adamw(factor: float, layer_decay: float = 1.0) -> optax.GradientTransformation:
+        transformation = optax.adamw(
             lambda step: factor * rate(step),
             b1=options.b1,
             b2=options.b2,
             weight_decay=options.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=decays,
+        )
+        if layer_decay == 1.0:
+            return transformation
+        return optax.chain(
+            transformation,
+            optax.stateless(
+                lambda updates, _: jax.tree.map(
+                    lambda update, scale: update * scale,
+                    updates,
+                    layer_scales(updates, layer_decay),
+                )
+            ),
         )
 
     factors = {
-        f"{side}_tower": config[side].learning_rate_factor
+        f"{side}_tower": (config[side].learning_rate_factor, config[side].layer_decay)
         for side in ("text", "image")
         if not config[side].frozen
     }
     per_tower = optax.partition(
-        {name: adamw(factor) for name, factor in (factors | {"heads": 1.0}).items()},
+        {name: adamw(*factor) for name, factor in (factors | {"heads": (1.0,)}).items()},
         lambda params: {
             name: jax.tree.map(lambda _, name=name: name if name in factors else "heads", tree)
             for name, tree in params.items()
@@ -48,3 +68,49 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
     if not options.clip_norm:
         return per_tower
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), per_tower)
+
+
+def decays(params: Any) -> Any:
+    """Which parameters weight decay applies to: matrices; not biases, norms and the temperature.
+
+    Those of a stack of layers have a first axis more (see `transformer.Layers`).
+    """
+    return jax.tree.map_with_path(
+        lambda path, x: x.ndim > (2 if "stacked" in _names(path) else 1), params
+    )
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Layer-wise decay: how fast each parameter of a tower learns, 1 being the tower's rate.
+
+    As in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): what comes after the layers
+    learns at the full rate, the last layer at `decay` of it, the one below at its square, and so on
+    down to the embeddings. A tower without repeated layers learns at the full rate.
+
+    Args:
+      params: a tower's parameters, those of layers under `stacked` (the first axis is over the
+        layers) or under `blocks` and a number.
+      decay: the factor from a layer to the one below.
+    """
+    depths = [
+        x.shape[0] if "stacked" in names else int(names[names.index("blocks") + 1]) + 1
+        for names, x in ((_names(path), x) for path, x in jax.tree.leaves_with_path(params))
+        if "stacked" in names or "blocks" in names
+    ]
+    depth = max(depths, default=0)
+
+    def scale(path: tuple, x: Any) -> Any:
+        names = _names(path)
+        if "stacked" in names:
+            powers = decay ** (depth - jnp.arange(depth, dtype=jnp.float32))
+            return powers.reshape(depth, *(1,) * (x.ndim - 1))
+        if "blocks" in names:
+            return decay ** (depth - int(names[names.index("blocks") + 1]))
+        return decay ** (depth + 1) if depth and BELOW_LAYERS.intersection(names) else 1.0
+
+    return jax.tree.map_with_path(scale, params)
+
+
+def _names(path: tuple) -> list[str]:
+    """The keys of a path in a tree."""
+    return [str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path]

@@ -33,11 +33,13 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
-def check_batch_size(size: int, mesh: Mesh) -> None:
-    """Raises ValueError where a global batch does not divide over the devices."""
-    if size % mesh.size:
+def check_batch_size(size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises ValueError where a global batch, in parts, does not divide over the devices."""
+    unit = mesh.size * microbatches
+    if size % unit:
+        parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ValueError(
-            f"config.data.batch_size={size} does not divide over {mesh.size} devices; "
-            f"the nearest sizes that do are {size // mesh.size * mesh.size or mesh.size} and "
-            f"{-(-size // mesh.size) * mesh.size}"
+            f"config.data.batch_size={size} does not divide over {mesh.size} devices{parts}; "
+            f"the nearest sizes that do are {size // unit * unit or unit} and "
+            f"{-(-size // unit) * unit}"
         )

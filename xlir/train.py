@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from clu import parameter_overview
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from input_pipeline import datasets, loader, text
 from input_pipeline.cache import fingerprint
-from xlir import data, evaluate, losses, optimizer, partition
+from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import SIDES, Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
@@ -66,10 +66,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
       ValueError: the configuration is not usable, is not the one that `workdir` was started with,
         or the loss or its gradient is not finite.
     """
-    encoder = _open(config, workdir)
     mesh = partition.create_mesh()
-    partition.check_batch_size(config.data.batch_size, mesh)
+    partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
+    encoder = _open(config, workdir, _flat(training.captions))
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
     cached = _frozen_features(training, encoder)
     _center(encoder, cached)
@@ -102,7 +102,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 def finish(workdir: pathlib.Path) -> None:
     """Evaluates the best checkpoint of a run on its test set; writes results and pictures."""
     encoder = Encoder.load(workdir)
-    evaluate.report(encoder, data.test_set(encoder.config), workdir, data.feature_cache())
+    for test_set in data.test_sets(encoder.config):
+        evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
 def _frozen_features(
@@ -126,9 +127,11 @@ def _reader(
 ) -> loader.Read:
     """What reads the rows of a batch: features of frozen towers, raw input of others."""
     captions = _flat(photos.captions)
-    length = encoder.config.text.max_length
+    length, seed = encoder.config.text.max_length, encoder.config.seed
 
-    def read(image_rows: np.ndarray, caption_rows: np.ndarray) -> loader.Batch:
+    def read(
+        image_rows: np.ndarray, caption_rows: np.ndarray, step: int, places: np.ndarray
+    ) -> loader.Batch:
         rows = {"text": caption_rows, "image": image_rows}
         batch = {f"{side}_features": array[rows[side]] for side, array in cached.items()}
         if "text" not in cached:
@@ -136,7 +139,10 @@ def _reader(
             batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
         if "image" not in cached:
             batch["image"] = np.stack(
-                [encoder.decode(photos[row], row) for row in image_rows.tolist()]
+                [
+                    encoder.decode(photos[row], row, np.random.default_rng([seed, step, place]))
+                    for row, place in zip(image_rows.tolist(), places.tolist(), strict=True)
+                ]
             )
         return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
 
@@ -180,22 +186,26 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: nnx.State, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        text_key, image_key = jax.random.split(key)
 
-        def loss_of(params: PyTree):
+        def embed(params: PyTree, rows: Batch, key: Key[Array, ""]) -> gradients.Embeddings:
             model = nnx.merge(graph, params, frozen)
-            text = model.encode_text(batch, rngs=nnx.Rngs(dropout=text_key))
-            image = model.encode_image(batch, rngs=nnx.Rngs(dropout=image_key))
-            loss = objective(text, image, batch["image_id"], model.scale, model.bias[...])
-            return loss, 1 / model.scale
+            text_key, image_key = jax.random.split(key)
+            text = model.encode_text(rows, rngs=nnx.Rngs(dropout=text_key))
+            return text, model.encode_image(rows, rngs=nnx.Rngs(dropout=image_key))
 
-        (loss, temperature), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        def loss_of(params: PyTree, embeddings: gradients.Embeddings) -> Float[Array, ""]:
+            model = nnx.merge(graph, params, frozen)
+            return objective(*embeddings, batch["image_id"], model.scale, model.bias[...])
+
+        loss, gradient = gradients.value_and_gradient(
+            embed, loss_of, state.params, batch, key, config.data.microbatches
+        )
         updates, opt_state = transformation.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),
-            "temperature": temperature,
+            "temperature": 1 / nnx.merge(graph, state.params, frozen).scale,
             "learning_rate": rate(state.step),
         }
         ema = _average(config.optimizer.ema, state.ema, params, state.step)
@@ -212,10 +222,10 @@ def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, 
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def _open(config: ConfigDict, workdir: pathlib.Path) -> Encoder:
+def _open(config: ConfigDict, workdir: pathlib.Path, captions: list[str]) -> Encoder:
     """The run's encoder: as it was saved, or a new one where the run starts."""
     if not (workdir / "config.json").exists():
-        return Encoder.create(config)
+        return Encoder.create(config, captions)
     started_with = read_config(workdir)
     given = ConfigDict(json.loads(json.dumps(config.to_dict())))
     differing = sorted(_differences(started_with.to_dict(), given.to_dict()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xlir.models import heads, layers
+from xlir.models import heads
 
 
 def both(hidden=(24, 20)):
@@ -44,32 +44,6 @@ def test_values_and_gradients_equal_layer_norm_and_dense(hidden):
         (mine["input"]["linear"]["bias"], first["bias"]),
     ):
         np.testing.assert_allclose(a[...], b[...], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_product_has_the_derivative_of_a_product(dtype, tolerance):
-    x = jax.random.normal(jax.random.key(0), (7, 5))
-    y = jax.random.normal(jax.random.key(1), (5, 3))
-    seed = jax.random.normal(jax.random.key(2), (7, 3))
-    ours, pull = jax.vjp(lambda x, y: layers.product(x, y, dtype), x, y)
-    expected, pull_expected = jax.vjp(jnp.matmul, x, y)
-    for a, b in zip((ours, *pull(seed)), (expected, *pull_expected(seed)), strict=True):
-        assert a.dtype == jnp.float32
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=5 * tolerance)
-
-
-@pytest.mark.parametrize("dim", [64, 61])
-def test_dropout_keeps_the_mean_and_its_rate(dim):
-    x = jnp.ones((4096, dim))
-    dropped = layers.dropout(x, 0.25, jax.random.key(0))
-    assert dropped.shape == x.shape
-    assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.005)
-    assert np.mean(dropped) == pytest.approx(1, abs=0.01)
-    # Columns of one random word are independent of each other.
-    correlation = np.corrcoef(np.asarray(dropped).T)
-    assert np.abs(correlation - np.eye(dim)).max() < 0.1
-    gradient = jax.grad(lambda x: jnp.sum(layers.dropout(x, 0.25, jax.random.key(0))))(x)
-    np.testing.assert_array_equal(gradient, dropped)
 
 
 def test_without_keys_there_is_no_dropout():

@@ -1,7 +1,6 @@
 """The dual encoder: two towers, two heads, a temperature."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from xlir.models import efficientnet, heads, muse
+from xlir.models import heads
 from xlir.models.layers import Linear
 
 # Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
 MAX_SCALE = 100.0
-
-# name -> (constructor, constructor that also loads the published weights)
-TEXT_TOWERS: dict[str, tuple[Callable, Callable]] = {
-    "muse": (muse.Muse, muse.from_package),
-}
-IMAGE_TOWERS: dict[str, tuple[Callable, Callable]] = {
-    f"efficientnet-{variant}": (
-        functools.partial(efficientnet.EfficientNet, variant),
-        functools.partial(efficientnet.from_package, variant),
-    )
-    for variant in ("lite0", "lite2")
-}
 
 Batch = Mapping[str, Array | np.ndarray]
 
@@ -37,6 +24,15 @@ class DualEncoder(nnx.Module):
 
     Each side takes raw input (`text_ids` and `text_mask`, or `image`) through its tower, or the
     tower's outputs (`text_features`, `image_features`), whichever the batch holds.
+
+    Args:
+      config: see configs/base.py.
+      text_tower: (text_ids, text_mask) -> features; `dim` is their width.
+      image_tower: images -> features; `dim` is their width.
+      rngs: keys for the heads' initial parameters.
+
+    Raises:
+      ValueError: a head or a dtype is unknown, or the widths do not fit.
     """
 
     def __init__(
@@ -57,7 +53,7 @@ class DualEncoder(nnx.Module):
         if "text_features" in batch:
             features = batch["text_features"]
         else:
-            features = self.text_tower(batch["text_ids"], batch["text_mask"])
+            features = self.text_tower(batch["text_ids"], batch["text_mask"], rngs=rngs)
         return self._finish(self.text_head(features, rngs=rngs))
 
     def encode_image(
@@ -67,7 +63,7 @@ class DualEncoder(nnx.Module):
         if "image_features" in batch:
             features = batch["image_features"]
         else:
-            features = self.image_tower(batch["image"])
+            features = self.image_tower(batch["image"], rngs=rngs)
         return self._finish(self.image_head(features, rngs=rngs))
 
     @property
@@ -82,34 +78,6 @@ class DualEncoder(nnx.Module):
         return embeddings * jax.lax.rsqrt(
             jnp.sum(jnp.square(embeddings), axis=-1, keepdims=True) + 1e-12
         )
-
-
-def build(config: ConfigDict, *, pretrained: bool) -> DualEncoder:
-    """The model that a configuration describes.
-
-    Args:
-      config: see configs/base.py.
-      pretrained: load the towers' published weights; otherwise they are shapes without values,
-        to be loaded from elsewhere.
-
-    Raises:
-      ValueError: a tower, a head or the dtype is unknown, or the widths do not fit.
-      FileNotFoundError: the weights are not installed.
-    """
-    rngs = nnx.Rngs(config.seed)
-
-    def tower(side: str, known: dict[str, tuple[Callable, Callable]]) -> nnx.Module:
-        name = config[side].tower
-        if name not in known:
-            raise ValueError(f"config.{side}.tower is {name!r}; known: {', '.join(known)}")
-        create, load = known[name]
-        arguments = {"dtype": compute_dtype(config)}
-        if pretrained:
-            return load(**arguments)
-        # Shapes only: what is about to be overwritten need not be drawn.
-        return nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0), **arguments))
-
-    return DualEncoder(config, tower("text", TEXT_TOWERS), tower("image", IMAGE_TOWERS), rngs=rngs)
 
 
 def trainable(config: ConfigDict) -> nnx.filterlib.Filter:

@@ -93,9 +93,12 @@ class EfficientNet(nnx.Module):
         self.head = Pointwise(channels, HEAD_CHANNELS, rngs=rngs)
 
     def __call__(
-        self, images: UInt8[Array | np.ndarray, "batch height width 3"]
+        self,
+        images: UInt8[Array | np.ndarray, "batch height width 3"],
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch 1280"]:
-        """Features of RGB images with values 0 to 255; they are normalised here."""
+        """Features of RGB images with values 0 to 255; they are normalised here. No dropout."""
         images = jnp.asarray(images)
         batch = len(images)
         # Not where the batch may be sharded: a loop over blocks would gather it.

@@ -60,7 +60,11 @@ class Muse(nnx.Module):
         self.output = ResidualBlock(320, 512, self.dim, jnp.tanh, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, text_ids: Int32[Array, "b l"], text_mask: Bool[Array, "b l"]
+        self,
+        text_ids: Int32[Array, "b l"],
+        text_mask: Bool[Array, "b l"],
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "b 512"]:
         """Encodes padded texts.
 
@@ -68,6 +72,7 @@ class Muse(nnx.Module):
           text_ids: ids of pieces, first BOS and last EOS.
           text_mask: False where a row is padding; what `text_ids` holds there has no effect, nor
             has the amount of padding. A row without any piece is embedded as zeros.
+          rngs: not used; there is no dropout.
         """
         mask = text_mask[..., None]
         embedded = self.embedding(text_ids)

@@ -95,6 +95,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
+def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
+    """The preprocessor_config.json of a checkpoint; newer ones have it in processor_config.json.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: it is not a JSON object.
+    """
+    name = "preprocessor_config.json"
+    newer = folder / "processor_config.json"
+    return _read_json(newer if newer.is_file() and not (folder / name).is_file() else folder / name)
+
+
 def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a Hugging Face checkpoint by their names in it.
 

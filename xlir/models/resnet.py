@@ -92,9 +92,12 @@ class ResNet(nnx.Module):
         self.blocks = nnx.List([Block(shapes, rngs=rngs) for stage in stages for shapes in stage])
 
     def __call__(
-        self, images: UInt8[Array | np.ndarray, "batch height width 3"]
+        self,
+        images: UInt8[Array | np.ndarray, "batch height width 3"],
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch dim"]:
-        """Features of RGB images with values 0 to 255; they are normalised here."""
+        """Features of RGB images with values 0 to 255; they are normalised here. No dropout."""
         pixels = jnp.asarray(images).astype(jnp.float32) / 255
         mean, std = jnp.float32(self.mean), jnp.float32(self.std)
         return self._features((pixels - mean) / std)

@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 POOLINGS = ("mean", "cls", "pooler")
+MODEL_TYPES = ("bert", "distilbert", "roberta", "xlm-roberta")
 
 _BERT_BASE = {
     "hidden_size": 768,
@@ -322,9 +323,9 @@ class TextTransformer(nnx.Module):
     ):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}; known: {', '.join(POOLINGS)}")
+        depth, shape = text_shape(config)
         if config["model_type"] == "distilbert" and pooling == "pooler":
             raise ValueError("DistilBERT has no pooler: set pooling to mean or cls")
-        depth, shape = text_shape(config)
         normal = nnx.initializers.normal(0.02)
         self.dim, self.pooling, self.dropout = shape.hidden, pooling, shape.dropout
         self.max_length = config["max_position_embeddings"] - position_offset(config)
@@ -372,6 +373,11 @@ class TextTransformer(nnx.Module):
 
 def text_shape(config: Mapping) -> tuple[int, Shape]:
     """Depth and layer shape that a text model's config.json describes."""
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"model_type {config.get('model_type')!r} of a text tower is not one of "
+            f"{', '.join(MODEL_TYPES)}"
+        )
     if config["model_type"] == "distilbert":
         return config["n_layers"], Shape(
             hidden=config["dim"],
@@ -434,7 +440,10 @@ def rename_text(
     model_type = config["model_type"]
     prefix = {"xlm-roberta": "roberta."}.get(model_type, f"{model_type}.")
     left = {
-        name.removeprefix(prefix): value
+        name.removeprefix(prefix)
+        # What was converted from TensorFlow, such as Google's own BERT, has its names.
+        .replace("LayerNorm.gamma", "LayerNorm.weight")
+        .replace("LayerNorm.beta", "LayerNorm.bias"): value
         for name, value in weights.items()
         if not name.startswith(("lm_head.", "cls.", "classifier.", "vocab_", "qa_outputs."))
     }

