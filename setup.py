@@ -18,8 +18,11 @@ REQUIREMENTS = [
     "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it
     "jaxtyping>=0.3.11",  # shapes in signatures
     "numpy>=2.4.6",
-    "safetensors>=0.8.0",  # frozen towers in a workdir
+    "safetensors>=0.8.0",  # checkpoints, and towers in a workdir
     "sentencepiece>=0.2.3",  # mUSE's tokenizer
+    "tokenizers>=0.23.3",  # those of Hugging Face checkpoints
+    "transformers>=5.23.0",  # converts the tokenizers of older checkpoints, once
+    "huggingface_hub>=2.4.0",  # finds downloaded checkpoints
     "pillow>=13.0.0",  # decoding and resizing photos
     "tqdm>=4.70.1",  # progress bars
     "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
@@ -55,6 +58,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["xlir*", "input_pipeline*", "configs*"]),
+    package_data={"input_pipeline.datasets": ["xtd10_names.txt"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

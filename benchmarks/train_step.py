@@ -134,10 +134,8 @@ def main():
         for name, run in runs.items():
             times[name].append(seconds_per_step(run))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        f"batch {config.data.batch_size}, {os.cpu_count()} cores, {arguments.rounds} rounds; xlir in"
-        f" {config.head_dtype}, PyTorch in float32 where nothing else is said"
-    )
+    print(f"batch {config.data.batch_size}, {os.cpu_count()} cores, {arguments.rounds} rounds")
+    print(f"xlir in {config.head_dtype}, PyTorch in float32 where nothing else is said")
     for name, value in medians.items():
         speed = config.data.batch_size / value
         print(

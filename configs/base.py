@@ -22,9 +22,8 @@ def get_config() -> ConfigDict:
     config.embedding_dim = 512
     # Scale embeddings to length one in training. Retrieval always uses cosine similarity.
     config.normalize = True
-    # What towers, and what the heads' matrix products, compute in: "float32", "bfloat16", or "auto"
-    # (bfloat16 on TPU and GPU). Parameters, sums, normalisation, logits and losses are float32.
-    config.dtype = "auto"
+    # What the heads' matrix products compute in: "float32", "bfloat16", or "auto" (bfloat16 on TPU
+    # and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.head_dtype = "auto"
 
     config.data = data = ConfigDict()
@@ -65,8 +64,9 @@ def get_config() -> ConfigDict:
     # Put before every text; the E5 models want "query: ".
     config.text.prefix = ""
     # Keep only the pieces of the vocabulary that the training captions and these texts use: files
-    # with a text a line, or folders of .txt files, joined with commas; give texts in every language
-    # that will be searched in. Empty: keep all. A checkpoint's embedding table is most of it.
+    # with a text a line, or folders of .txt files, relative to data.dir and joined with commas;
+    # give texts in every language that will be searched in. Empty: keep all. A checkpoint's
+    # embedding table is most of it.
     config.text.trim_vocab = ""
     # Pixels a side; 0 takes what the tower was trained on.
     config.image.size = 0
@@ -123,6 +123,8 @@ def _tower() -> ConfigDict:
     # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
     # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: mean; as the image tower was trained.
     config.pooling = ""
+    # What the tower computes in, as head_dtype.
+    config.dtype = "auto"
     # A frozen tower is not trained, and its outputs are computed once and cached on disk.
     config.frozen = True
     # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate (which the

@@ -81,16 +81,13 @@ class Encoder:
         }
         tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
         if config.text.trim_vocab:
-            kept = tokenizer.used_ids(itertools.chain(texts, _lines(config.text.trim_vocab)))
+            kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
             tokenizer = tokenizer.trimmed(kept)
             descriptions["text"]["config"]["vocab_size"] = len(kept)
-        dtype = dual_encoder.compute_dtype(config)
-        model = dual_encoder.DualEncoder(
-            config,
-            towers.load(config.text, descriptions["text"], dtype=dtype, kept=kept),
-            towers.load(config.image, descriptions["image"], dtype=dtype),
-            rngs=nnx.Rngs(config.seed),
-        )
+        text_tower = towers.load(config.text, descriptions["text"], kept=kept)
+        image_tower = towers.load(config.image, descriptions["image"])
+        rngs = nnx.Rngs(config.seed)
+        model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
         return cls(config, model, tokenizer, descriptions)
 
     @classmethod
@@ -132,14 +129,11 @@ class Encoder:
                 f"{workdir} is not the folder of a training run (it has no config.json)"
             )
         config = read_config(workdir)
-        dtype = dual_encoder.compute_dtype(config)
         descriptions, loaded = {}, {}
         for side in SIDES:
             folder = workdir / f"{side}_tower"
             descriptions[side] = json.loads((folder / DESCRIPTION_FILE).read_text())
-            create = functools.partial(
-                towers.create, descriptions[side], dtype=dtype, remat=config[side].remat
-            )
+            create = functools.partial(towers.create, descriptions[side], config[side])
             # Shapes only: what is about to be overwritten need not be drawn.
             loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
             pretrained.load(loaded[side], folder / WEIGHTS_FILE)
@@ -271,7 +265,7 @@ class Encoder:
         description: dict[str, object] = {
             "tower": self.descriptions[side],
             "weights": digest.hexdigest(),
-            "dtype": jnp.dtype(dual_encoder.compute_dtype(self.config)).name,
+            "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
         }
         if side == "text":
             return description | {
@@ -319,10 +313,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _lines(files: str) -> Iterator[str]:
-    """The lines of text files, or of all .txt below folders; several are joined with commas."""
-    for name in files.split(","):
-        path = pathlib.Path(name)
+def _lines(config: ConfigDict) -> Iterator[str]:
+    """The lines of the files that `text.trim_vocab` names."""
+    for name in config.text.trim_vocab.split(","):
+        path = pathlib.Path(config.data.dir) / name
         for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
             yield from file.read_text(encoding="utf-8-sig").splitlines()
 

@@ -30,7 +30,8 @@ def plot_recall(results: Mapping, file: pathlib.Path) -> None:
     names = list(languages) + (["zero-shot\nmean"] if macro else [])
     recalls = [result["text_to_image"] for result in languages.values()]
     recalls += [macro["text_to_image"]] if macro else []
-    figure, axes = pyplot.subplots(figsize=(max(1.8 + 0.62 * len(names), 6), 4), layout="constrained")
+    width = max(1.8 + 0.62 * len(names), 6)
+    figure, axes = pyplot.subplots(figsize=(width, 4), layout="constrained")
     places = np.arange(len(names))
     # Recall grows with K: the bars stand in front of each other.
     for k, shade in ((10, "#b9d3ea"), (5, "#6ba3d0"), (1, "#1f5f99")):

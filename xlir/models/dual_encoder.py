@@ -88,20 +88,19 @@ def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
     return nnx.All(nnx.Param, nnx.Not(nnx.Any(*frozen)))
 
 
-def compute_dtype(config: ConfigDict, field: str = "dtype") -> DTypeLike:
-    """The dtype that towers (`dtype`) or heads (`head_dtype`) compute in."""
-    name = config[field]
+def compute_dtype(name: str) -> DTypeLike:
+    """The dtype that a tower (`dtype`) or the heads (`head_dtype`) of a config compute in."""
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"config.{field} is {name!r}; known: auto, float32, bfloat16")
+        raise ValueError(f"dtype is {name!r}; known: auto, float32, bfloat16")
     return jnp.dtype(name)
 
 
 def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.Module:
     """The head of one side."""
     options, dim = config[side], config.embedding_dim
-    dtype = compute_dtype(config, "head_dtype")
+    dtype = compute_dtype(config.head_dtype)
     if options.head == "none":
         return heads.Identity(features, dim)
     if options.head == "center":

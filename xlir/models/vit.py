@@ -17,8 +17,6 @@ from jaxtyping import Array, Float, UInt8
 from xlir.models.layers import LayerNorm, Linear
 from xlir.models.transformer import FeedForward, Layers, Shape, attend, rename_layers
 
-POOLINGS = ("cls", "pooler", "attention", "mean")
-
 _BASE = {
     "hidden_size": 768,
     "num_hidden_layers": 12,

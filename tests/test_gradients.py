@@ -1,0 +1,124 @@
+"""Gradients from microbatches against those of the whole batch, on one device and on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import xlmr
+from tests.conftest import REPOSITORY  # noqa: F401  (eight devices are forced there)
+from xlir import gradients, losses, partition
+from xlir.encoder import Encoder
+
+BATCH = 32
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Toy towers, their parameters and a batch with two pairs of the same photo."""
+    encoder = Encoder.create(xlmr.get_config("tiny"))
+    rng = np.random.default_rng(0)
+    batch = {
+        "text_ids": rng.integers(4, 260, (BATCH, 12)).astype(np.int32),
+        "text_mask": np.arange(12) < rng.integers(3, 13, (BATCH, 1)),
+        "image": rng.integers(0, 256, (BATCH, 32, 32, 3)).astype(np.uint8),
+        "image_id": np.array([0, 0, 1, 1, *range(2, BATCH - 2)], np.int32),
+    }
+    return encoder, nnx.to_pure_dict(encoder.params), batch
+
+
+def functions(encoder, name, dropout=False):
+    """`embed` and `loss` of an objective, as the training step makes them."""
+    config = encoder.config.loss.copy_and_resolve_references()
+    config.unlock()
+    config.name, config.push_apart = name, 0.25
+    objective = losses.build(config)
+
+    def embed(params, rows, key):
+        model = nnx.merge(encoder.graph, params, encoder.frozen)
+        rngs = nnx.Rngs(dropout=key) if dropout else None
+        return model.encode_text(rows, rngs=rngs), model.encode_image(rows, rngs=rngs)
+
+    def loss(image_id, params, embeddings):
+        model = nnx.merge(encoder.graph, params, encoder.frozen)
+        return objective(*embeddings, image_id, model.scale, model.bias[...])
+
+    return embed, loss
+
+
+def compiled(encoder, name, microbatches, **options):
+    embed, loss = functions(encoder, name, **options)
+
+    @jax.jit
+    def run(params, batch, key):
+        of_batch = functools.partial(loss, batch["image_id"])
+        return gradients.value_and_gradient(embed, of_batch, params, batch, key, microbatches)
+
+    return run
+
+
+def assert_equal(ours, expected):
+    (value, gradient), (expected_value, expected_gradient) = ours, expected
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected_gradient))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * largest),
+        gradient,
+        expected_gradient,
+    )
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid", "triplet", "patr", "m3l"])
+def test_microbatches_give_the_whole_batchs_gradient(parts, name):
+    """Negatives are those of the whole batch, which the loss would show if they were not."""
+    encoder, params, batch = parts
+    key = jax.random.key(0)
+    whole = compiled(encoder, name, 1)(params, batch, key)
+    assert_equal(compiled(encoder, name, 8)(params, batch, key), whole)
+    part = {name: rows[::8] for name, rows in batch.items()}
+    assert abs(compiled(encoder, name, 1)(params, part, key)[0] - whole[0]) > 1e-2 * abs(whole[0])
+
+
+def test_microbatches_on_a_mesh(parts):
+    encoder, params, batch = parts
+    mesh, key = partition.create_mesh(), jax.random.key(0)
+    assert mesh.size == 8
+    whole = compiled(encoder, "infonce", 1)(params, batch, key)
+    sharded = partition.global_batch(batch, mesh)
+    on_mesh = jax.device_put(params, partition.replicated(mesh))
+    assert_equal(compiled(encoder, "infonce", 4)(on_mesh, sharded, key), whole)
+
+
+def test_dropout_is_the_same_in_both_passes(parts):
+    """The gradient is that of the loss that was returned: a step along it changes it as it says."""
+    encoder, params, batch = parts
+    run = compiled(encoder, "infonce", 4, dropout=True)
+    key = jax.random.key(3)
+    value, gradient = run(params, batch, key)
+    assert value == run(params, batch, key)[0] != run(params, batch, jax.random.key(4))[0]
+    squared = sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(gradient))
+    length = 1e-2 / squared**0.5
+
+    def at(distance):
+        moved = jax.tree.map(lambda x, g: x + distance * g / squared**0.5, params, gradient)
+        return float(run(moved, batch, key)[0])
+
+    slope = (at(length) - at(-length)) / (2 * length)
+    assert slope == pytest.approx(squared**0.5, rel=2e-2)
+
+
+def test_microbatches_save_memory(parts):
+    encoder, params, batch = parts
+    key = jax.random.key(0)
+    temporary = {
+        count: compiled(encoder, "infonce", count)
+        .lower(params, batch, key)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for count in (1, 8)
+    }
+    assert temporary[8] < 0.5 * temporary[1]
