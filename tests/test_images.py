@@ -384,3 +384,54 @@ def test_configs_that_cannot_be_followed(name, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         Preprocessing.from_config(CHECKPOINTS[name][0] | change)
     assert "\n" not in str(raised.value)
+
+
+def gradient_image(width=80, height=60):
+    """Red grows to the right, green downwards: a crop's place can be read off its pixels."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([3 * x, 4 * y, np.zeros_like(x)], axis=-1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def augmented(seed, min_area=0.25, mirror=False):
+    return images.decode_augmented(
+        gradient_image(), Preprocessing(size=32), np.random.default_rng(seed), min_area, mirror
+    )
+
+
+def test_augmentation_is_a_function_of_its_key():
+    np.testing.assert_array_equal(augmented([0, 1, 2]), augmented([0, 1, 2]))
+    assert (augmented([0, 1, 2]) != augmented([0, 1, 3])).any()
+    assert (augmented([0, 1, 2]) != augmented([0, 2, 2])).any()
+
+
+def test_random_crops_keep_area_and_proportions_within_bounds():
+    shares, ratios = [], []
+    for seed in range(300):
+        left, top, right, bottom = images._random_box((80, 60), 0.25, np.random.default_rng(seed))
+        assert 0 <= left < right <= 80
+        assert 0 <= top < bottom <= 60
+        shares.append((right - left) * (bottom - top) / 4800)
+        ratios.append((right - left) / (bottom - top))
+    assert 0.25 <= min(shares) < 0.3
+    assert 0.85 < max(shares) <= 1
+    assert min(ratios) > 0.74
+    assert max(ratios) < 1.34
+
+
+def test_a_random_crop_shows_its_part_of_the_photo():
+    seed = [5, 6]
+    pixels = augmented(seed).astype(float)
+    left, top, right, bottom = images._random_box((80, 60), 0.25, np.random.default_rng(seed))
+    assert pixels[..., 0].mean() == pytest.approx(3 * ((left + right) / 2 - 0.5), abs=2)
+    assert pixels[..., 1].mean() == pytest.approx(4 * ((top + bottom) / 2 - 0.5), abs=2)
+
+
+def test_half_of_the_photos_are_mirrored():
+    plain = images.decode(gradient_image(), Preprocessing(size=32))
+    results = [augmented(seed, min_area=0.0, mirror=True) for seed in range(40)]
+    mirrored = [bool((result == plain[:, ::-1]).all()) for result in results]
+    assert all((result == plain).all() or m for result, m in zip(results, mirrored, strict=True))
+    assert 10 < sum(mirrored) < 30

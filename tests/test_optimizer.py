@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from configs import base
+from configs import base, xlmr
 from xlir import optimizer
+from xlir.encoder import Encoder
 
 
 def config(**towers_frozen):
@@ -75,3 +77,47 @@ def test_clipping_bounds_the_global_norm_before_adam():
     # Adam's first moments are (1 - b1) times the clipped gradient.
     first = optax.tree.norm([m for m in moments if m.max() > 1e-3])
     assert 0.05 < first < 0.11
+
+
+@pytest.fixture(scope="module")
+def towers():
+    """The trainable parameters of toy towers: two layers in a stack, two blocks in a list."""
+    experiment = xlmr.get_config("tiny")
+    experiment.image.tower = "toy-resnet"
+    return nnx.to_pure_dict(Encoder.create(experiment).params)
+
+
+def test_layers_learn_the_slower_the_lower(towers):
+    text = optimizer.layer_scales({"text_tower": towers["text_tower"]}, 0.5)["text_tower"]
+    kernel = text["layers"]["stacked"]["attention"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(jnp.ravel(kernel), [0.25, 0.5])
+    assert text["embedding"] == text["position"] == 0.125
+    image = optimizer.layer_scales({"image_tower": towers["image_tower"]}, 0.5)["image_tower"]
+    assert jax.tree.leaves(image["stem"]) == [0.125] * 2
+    assert set(jax.tree.leaves(image["blocks"][0])) == {0.25}
+    assert set(jax.tree.leaves(image["blocks"][1])) == {0.5}
+
+
+def test_layer_decay_scales_a_towers_updates_and_no_others(towers):
+    steady, decayed = config(text=False, image=False), config(text=False, image=False)
+    decayed.text.layer_decay = 0.5
+    gradient = jax.tree.map(jnp.ones_like, towers)
+    updates = []
+    for experiment in (steady, decayed):
+        transformation = optimizer.build(experiment)
+        state = transformation.init(towers)
+        for _ in range(2):  # the rate of the first step is 0
+            update, state = transformation.update(gradient, state, towers)
+        updates.append(update)
+    expected = optimizer.layer_scales({"text_tower": towers["text_tower"]}, 0.5)
+    expected |= jax.tree.map(lambda _: 1.0, {k: v for k, v in towers.items() if k != "text_tower"})
+    jax.tree.map(
+        lambda plain, scaled, scale: np.testing.assert_allclose(scaled, plain * scale, rtol=1e-6),
+        *(*updates, expected),
+    )
+
+
+def test_biases_and_norms_of_a_stack_do_not_decay(towers):
+    layers = optimizer.decays(towers)["text_tower"]["layers"]["stacked"]
+    assert layers["mlp"]["inner"] == {"kernel": True, "bias": False}
+    assert not any(jax.tree.leaves(layers["mlp_norm"]))

@@ -1,0 +1,156 @@
+"""Towers from checkpoints: their whole way from raw input against transformers in torch."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xlir
+from configs import base
+from tests.test_huggingface import CORPUS, OTHER, unigram
+from xlir.models import towers
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+}
+PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """An XLM-R and a CLIP vision checkpoint with random weights, as transformers writes them."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = unigram()
+    config = transformers.XLMRobertaConfig(vocab_size=tokenizer.get_vocab_size(), **TEXT)
+    text = transformers.XLMRobertaModel(config).eval()
+    text.save_pretrained(folder / "text")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+    ).save_pretrained(folder / "text")
+    config = transformers.CLIPVisionConfig(
+        **{name: TEXT[name] for name in list(TEXT)[:4]}, image_size=32, patch_size=8
+    )
+    image = transformers.CLIPVisionModel(config).eval()
+    image.save_pretrained(folder / "image")
+    (folder / "image" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return folder, text, image
+
+
+@pytest.fixture
+def config(checkpoints):
+    folder, *_ = checkpoints
+    config = base.get_config()
+    config.embedding_dim = 32
+    for side in ("text", "image"):
+        config[side].tower = str(folder / side)
+        config[side].head = "none"
+        config[side].dtype = "float32"
+    config.text.prefix = "query: "
+    config.text.max_length = 48
+    return config
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_texts_as_in_torch(checkpoints, config):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder, model, _ = checkpoints
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "text")
+    texts = [*CORPUS, *OTHER]
+    batch = tokenizer([f"query: {text}" for text in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"])[0].numpy()
+    mask = batch["attention_mask"].numpy()[..., None]
+    expected = unit((hidden * mask).sum(1) / mask.sum(1))
+    encoder = xlir.Encoder.create(config)
+    np.testing.assert_allclose(encoder.encode_text(texts), expected, atol=2e-5)
+
+
+def test_images_as_in_torch(checkpoints, config):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    *_, model = checkpoints
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (48, 40), (70, 33)]
+    images = [Image.fromarray(rng.integers(0, 256, (*s, 3)).astype(np.uint8)) for s in sizes]
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(
+        **PROCESSOR
+    )
+    pixels = torch.from_numpy(np.stack(processor(images)["pixel_values"]))
+    with torch.no_grad():
+        expected = unit(model(pixels).pooler_output.numpy())
+    encoder = xlir.Encoder.create(config)
+    np.testing.assert_allclose(encoder.encode_image(images), expected, atol=2e-5)
+
+
+def test_saved_towers_need_no_checkpoint(config, tmp_path, monkeypatch):
+    encoder = xlir.Encoder.create(config)
+    encoder.save(tmp_path)
+    monkeypatch.setattr(towers.pretrained, "checkpoint_folder", None)
+    opened = xlir.Encoder.open(tmp_path)
+    np.testing.assert_array_equal(opened.encode_text(CORPUS), encoder.encode_text(CORPUS))
+    photo = Image.new("RGB", (50, 40), "red")
+    np.testing.assert_array_equal(opened.encode_image([photo]), encoder.encode_image([photo]))
+    assert opened.describe_tower("text") == encoder.describe_tower("text")
+
+
+def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
+    whole = xlir.Encoder.create(config)
+    (tmp_path / "de.txt").write_text("\n".join(CORPUS[4:]))
+    config.data.dir, config.text.trim_vocab = str(tmp_path), "de.txt"
+    trimmed = xlir.Encoder.create(config, [f"query: {text}" for text in CORPUS[:4]])
+    embeddings = [encoder.frozen["text_tower"]["embedding"][...] for encoder in (whole, trimmed)]
+    assert len(embeddings[1]) < len(embeddings[0])
+    np.testing.assert_allclose(trimmed.encode_text(CORPUS), whole.encode_text(CORPUS), atol=1e-6)
+    trimmed.save(tmp_path / "run")
+    opened = xlir.Encoder.open(tmp_path / "run")
+    np.testing.assert_array_equal(opened.encode_text(OTHER), trimmed.encode_text(OTHER))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("text.tower", "image", r"config\.text\.tower .* of type 'clip_vision_model'; known text"),
+        ("image.tower", "text", r"config\.image\.tower .* of type 'xlm-roberta'; known image"),
+        ("text.tower", "", r"config\.text\.tower is empty"),
+        ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
+        ("text.pooling", "max", "pooling is 'max'"),
+        ("image.pooling", "attention", "pooling is 'attention'; of clip_vision_model it can be"),
+        ("text.dtype", "float16", "dtype is 'float16'"),
+    ],
+)
+def test_refusals(checkpoints, config, field, value, message):
+    folder, *_ = checkpoints
+    side, name = field.split(".")
+    config[side][name] = str(folder / value) if value in ("image", "text") else value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        xlir.Encoder.create(config)
+
+
+def test_a_size_of_ones_own(config):
+    config.image.size = 48
+    encoder = xlir.Encoder.create(config)
+    assert encoder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
+    assert encoder.encode_image([Image.new("RGB", (60, 50))]).shape == (1, 32)
