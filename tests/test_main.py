@@ -172,16 +172,17 @@ def test_prepare_needs_no_jax_and_says_what_is_there(command, tiny):
     assert again.stdout == process.stdout
 
 
-def test_missing_coco_is_said_with_sizes_and_commands_before_jax_is_loaded(command, tmp_path):
-    arguments = ["--config=configs/flickr8k.py", "--config.data.name=coco"]
-    arguments += [f"--config.data.dir={tmp_path}", "--config.data.test_set=xtd10"]
+def test_missing_data_and_weights_are_said_with_sizes_and_commands(command, tmp_path):
+    arguments = ["--config=configs/xlmr.py", f"--config.data.dir={tmp_path}"]
     for verb in ("train", "prepare"):
-        process = command(verb, *arguments, script=NO_JAX, check=False)
+        script = NO_JAX if verb == "prepare" else ""
+        process = command(verb, *arguments, script=script, check=False, HF_HUB_CACHE=str(tmp_path))
         assert process.returncode == 1
         assert process.stderr.startswith(f"xlir: {tmp_path}")
         assert "13.5 GB" in process.stderr
         assert "wget -c" in process.stderr
-        assert ("git clone" in process.stderr) == (verb == "train")
+        for told in ("git clone", "hf download FacebookAI/xlm-roberta-base", "(1.1 GB)"):
+            assert (told in process.stderr) == (verb == "train")
         assert "Traceback" not in process.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -55,6 +55,30 @@ def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, ti
     assert metrics_of(workdir) == metrics_of(interrupted)
 
 
+@pytest.mark.parametrize(
+    "image_tower", ["toy-vit", pytest.param("toy-resnet", marks=pytest.mark.slow)]
+)
+def test_trained_towers_resume_bit_for_bit(image_tower, command, photos, tmp_path):
+    """Both towers trained from microbatches, with dropout and augmentation: the same numbers."""
+    flags = [
+        "--config=configs/xlmr.py:tiny",
+        f"--config.data.dir={photos}",
+        f"--config.image.tower={image_tower}",
+        "--config.image.mirror=True",
+        "--config.data.microbatches=4",
+        "--config.steps=30",
+    ]
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    command(*flags, f"--workdir={straight}")
+    wait = "self._manager.wait_until_finished()"
+    again = [*flags, f"--workdir={interrupted}"]
+    assert command(*again, script=KILL.format(wait=wait), check=False).returncode == -9
+    assert "resuming from step 20" in command(*again).stderr
+    runs = [checkpoint_of(folder, 30) for folder in (straight, interrupted)]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+    assert metrics_of(straight) == metrics_of(interrupted)
+
+
 def test_a_finished_run_only_evaluates_again(workdir, command, tiny):
     before = (workdir / "metrics.jsonl").read_text()
     process = command(*tiny, f"--workdir={workdir}")

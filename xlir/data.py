@@ -49,17 +49,18 @@ def feature_cache() -> pathlib.Path:
     return cache_folder() / "features"
 
 
-def check(config: ConfigDict) -> None:
-    """Looks whether COCO and XTD10 are at hand where a configuration asks for them; takes no time.
+def missing(config: ConfigDict) -> list[str]:
+    """What is not at hand of COCO and XTD10, where a configuration asks for them; takes no time.
+
+    Returns:
+      For each what it is, how large, and the commands that get it.
 
     Raises:
-      FileNotFoundError: they are not; the message says what is missing, how large it is and the
-        commands that get it.
-      ValueError: what is there can't be used.
+      FileNotFoundError, ValueError: what is there can't be used.
     """
     lacking = []
-    if config.data.name == "coco" and (missing := datasets.coco.missing(config.data.dir)):
-        lacking.append(missing)
+    if config.data.name == "coco" and (message := datasets.coco.missing(config.data.dir)):
+        lacking.append(message)
     if config.data.name == "coco_captions":
         _builder(config)
     if "xtd10" in _names(config.data.test_set):
@@ -67,8 +68,7 @@ def check(config: ConfigDict) -> None:
             datasets.read_xtd10(_xtd10_folder(config))
         except FileNotFoundError as error:
             lacking.append(str(error))
-    if lacking:
-        raise FileNotFoundError("\n".join(lacking))
+    return lacking
 
 
 def prepare(config: ConfigDict) -> str:

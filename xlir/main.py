@@ -94,12 +94,16 @@ def _train() -> None:
         raise UsageError("train needs --config")
     _refuse("train", _TEST_SET, _IMAGES, _DROP_JUNK)
     # JAX takes seconds to import: after what can be refused without it.
-    from xlir import data
+    from xlir import data, train
+    from xlir.models import towers
 
-    data.check(_CONFIG.value)
-    from xlir import train
-
-    train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir())
+    lacking = data.missing(config)
+    if not (workdir / "config.json").exists():
+        lacking += towers.missing(config)
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+    train.train(config, workdir)
 
 
 def _prepare() -> None:

@@ -64,6 +64,7 @@ TOYS = {
     },
 }
 TOY_PREPROCESSING = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+_IMAGE_ARCHITECTURES = vit.ARCHITECTURES | resnet.ARCHITECTURES
 EFFICIENTNETS = {f"efficientnet-{variant}": variant for variant in efficientnet.VARIANTS}
 
 
@@ -105,6 +106,23 @@ def describe_image(options: ConfigDict) -> Description:
     if options.crop:
         chosen = dataclasses.replace(chosen, crop=options.crop)
     return description | {"preprocessing": dataclasses.asdict(chosen)}
+
+
+def missing(config: ConfigDict) -> list[str]:
+    """What checkpoints of a configuration are not at hand: how large, and how to get them."""
+    lines = []
+    for side, published in (("text", transformer.ARCHITECTURES), ("image", _IMAGE_ARCHITECTURES)):
+        name = config[side].tower
+        if not name or name in ("muse", *EFFICIENTNETS, *TOYS):
+            continue
+        try:
+            pretrained.checkpoint_folder(name)
+        except FileNotFoundError as error:
+            size = ""
+            if name in published:
+                size = f" ({_bytes(side, published[name], config[side]) / 1e9:.1f} GB)"
+            lines.append(f"config.{side}.tower: {error}{size}")
+    return lines
 
 
 def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -185,6 +203,18 @@ def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokeniz
         return byte_tokenizer(options.prefix)
     folder = pretrained.checkpoint_folder(options.tower)
     return HuggingFaceTokenizer.from_checkpoint(folder, description["config"], options.prefix)
+
+
+def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:
+    """Size of a tower's weights in float32."""
+    kind = (TEXT_MODELS if side == "text" else IMAGE_MODELS)[architecture["model_type"]]
+    description = {"kind": kind, "config": architecture, "pooling": options.pooling}
+    if side == "text":
+        description["pooling"] = options.pooling or "mean"
+    else:
+        description["preprocessing"] = dataclasses.asdict(TOY_PREPROCESSING)
+    tower = nnx.eval_shape(lambda: create(description, options, rngs=nnx.Rngs(0)))
+    return sum(4 * array.size for array in pretrained.flatten(tower).values())
 
 
 def _architecture(side: str, options: ConfigDict, models: Mapping[str, str]) -> dict:
