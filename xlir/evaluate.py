@@ -1,11 +1,13 @@
 """Retrieval evaluation of an encoder on a multilingual set, and how its results are shown."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from input_pipeline import features
 from input_pipeline.cache import fingerprint
@@ -29,18 +31,10 @@ class Evaluator:
 
     def __init__(self, encoder: Encoder, data: RetrievalSet, cache: pathlib.Path):
         self.encoder, self.data = encoder, data
-        self._features: dict[str, np.ndarray] = {}
         self._captions = [caption for texts in data.captions.values() for caption in texts]
-        inputs = {"text": self._captions, "image": data.images}
-        sources = {
-            "text": fingerprint({"texts": self._captions}),
-            "image": data.fingerprint,
-        }
-        for side in SIDES:
-            if encoder.config[side].frozen:
-                self._features[side] = cached_features(
-                    encoder, side, inputs[side], sources[side], cache, f"{data.name} {side}s"
-                )
+        self._features = frozen_features(
+            encoder, data.name, self._captions, data.images, data.fingerprint, cache
+        )
 
     def embeddings(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Text embeddings by language, and image embeddings; all of unit length."""
@@ -66,29 +60,44 @@ class Evaluator:
         return self.encoder.embed(side, batches, len(inputs))
 
 
-def cached_features(
+def frozen_features(
     encoder: Encoder,
-    side: str,
-    inputs: Sequence,
-    source: str,
-    cache: pathlib.Path,
     label: str,
-) -> np.ndarray:
-    """A frozen tower's outputs for texts or images, from the cache or computed into it."""
-    batches = encoder.text_batches if side == "text" else encoder.image_batches
+    captions: Sequence[str],
+    images: Sequence,
+    images_fingerprint: str,
+    cache: pathlib.Path,
+) -> dict[str, Float[np.ndarray, "rows dim"]]:
+    """The outputs of frozen towers, by side, from the cache or computed into it.
 
-    def compute(start: int, stop: int) -> np.ndarray:
-        part = [inputs[row] for row in range(start, stop)]
-        return encoder.features(side, batches(part), stop - start)
+    Args:
+      encoder: what is frozen in its configuration counts.
+      label: for the progress bar.
+      captions: all texts.
+      images: all images.
+      images_fingerprint: identifies the images' content.
+      cache: the folder of the feature cache.
+    """
+    inputs = {"text": captions, "image": images}
+    sources = {"text": fingerprint({"texts": captions}), "image": images_fingerprint}
+    batches = {"text": encoder.text_batches, "image": encoder.image_batches}
 
-    return features.cached(
-        cache,
-        {**encoder.describe_tower(side), "source": source},
-        len(inputs),
-        encoder.feature_dims[side],
-        compute,
-        label=label,
-    )
+    def compute(side: str, start: int, stop: int) -> np.ndarray:
+        part = [inputs[side][row] for row in range(start, stop)]
+        return encoder.features(side, batches[side](part), stop - start)
+
+    return {
+        side: features.cached(
+            cache,
+            {**encoder.describe_tower(side), "source": sources[side]},
+            len(inputs[side]),
+            encoder.feature_dims[side],
+            functools.partial(compute, side),
+            label=f"{label} {side}s",
+        )
+        for side in SIDES
+        if encoder.config[side].frozen
+    }
 
 
 def retrieval(

@@ -19,10 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from input_pipeline import datasets, loader, text
-from input_pipeline.cache import fingerprint
 from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
-from xlir.encoder import SIDES, Encoder, read_config
+from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
 
 log = logging.getLogger(__name__)
@@ -69,15 +68,18 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     mesh = partition.create_mesh()
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
-    encoder = _open(config, workdir, _flat(training.captions))
+    captions = _flat(training.captions)
+    encoder = _open(config, workdir, captions)
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
-    cached = _frozen_features(training, encoder)
+    cached = evaluate.frozen_features(
+        encoder, "training", captions, training, training.fingerprint, data.feature_cache()
+    )
     _center(encoder, cached)
     batches = loader.Batches(
         loader.Order(
             config.seed, [len(captions) for captions in training.captions], config.data.batch_size
         ),
-        _reader(training, encoder, cached),
+        _reader(training, captions, encoder, cached),
         config.steps,
         process=jax.process_index(),
         processes=jax.process_count(),
@@ -106,27 +108,13 @@ def finish(workdir: pathlib.Path) -> None:
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
-def _frozen_features(
-    photos: datasets.CaptionedImages, encoder: Encoder
-) -> dict[str, Float[np.ndarray, "rows dim"]]:
-    """The outputs of frozen towers for the whole training set."""
-    captions = _flat(photos.captions)
-    inputs = {"text": captions, "image": photos}
-    sources = {"text": fingerprint({"texts": captions}), "image": photos.fingerprint}
-    return {
-        side: evaluate.cached_features(
-            encoder, side, inputs[side], sources[side], data.feature_cache(), f"training {side}s"
-        )
-        for side in SIDES
-        if encoder.config[side].frozen
-    }
-
-
 def _reader(
-    photos: datasets.CaptionedImages, encoder: Encoder, cached: dict[str, np.ndarray]
+    photos: datasets.CaptionedImages,
+    captions: list[str],
+    encoder: Encoder,
+    cached: dict[str, np.ndarray],
 ) -> loader.Read:
     """What reads the rows of a batch: features of frozen towers, raw input of others."""
-    captions = _flat(photos.captions)
     length, seed = encoder.config.text.max_length, encoder.config.seed
 
     def read(
