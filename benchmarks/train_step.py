@@ -48,7 +48,7 @@ def ours(config, text, image):
     state = jax.device_put(train.init_state(encoder, transformation), partition.replicated(mesh))
     step = jax.jit(train.make_train_step(encoder, transformation), donate_argnums=0)
 
-    def read(images, captions):
+    def read(images, captions, step, places):
         return {
             "text_features": text[captions],
             "image_features": image[images],
