@@ -31,6 +31,7 @@ def get_config(variant: str = "base"):
     # SigLIP); with 113,000 photos a larger batch would leave too few steps in an epoch.
     config.data.batch_size = 4096
     # 27 steps are an epoch; 30 epochs let each of the five captions be seen six times.
+    config.data.microbatches = 4
     config.steps = 820
     config.eval_every = 82
     # Captions have 10 words: the longest of COCO and of XTD10's translations are cut at 64 tokens.
@@ -44,7 +45,7 @@ def get_config(variant: str = "base"):
         # Pretrained layers move slowly, the lowest the slowest.
         tower.learning_rate_factor = 0.05
         tower.layer_decay = 0.9
-        # Without it the activations of 512 pairs do not fit beside the parameters.
+        # Activations of 512 pairs do not fit beside 4.4 GB of parameters and Adam's moments.
         tower.remat = True
     config.image.min_area = 0.5
     config.optimizer.learning_rate = 1e-3
@@ -55,8 +56,9 @@ def get_config(variant: str = "base"):
         config.text.tower = "FacebookAI/xlm-roberta-large"
         config.image.tower = "openai/clip-vit-large-patch14"
         config.embedding_dim = 768
-        # The same memory a chip with four times the activations.
-        config.data.microbatches = 4
+        # Parameters, moments and gradients alone are 17 GB on every chip as long as each holds all
+        # of them: it takes chips of 32 GB.
+        config.data.microbatches = 16
     if variant in ("lit", "frozen"):
         _freeze(config.image)
     if variant == "frozen":
@@ -81,6 +83,7 @@ def _shrink(config):
     config.data.train = "train"
     config.data.test_set = ""
     config.data.batch_size = 16
+    config.data.microbatches = 1
     config.steps, config.eval_every, config.log_every = 20, 10, 5
     config.embedding_dim = 16
     config.text.tower, config.image.tower = "toy-xlmr", "toy-vit"

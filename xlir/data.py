@@ -59,10 +59,11 @@ def missing(config: ConfigDict) -> list[str]:
       FileNotFoundError, ValueError: what is there can't be used.
     """
     lacking = []
-    if config.data.name == "coco" and (message := datasets.coco.missing(config.data.dir)):
-        lacking.append(message)
-    if config.data.name == "coco_captions":
-        _builder(config)
+    try:
+        if config.data.name in ("coco", "coco_captions"):
+            _check_coco(config)
+    except FileNotFoundError as error:
+        lacking.append(str(error))
     if "xtd10" in _names(config.data.test_set):
         try:
             datasets.read_xtd10(_xtd10_folder(config))
@@ -146,8 +147,8 @@ def test_sets(
       ValueError: the folder's files do not fit together.
     """
     chosen = names or config.data.test_set
-    images = images or config.data.get("test_images", "")
-    drop_junk = drop_junk or config.data.get("drop_junk", False)
+    images = images or config.data.test_images
+    drop_junk = drop_junk or config.data.drop_junk
     base = "" if names else config.data.dir
     return [_test_set(config, name, base, images, drop_junk) for name in _names(chosen)]
 
@@ -193,13 +194,21 @@ def _prepared_photos(config: ConfigDict, chosen: datasets.TestSet) -> datasets.C
     return photos.select(chosen.filenames)
 
 
+def _check_coco(config: ConfigDict) -> None:
+    """Raises FileNotFoundError where COCO is not at hand."""
+    if config.data.name == "coco_captions":
+        datasets.coco.open_tfds(config.data.dir)
+    elif message := datasets.coco.missing(config.data.dir, config.data.annotations):
+        raise FileNotFoundError(message)
+
+
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     """The prepared data set; looked for once in a process, COCO's JSON takes seconds to read."""
     name, folder = config.data.name, config.data.dir
     if name not in NAMES:
         raise ValueError(f"config.data.name is {name!r}; known: {', '.join(NAMES)}")
-    if name == "coco" and (missing := datasets.coco.missing(folder)):
-        raise FileNotFoundError(missing)
+    if name == "coco":
+        _check_coco(config)
     if name != "emoji" and not folder:
         raise ValueError("name the data set's folder with --config.data.dir=PATH")
     return _prepared(name, folder, config.data.annotations, cache_folder())
@@ -213,6 +222,8 @@ def _prepared(
         return datasets.emoji.prepare()
     if name == "coco_captions":
         return datasets.coco.open_tfds(folder)
+    if name == "coco":
+        annotations = annotations or datasets.coco.ANNOTATIONS
     return datasets.captions.prepare(folder, annotations)
 
 
@@ -228,11 +239,12 @@ def _split(config: ConfigDict, name: str) -> RetrievalSet:
     if config.data.name == "emoji":
         return _line_aligned(datasets.emoji.multilingual(name), photos, photos.fingerprint)
     set_name, captions, folds = f"{_set_name(builder)}-{name}", photos.captions, None
-    # As published: 5 captions a photo, all photos at once (5K) and the mean of 5 folds (1K).
-    # Folds are in the order of the file; TFDS has shuffled it.
+    # As published: 5 captions a photo, all photos at once (5K) and the mean of 5 folds (1K). Folds
+    # are in the order of Karpathy's file, which TFDS has shuffled.
     if set_name == "coco-test" and len(photos) == COCO_TEST:
         captions = [texts[:COCO_CAPTIONS] for texts in captions]
-        set_name, folds = "coco-test-5k", ("coco-test-1k", COCO_FOLDS)
+        set_name = "coco-test-5k"
+        folds = ("coco-test-1k", COCO_FOLDS) if builder.name == "coco" else None
     return RetrievalSet(
         name=set_name,
         images=photos,
@@ -263,7 +275,7 @@ def _names(test_sets: str) -> list[str]:
 
 def _xtd10_folder(config: ConfigDict) -> pathlib.Path:
     """Where XTD10's captions are: `data.xtd10`, else xtd10 in `data.dir`."""
-    given = config.data.get("xtd10", "")
+    given = config.data.xtd10
     return pathlib.Path(given or pathlib.Path(config.data.dir or "PATH") / "xtd10")
 
 

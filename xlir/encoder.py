@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from input_pipeline import images as image_io
 from input_pipeline import text as text_io
 from xlir.checkpoint import Checkpoints
 from xlir.models import dual_encoder, pretrained, towers
+
+log = logging.getLogger(__name__)
 
 # Inputs that go through a tower, or rows that go through a head, at once.
 IMAGE_BATCH = 32
@@ -82,6 +85,7 @@ class Encoder:
         tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
+            log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
             descriptions["text"]["config"]["vocab_size"] = len(kept)
         text_tower = towers.load(config.text, descriptions["text"], kept=kept)
@@ -317,7 +321,10 @@ def _lines(config: ConfigDict) -> Iterator[str]:
     """The lines of the files that `text.trim_vocab` names."""
     for name in config.text.trim_vocab.split(","):
         path = pathlib.Path(config.data.dir) / name
-        for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not name or not files:
+            raise FileNotFoundError(f"config.text.trim_vocab: {path} holds no .txt files")
+        for file in files:
             yield from file.read_text(encoding="utf-8-sig").splitlines()
 
 

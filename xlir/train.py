@@ -1,10 +1,12 @@
 """The training loop."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +94,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     log.info("trained parameters:\n%s", trained)
 
     # Only now: a start that failed leaves no folder that insists on its configuration.
-    if not (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists() and jax.process_index() == 0:
         encoder.save(workdir)
     with Checkpoints(workdir) as checkpoints:
         state = _resume(state, checkpoints)
@@ -117,6 +119,11 @@ def _reader(
     """What reads the rows of a batch: features of frozen towers, raw input of others."""
     length, seed = encoder.config.text.max_length, encoder.config.seed
 
+    decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+    def decode(row: int, key: list[int]) -> np.ndarray:
+        return encoder.decode(photos[row], row, np.random.default_rng(key))
+
     def read(
         image_rows: np.ndarray, caption_rows: np.ndarray, step: int, places: np.ndarray
     ) -> loader.Batch:
@@ -126,12 +133,8 @@ def _reader(
             ids = encoder.tokenizer([captions[row] for row in caption_rows], max_length=length)
             batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
         if "image" not in cached:
-            batch["image"] = np.stack(
-                [
-                    encoder.decode(photos[row], row, np.random.default_rng([seed, step, place]))
-                    for row, place in zip(image_rows.tolist(), places.tolist(), strict=True)
-                ]
-            )
+            keys = [[seed, step, place] for place in places.tolist()]
+            batch["image"] = np.stack(list(decoders.map(decode, image_rows.tolist(), keys)))
         return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
 
     return read

@@ -95,7 +95,7 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
             raise FileNotFoundError(f"there is no file {given} (config.data.annotations)")
     # Karpathy's archive holds three; COCO's folders of photos tell which is meant.
     coco = [file for file in found if file.name == "dataset_coco.json"]
-    if len(found) > 1 and coco and not coco[0].is_file() and any(folder.glob("*2014*")):
+    if len(found) > 1 and coco and not coco[0].is_file() and _holds_coco(folder):
         found = coco
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
@@ -107,6 +107,10 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
         return found[0], found[0].read_bytes()
     archive = photo_files.open_archive(found[0].parent)
     return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).read()
+
+
+def _holds_coco(folder: pathlib.Path) -> bool:
+    return any([*folder.glob("*2014*"), *folder.glob("images/*2014*")])
 
 
 def _in_archives(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -14,14 +14,19 @@ CAPTIONS_URL = "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_dat
 # Archive -> what it holds.
 ARCHIVES = {"train2014.zip": "82,783 photos", "val2014.zip": "40,504 photos"}
 CAPTIONS_MB = 37
+ANNOTATIONS = "dataset_coco.json"
 # What the prepared set takes.
 PREPARED_GB = 20
 
 
-def missing(folder: str | os.PathLike) -> str:
+def missing(folder: str | os.PathLike, annotations: str = "") -> str:
     """What a folder lacks of COCO, how large it is and the commands that get it; empty: nothing.
 
     The photos may be extracted (train2014/, val2014/, also below images/) or in their archives.
+
+    Args:
+      folder: holds them.
+      annotations: Karpathy's JSON, where it is not in the folder.
     """
     folder = pathlib.Path(folder or "PATH")
     lacking = []
@@ -30,7 +35,8 @@ def missing(folder: str | os.PathLike) -> str:
         if not any(place.exists() or place.with_suffix("").is_dir() for place in places):
             size = photo_files.PUBLISHED[archive]
             lacking.append((archive, f"{size / 1e9:.1f} GB", content, f"{IMAGES_URL}/{archive}"))
-    if not any(folder.glob("dataset_*.json")) and not (folder / "caption_datasets.zip").exists():
+    places = (pathlib.Path(annotations), folder / ANNOTATIONS, folder / "caption_datasets.zip")
+    if not any(place.is_file() for place in places):
         captions = "Karpathy's splits and captions (dataset_coco.json)"
         lacking.append(("caption_datasets.zip", f"{CAPTIONS_MB} MB", captions, CAPTIONS_URL))
     if not lacking:

@@ -1,15 +1,19 @@
 """Towers from checkpoints: their whole way from raw input against transformers in torch."""
 
 import json
+import pickle
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import xlir
 from configs import base
 from tests.test_huggingface import CORPUS, OTHER, unigram
 from xlir.models import towers
+from xlir.models.torch_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 
 TEXT = {
     "hidden_size": 32,
@@ -18,6 +22,15 @@ TEXT = {
     "intermediate_size": 64,
     "max_position_embeddings": 66,
 }
+# torch's legacy format, with os.system("true") where the state dict would be.
+MALICIOUS = b"".join(
+    [
+        pickle.dumps(LEGACY_MAGIC, protocol=2),
+        pickle.dumps(LEGACY_PROTOCOL, protocol=2),
+        pickle.dumps({"little_endian": True}, protocol=2),
+        b"cos\nsystem\n(S'true'\ntR.",
+    ]
+)
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 32},
@@ -139,11 +152,16 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
         ("text.pooling", "max", "pooling is 'max'"),
         ("image.pooling", "attention", "pooling is 'attention'; of clip_vision_model it can be"),
         ("text.dtype", "float16", "dtype is 'float16'"),
+        ("text.trim_vocab", "nowhere", r"trim_vocab: .*nowhere holds no \.txt files"),
+        ("image.mirror", True, r"need a trained tower, --config\.image\.frozen=False"),
+        ("image.min_area", 1.5, r"min_area is 1\.5; it is a share"),
     ],
 )
 def test_refusals(checkpoints, config, field, value, message):
     folder, *_ = checkpoints
     side, name = field.split(".")
+    (folder / "nowhere").mkdir(exist_ok=True)
+    config.data.dir = str(folder)
     config[side][name] = str(folder / value) if value in ("image", "text") else value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         xlir.Encoder.create(config)
@@ -154,3 +172,41 @@ def test_a_size_of_ones_own(config):
     encoder = xlir.Encoder.create(config)
     assert encoder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
     assert encoder.encode_image([Image.new("RGB", (60, 50))]).shape == (1, 32)
+
+
+def test_squashing_shows_the_whole_photo(checkpoints, config, tmp_path):
+    """Also where the checkpoint resizes to more than it cuts out."""
+    folder, *_ = checkpoints
+    processor = PROCESSOR | {"size": {"shortest_edge": 40}}
+    shutil.copytree(folder / "image", tmp_path / "image")
+    (tmp_path / "image" / "preprocessor_config.json").write_text(json.dumps(processor))
+    config.image.tower, config.image.crop = str(tmp_path / "image"), "squash"
+    preprocessing = xlir.Encoder.create(config).preprocessing
+    assert (preprocessing.size, preprocessing.resize, preprocessing.crop) == (32, 32, "squash")
+
+
+def test_half_precision_checkpoints(checkpoints, config, tmp_path):
+    folder, *_ = checkpoints
+    shutil.copytree(folder / "text", tmp_path / "text")
+    file = tmp_path / "text" / "model.safetensors"
+    halves = {name: x.astype(np.float16) for name, x in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(halves, file)
+    whole = xlir.Encoder.create(config).encode_text(CORPUS)
+    config.text.tower = str(tmp_path / "text")
+    np.testing.assert_allclose(xlir.Encoder.create(config).encode_text(CORPUS), whole, atol=3e-3)
+
+
+def test_damaged_checkpoints_are_one_line(checkpoints, config, tmp_path):
+    folder, *_ = checkpoints
+    shutil.copytree(folder / "text", tmp_path / "text")
+    config.text.tower = str(tmp_path / "text")
+    file = tmp_path / "text" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in fields.items() if k != "hidden_size"}))
+    with pytest.raises(ValueError, match=r"config\.json lacks 'hidden_size'"):
+        xlir.Encoder.create(config)
+    file.write_text(json.dumps(fields))
+    (tmp_path / "text" / "model.safetensors").unlink()
+    (tmp_path / "text" / "pytorch_model.bin").write_bytes(MALICIOUS)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: refused to load os\.system"):
+        xlir.Encoder.create(config)

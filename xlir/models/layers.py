@@ -71,7 +71,7 @@ def dropout(
     rows, dim = x.shape
     words = jax.random.bits(key, (rows, -(-dim // 4)), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, -1)[:, :dim]
-    # Behind the barrier it is drawn once, and not again in the backward pass.
+    # Behind the barrier it is drawn once, and not in every operation that uses it.
     mask = jax.lax.optimization_barrier(draws < kept)
     return jnp.where(mask, x * (256 / kept), 0)
 

@@ -7,6 +7,7 @@ checkpoint that it started from.
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -23,7 +24,7 @@ from xlir.models.dual_encoder import compute_dtype
 Description = dict
 
 # model_type in a checkpoint's config.json -> kind of tower
-TEXT_MODELS = dict.fromkeys(("bert", "distilbert", "xlm-roberta"), "transformer")
+TEXT_MODELS = dict.fromkeys(transformer.MODEL_TYPES, "transformer")
 IMAGE_MODELS = {"resnet": "resnet"} | dict.fromkeys(
     (
         "vit",
@@ -103,8 +104,11 @@ def describe_image(options: ConfigDict) -> Description:
             folder = pretrained.checkpoint_folder(options.tower)
             published = Preprocessing.from_config(pretrained.read_preprocessing(folder))
     chosen = published.resized(options.size) if options.size else published
-    if options.crop:
+    if options.crop == "squash" and chosen.crop != "squash":
+        chosen = Preprocessing(chosen.size, 0, chosen.resample, "squash", chosen.mean, chosen.std)
+    elif options.crop:
         chosen = dataclasses.replace(chosen, crop=options.crop)
+    _check_augmentation(options)
     return description | {"preprocessing": dataclasses.asdict(chosen)}
 
 
@@ -120,9 +124,19 @@ def missing(config: ConfigDict) -> list[str]:
         except FileNotFoundError as error:
             size = ""
             if name in published:
-                size = f" ({_bytes(side, published[name], config[side]) / 1e9:.1f} GB)"
-            lines.append(f"config.{side}.tower: {error}{size}")
+                size = f", of {_bytes(side, published[name], config[side]) / 1e9:.1f} GB"
+            lines.append(f"config.{side}.tower{size}: {error}")
     return lines
+
+
+def _check_augmentation(options: ConfigDict) -> None:
+    if not 0 <= options.min_area <= 1:
+        raise ValueError(f"config.image.min_area is {options.min_area}; it is a share, 0 to 1")
+    if options.frozen and (options.min_area or options.mirror):
+        raise ValueError(
+            "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
+            "a frozen one's outputs are computed once"
+        )
 
 
 def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -176,15 +190,17 @@ def load(
     if options.tower in TOYS:
         return make(rngs=nnx.Rngs(0))
     folder = pretrained.checkpoint_folder(options.tower)
-    rename = _renaming(description)
-    weights = rename(pretrained.read_checkpoint(folder))
-    if kept is not None:
-        weights["embedding"] = weights["embedding"][kept]
-    module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     try:
-        pretrained.merge(module, weights)
-    except ValueError as error:
+        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        weights = _renaming(description)(pretrained.read_checkpoint(folder))
+        if kept is not None:
+            weights["embedding"] = weights["embedding"][kept]
+        # Many checkpoints are published in half precision.
+        pretrained.merge(module, {name: x.astype(np.float32) for name, x in weights.items()})
+    except (ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json lacks {error}") from error
     return module
 
 

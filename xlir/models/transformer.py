@@ -296,6 +296,8 @@ class FeedForward(nnx.Module):
 class TextTransformer(nnx.Module):
     """BERT, DistilBERT and XLM-R: token ids to one pooled vector.
 
+    Dropout is BERT's; DistilBERT's own leaves out the one after the attention.
+
     The row of the token type that a single text has, and XLM-R's offset of positions
     (`pad_token_id + 1`), are folded into the position table when weights are loaded.
 
