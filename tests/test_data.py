@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,25 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
         )
         assert data.missing(config) == []
         data.training_photos(config)
+
+
+def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkeypatch):
+    """From a mirror of its repository; what a killed download left behind is kept."""
+    mirror, folder = tmp_path / "mirror", tmp_path / "xtd10"
+    for commit, paths in xtd10.COMMITS.items():
+        for path in paths:
+            (file,) = (shared / "xtd10").rglob(path.split("/")[-1])
+            (mirror / commit / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, mirror / commit / path)
+    monkeypatch.setattr(xtd10, "RAW_URL", mirror.as_uri())
+    config = config_of(coco_folder, xtd10=str(folder), test_set="xtd10")
+    (japanese,) = mirror.rglob("test_1kcaptions_jp.txt")
+    japanese.rename(tmp_path / "later")
+    with pytest.raises(OSError, match="can't download"):
+        data.prepare(config)
+    (tmp_path / "later").rename(japanese)
+    data.prepare(config)
+    assert len(data.test_sets(config)[0].captions) == 11
 
 
 def test_xtd10_without_junk(coco_folder, shared, log):

@@ -75,6 +75,9 @@ def missing(config: ConfigDict) -> list[str]:
 def prepare(config: ConfigDict) -> str:
     """Prepares the data set where it is not prepared yet.
 
+    Where the configuration is evaluated on XTD10, its captions (1 MB) are downloaded if they are
+    not at hand; nothing else ever is.
+
     Returns:
       Where it is, and how many photos and captions each split holds.
 
@@ -82,6 +85,11 @@ def prepare(config: ConfigDict) -> str:
       ValueError, FileNotFoundError: as `training_photos`.
     """
     builder = _builder(config)
+    if "xtd10" in _names(config.data.test_set):
+        try:
+            datasets.read_xtd10(_xtd10_folder(config))
+        except FileNotFoundError:
+            datasets.xtd10.download(_xtd10_folder(config))
     lines = [f"{_set_name(builder)}: {builder.data_path}"]
     for split in builder.info.splits:
         photos = datasets.CaptionedImages(builder, split)

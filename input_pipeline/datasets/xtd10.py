@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import re
+import urllib.request
 
 import numpy as np
 
@@ -29,7 +30,9 @@ CAPTIONS_FILE = re.compile(r"test_(?:1k)?captions_([A-Za-z0-9_-]+)\.txt")
 # XTD10 calls Japanese by its country's code.
 ALIASES = {"jp": "ja"}
 
-URL = "https://github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10"
+REPOSITORY = "adobe-research/Cross-lingual-Test-Dataset-XTD10"
+URL = f"https://github.com/{REPOSITORY}"
+RAW_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
 # Of the files as published. They may lie in any folder: upstream has English ones in two.
 SHA256 = {
     "test_image_names.txt": "504a472dfd40e44f2d0facd6320b9dc1c7d64c58aac9840f0b1da4807cb3a30a",
@@ -44,6 +47,22 @@ SHA256 = {
     "test_1kcaptions_ru.txt": "7d93631ff85b53592091b3cbfd9ca963397e77038fb3d0fdd9374b1b02ae98a3",
     "test_1kcaptions_tr.txt": "147e9763dcb6e6ebba0b98fc799f0145c7d90005fa03ca8ec5a7cf29a04dd136",
     "test_1kcaptions_zh.txt": "17229ff02ac85dd2d165f8316515a24fbe5100dbf486c22aaa12105dfb3353bf",
+}
+LICENCE_SHA256 = "f9908a6ae7d75e49452013687f4db397b035d7bb69f3975961eb739e878a83bf"
+# Commit of the repository -> files that it holds as published.
+COMMITS = {
+    "f2ce7e3b87f871c655a49542ea59ccf4c065089e": (
+        "LICENSE.md",
+        *(
+            f"XTD10/test_1kcaptions_{code}.txt"
+            for code in ("es", "it", "ko", "pl", "ru", "tr", "zh")
+        ),
+    ),
+    "455f8bace77912d2e879e64cbc9e7402d4598626": tuple(
+        f"MIC/test_1kcaptions_{code}.txt" for code in ("en", "de", "fr")
+    ),
+    "d77ff16148468c84287f3efcbf602a015c5e4954": ("STAIR/test_1kcaptions_jp.txt",),
+    "d6cfdf769647697cfc060fab276c9f1fb883652a": ("XTD10/test_image_names.txt",),
 }
 # Lines, from 1, of the German file that translate nothing: "Could not translate" (148, 241, 727),
 # "?" and "dfgdfg".
@@ -129,7 +148,8 @@ def read_xtd10(folder: str | os.PathLike, *, drop_junk: bool = False) -> TestSet
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there are no captions of XTD10 in {folder} (config.data.xtd10); get them (1 MB, for "
-            f"noncommercial research only) with {command}"
+            "noncommercial research only) with python -m xlir.main prepare and the same flags, or "
+            f"with {command}"
         )
     found = {}
     for file in _text_files(folder):
@@ -155,6 +175,39 @@ def read_xtd10(folder: str | os.PathLike, *, drop_junk: bool = False) -> TestSet
     # Results with and without are filed apart.
     name = "xtd10-without-junk" if drop_junk else "xtd10"
     return TestSet(name, names, _english_first(lines), dropped)
+
+
+def download(folder: str | os.PathLike) -> None:
+    """Downloads XTD10's captions and its licence, 1 MB, at pinned commits; each file is checked.
+
+    Files that are there already are kept.
+
+    Raises:
+      OSError: a file can't be downloaded or written.
+      ValueError: a file is not the published one; nothing of it is written.
+    """
+    folder = pathlib.Path(folder)
+    for commit, paths in COMMITS.items():
+        for path in paths:
+            target, url = folder / path, f"{RAW_URL}/{commit}/{path}"
+            if target.is_file():
+                continue
+            try:
+                with urllib.request.urlopen(url, timeout=60) as response:
+                    data = response.read()
+            except OSError as error:
+                raise OSError(
+                    f"can't download {url} ({error}); without a network get XTD10 elsewhere, with "
+                    f"git clone {URL}, and name its folder: --config.data.xtd10=DIR"
+                ) from error
+            expected = {**SHA256, "LICENSE.md": LICENCE_SHA256}[target.name]
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise ValueError(f"{url} is not the file that was published (its SHA-256 differs)")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_suffix(".partial")
+            unfinished.write_bytes(data)
+            unfinished.rename(target)
+    log.info("XTD10's captions are in %s", folder)
 
 
 def is_xtd10(folder: str | os.PathLike) -> bool:

@@ -251,6 +251,40 @@ def test_a_missing_file_or_folder_is_named_with_the_command_that_gets_it(clone, 
         read_xtd10(tmp_path / "nowhere")
 
 
+@pytest.fixture
+def mirror(clone, tmp_path, monkeypatch):
+    """The files at their commits, as the server has them."""
+    folder = tmp_path / "mirror"
+    for commit, paths in xtd10.COMMITS.items():
+        for path in paths:
+            (folder / commit / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(clone / path, folder / commit / path)
+    monkeypatch.setattr(xtd10, "RAW_URL", folder.as_uri())
+    return folder
+
+
+def test_download_gets_what_a_clone_has(mirror, clone, cache, tmp_path):
+    xtd10.download(tmp_path / "new")
+    assert read_xtd10(tmp_path / "new") == read_xtd10(clone)
+    assert (tmp_path / "new" / "LICENSE.md").read_bytes() == (clone / "LICENSE.md").read_bytes()
+    shutil.rmtree(mirror)
+    xtd10.download(tmp_path / "new")  # everything is there
+
+
+def test_a_download_that_differs_is_refused_and_not_kept(mirror, tmp_path):
+    (file,) = mirror.rglob("test_1kcaptions_jp.txt")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"test_1kcaptions_jp\.txt is not the file"):
+        xtd10.download(tmp_path / "new")
+    assert not list((tmp_path / "new").rglob("*jp*"))
+
+
+def test_a_download_without_a_network_says_what_to_do(mirror, tmp_path):
+    shutil.rmtree(mirror)
+    with pytest.raises(OSError, match=r"can't download .*git clone .*--config\.data\.xtd10=DIR"):
+        xtd10.download(tmp_path / "new")
+
+
 def test_the_licence_is_shown_once(clone, cache, caplog):
     for _ in range(2):
         read_xtd10(clone)
