@@ -158,6 +158,7 @@ def test_a_step_on_eight_devices_equals_one(frozen, workdir):
     """Parameters after three steps, dropout included; frozen and fine-tuned towers."""
     config = read_config(workdir)
     config.text.frozen = frozen
+    config.head_dtype = "float32"
     config.optimizer.ema = 0.9
     rng = np.random.default_rng(0)
     batch = {
@@ -182,7 +183,7 @@ def test_a_step_on_eight_devices_equals_one(frozen, workdir):
 def take_steps(config: ConfigDict, workdir, batch, mesh):
     source = Encoder.open(workdir)
     model = nnx.merge(source.graph, source.params, source.frozen)
-    encoder = Encoder(config, model, source.tokenizer)
+    encoder = Encoder(config, model, source.tokenizer, source.descriptions)
     transformation = optimizer.build(config)
     state = train.init_state(encoder, transformation)
     towers = [name for name in state.params if "tower" in name]

@@ -94,16 +94,9 @@ def _train() -> None:
         raise UsageError("train needs --config")
     _refuse("train", _TEST_SET, _IMAGES, _DROP_JUNK)
     # JAX takes seconds to import: after what can be refused without it.
-    from xlir import data, train
-    from xlir.models import towers
+    from xlir import train
 
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir())
-    lacking = data.missing(config)
-    if not (workdir / "config.json").exists():
-        lacking += towers.missing(config)
-    if lacking:
-        raise FileNotFoundError("\n".join(lacking))
-    train.train(config, workdir)
+    train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 
 
 def _prepare() -> None:

@@ -25,6 +25,7 @@ from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
+from xlir.models import towers
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains, resuming where a checkpoint is found, and evaluates the best checkpoint at the end.
 
     Raises:
+      FileNotFoundError: data or weights are not at hand; the message says how to get them.
       ValueError: the configuration is not usable, is not the one that `workdir` was started with,
         or the loss or its gradient is not finite.
     """
+    _check_start(config, workdir)
     mesh = partition.create_mesh()
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
@@ -213,10 +216,13 @@ def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, 
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def _open(config: ConfigDict, workdir: pathlib.Path, captions: list[str]) -> Encoder:
-    """The run's encoder: as it was saved, or a new one where the run starts."""
-    if not (workdir / "config.json").exists():
-        return Encoder.create(config, captions)
+def _check_start(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Refuses what would fail later, or would continue another run."""
+    starts = not (workdir / "config.json").exists()
+    if lacking := data.missing(config) + (towers.missing(config) if starts else []):
+        raise FileNotFoundError("\n".join(lacking))
+    if starts:
+        return
     started_with = read_config(workdir)
     given = ConfigDict(json.loads(json.dumps(config.to_dict())))
     differing = sorted(_differences(started_with.to_dict(), given.to_dict()))
@@ -225,7 +231,13 @@ def _open(config: ConfigDict, workdir: pathlib.Path, captions: list[str]) -> Enc
             f"{workdir} was started with another configuration; it differs in "
             f"{', '.join(differing)}. Use another --workdir, or the old values to resume"
         )
-    return Encoder.open(workdir)
+
+
+def _open(config: ConfigDict, workdir: pathlib.Path, captions: list[str]) -> Encoder:
+    """The run's encoder: as it was saved, or a new one where the run starts."""
+    if (workdir / "config.json").exists():
+        return Encoder.open(workdir)
+    return Encoder.create(config, captions)
 
 
 def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
