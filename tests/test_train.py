@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from xlir import optimizer, partition, train
 from xlir.encoder import Encoder, read_config
+from xlir.models import dual_encoder
 
 KILL = """
 import os, signal
@@ -182,7 +183,10 @@ def test_a_step_on_eight_devices_equals_one(frozen, workdir):
 
 def take_steps(config: ConfigDict, workdir, batch, mesh):
     source = Encoder.open(workdir)
-    model = nnx.merge(source.graph, source.params, source.frozen)
+    opened = nnx.merge(source.graph, source.params, source.frozen)
+    model = dual_encoder.DualEncoder(
+        config, opened.text_tower, opened.image_tower, rngs=nnx.Rngs(config.seed)
+    )
     encoder = Encoder(config, model, source.tokenizer, source.descriptions)
     transformation = optimizer.build(config)
     state = train.init_state(encoder, transformation)
