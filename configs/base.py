@@ -26,6 +26,17 @@ def get_config() -> ConfigDict:
     # and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.head_dtype = "auto"
 
+    # Devices along the two axes of the mesh; one may be -1, all that are left. Along "data" each has
+    # a copy of the parameters; along "fsdp" each has a part of them, of their gradients and of the
+    # optimizer's state, and gathers one layer after the other. A batch is split over all of them.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+
+    # The first and the last step of a trace in <workdir>/profile, for TensorBoard or Perfetto.
+    config.profile = ConfigDict()
+    config.profile.steps = (0, 0)
+
     config.data = data = ConfigDict()
     # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (the same,
     # of COCO 2014), or "coco_captions" (TFDS's, prepared as ArrayRecord).
@@ -87,6 +98,9 @@ def get_config() -> ConfigDict:
     # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
     loss.temperature = 0.07
     loss.bias = -10.0
+    # infonce, sigmoid: images whose logits are held at a time. The loss is the same for less memory
+    # and, as they are computed again in the backward pass, a third more time; 0 holds all.
+    loss.chunk = 0
     # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
     loss.metric = "euclidean"
     # triplet, patr: the margin (the paper's eta), in units of the metric.

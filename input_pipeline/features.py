@@ -19,6 +19,7 @@ from input_pipeline.cache import fingerprint
 
 # Rows computed between two writes: what an interrupt can cost.
 BLOCK = 1024
+ITEM = np.dtype(np.float32).itemsize
 
 
 def cached(
@@ -29,6 +30,7 @@ def cached(
     compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
     *,
     label: str,
+    agree: Callable[[int], int] = lambda rows: rows,
 ) -> Float[np.ndarray, "count dim"]:
     """The features of `count` inputs, from the cache or computed into it.
 
@@ -39,6 +41,8 @@ def cached(
       dim: width of a feature vector.
       compute: (start, stop) -> the features of those inputs.
       label: what the progress bar calls them.
+      agree: where several processes compute together, each with a folder of its own: rows that are
+        here -> rows that are everywhere.
 
     Returns:
       A read-only, memory-mapped array.
@@ -52,29 +56,38 @@ def cached(
     with open(folder / f"{name}.lock", "w") as lock:
         # A second run that wants the same features waits for the first, then reads them.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            _build(partial, count, dim, compute, label)
+        rows = count if done.exists() else _rows(partial, dim)
+        if (start := agree(rows)) < count:
+            if done.exists():
+                done.rename(partial)
+            _build(partial, start, count, dim, compute, label)
             (folder / f"{name}.json").write_text(json.dumps(description, indent=1, sort_keys=True))
             partial.rename(done)
     return np.load(done, mmap_mode="r")
 
 
+def _rows(partial: pathlib.Path, dim: int) -> int:
+    """Whole rows of an unfinished file."""
+    if not partial.exists() or not partial.stat().st_size:
+        return 0
+    return (partial.stat().st_size - _header_bytes(partial)) // (dim * ITEM)
+
+
 def _build(
     partial: pathlib.Path,
+    start: int,
     count: int,
     dim: int,
     compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
     label: str,
 ) -> None:
-    row_bytes = dim * np.dtype(np.float32).itemsize
+    """Computes the rows from `start` on."""
     with open(partial, "ab") as file:
         if file.tell() == 0:
             header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-        offset = _header_bytes(partial)
-        start = (file.tell() - offset) // row_bytes
-        file.truncate(offset + start * row_bytes)
+        file.truncate(_header_bytes(partial) + start * dim * ITEM)
         with tqdm(total=count, initial=start, desc=label, unit="") as bar:
             while start < count:
                 stop = min(start + BLOCK, count)

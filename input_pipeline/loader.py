@@ -62,26 +62,24 @@ class Order:
 
 
 class Batches(grain.sources.RandomAccessDataSource):
-    """One process's share of every global batch: element `step` is rows [p*B/P, (p+1)*B/P)."""
+    """One process's share of every global batch: element `step` is the rows at `places` of it.
 
-    def __init__(
-        self, order: Order, read: Read, steps: int, *, process: int = 0, processes: int = 1
-    ):
-        self._order, self._read, self._steps = order, read, steps
-        self._process, self._processes = process, processes
+    Args:
+      order: what the global batches are.
+      read: reads rows.
+      steps: how many batches.
+      places: which rows of each batch are this process's (`partition.local_rows`).
+    """
+
+    def __init__(self, order: Order, read: Read, steps: int, places: Int[np.ndarray, " rows"]):
+        self._order, self._read, self._steps, self._places = order, read, steps, places
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
         images, captions = self._order(step)
-        if len(images) % self._processes:
-            raise ValueError(
-                f"a batch of {len(images)} does not divide over {self._processes} processes"
-            )
-        share = len(images) // self._processes
-        places = np.arange(self._process * share, (self._process + 1) * share)
-        return self._read(images[places], captions[places], step, places)
+        return self._read(images[self._places], captions[self._places], step, self._places)
 
 
 def iterate(batches: Batches, *, first_step: int, prefetch: int) -> Iterator[Batch]:

@@ -167,7 +167,7 @@ def length_batches(
     lengths: Sequence[int],
     batch_size: int,
     *,
-    max_pieces: int = 2048,
+    max_pieces: int,
     multiple: int = 4,
 ) -> Iterator[tuple[Int[np.ndarray, " _"], int]]:
     """Groups texts of similar lengths into batches of few distinct padded shapes.
@@ -179,7 +179,7 @@ def length_batches(
       lengths: pieces of each text, BOS and EOS included.
       batch_size: texts in a batch of short texts.
       max_pieces: pieces in a batch, padding included; batches of longer texts hold fewer of them,
-        and at least one. The default keeps mUSE's activations in a CPU's cache.
+        and at least one.
       multiple: padded lengths are multiples of it: with 4 they are 4, 8, 12, 16, 24, 32, 48, ...
 
     Yields:

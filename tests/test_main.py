@@ -213,8 +213,8 @@ KILL = """
 import os, signal
 from xlir import checkpoint
 save = checkpoint.Checkpoints.save
-def save_and_die(self, step, items, score):
-    save(self, step, items, score)
+def save_and_die(self, step, *items):
+    save(self, step, *items)
     self._manager.wait_until_finished()
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_die

@@ -234,7 +234,7 @@ def test_padded_lengths_are_few():
 @pytest.mark.parametrize("count", [0, 1, 127, 1000])
 def test_length_batches_hold_each_text_once_and_whole(count):
     lengths = np.random.default_rng(0).integers(3, 400, count)
-    batches = list(length_batches(lengths.tolist(), 64))
+    batches = list(length_batches(lengths.tolist(), 64, max_pieces=2048))
     rows = np.concatenate([rows for rows, _ in batches]) if batches else np.zeros(0, int)
     assert sorted(rows.tolist()) == list(range(count))
     for rows, length in batches:
@@ -246,7 +246,7 @@ def test_length_batches_hold_each_text_once_and_whole(count):
 def test_length_batches_have_few_shapes_and_little_padding():
     # Lengths of English captions: a mean of 15 pieces, a few of them long.
     lengths = np.random.default_rng(0).poisson(12, 10_000) + 3
-    batches = list(length_batches(lengths.tolist(), 128))
+    batches = list(length_batches(lengths.tolist(), 128, max_pieces=2048))
     shapes = {(len(rows), length) for rows, length in batches}
     assert len(shapes) <= 9
     assert sum(len(rows) * length for rows, length in batches) < 1.25 * lengths.sum()
@@ -255,5 +255,5 @@ def test_length_batches_have_few_shapes_and_little_padding():
 
 
 def test_a_text_longer_than_the_budget_is_a_batch_by_itself():
-    batches = [(rows.tolist(), length) for rows, length in length_batches([3, 10_000, 5], 128)]
+    batches = [(rows.tolist(), length) for rows, length in length_batches([3, 10_000, 5], 128, max_pieces=2048)]
     assert batches == [([1], 12_288), ([2, 0], 8)]

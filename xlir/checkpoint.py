@@ -27,7 +27,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
-        best = BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, reverse=False)
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
             best_fn=lambda metrics: metrics["score"],
@@ -37,18 +41,23 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.folder = (workdir / "checkpoints").resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, items: dict[str, PyTree], score: float) -> None:
-        """Starts to save; `score` decides which checkpoint is the best (higher is better)."""
+    def save(self, step: int, items: dict[str, PyTree], score: float | None = None) -> None:
+        """Starts to save; `score` decides which checkpoint is the best (higher is better).
+
+        One without a score is there to go on from, and goes when there is a later one.
+        """
+        metrics = None if score is None else {"score": score}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**arguments), metrics={"score": score})
+        self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics)
 
     def latest_step(self) -> int | None:
         """The last step saved, or None."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the best score, or None."""
-        return self._manager.best_step()
+        """The step with the best score, the latest where none has one yet, or None."""
+        best = self._manager.best_step()
+        return self.latest_step() if best is None else best
 
     def items(self, step: int) -> set[str]:
         """The names of what a checkpoint holds."""

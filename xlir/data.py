@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
@@ -45,8 +46,9 @@ class RetrievalSet:
 
 
 def feature_cache() -> pathlib.Path:
-    """Where the outputs of frozen towers are kept."""
-    return cache_folder() / "features"
+    """Where the outputs of frozen towers are kept; each process of a run has its own folder."""
+    folder = cache_folder() / "features"
+    return folder if jax.process_count() == 1 else folder / f"process-{jax.process_index()}"
 
 
 def missing(config: ConfigDict) -> list[str]:

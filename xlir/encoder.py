@@ -4,6 +4,7 @@ encoder = xlir.Encoder.load("runs/quickstart")
 scores = encoder.encode_text(["ein roter Apfel"]) @ encoder.encode_image(["apple.jpg"]).T
 """
 
+import collections
 import concurrent.futures
 import functools
 import hashlib
@@ -19,34 +20,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from input_pipeline import images as image_io
 from input_pipeline import text as text_io
+from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.models import dual_encoder, pretrained, towers
 
 log = logging.getLogger(__name__)
 
-# Inputs that go through a tower, or rows that go through a head, at once.
+# Inputs that go through a tower, or rows that go through a head, at once on each device.
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
+TEXT_PIECES = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Which inputs, and what of a training batch's keys they are.
+# Which inputs, and this process's share of them under a training batch's keys.
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 class Encoder:
     """A dual encoder with its tokenizer and its image preprocessing.
 
+    Its parameters lie on a mesh, and what is embedded is split over the mesh's devices. Where these
+    are of several processes, all have to make the same calls.
+
     Attributes:
       config: the configuration that it was built from.
       params: the trained parameters, an NNX state; training replaces it.
       frozen: everything else of the model.
       step: the training step of the parameters; 0 before training.
+      mesh: the devices.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Encoder:
         model: dual_encoder.DualEncoder,
         tokenizer: text_io.Tokenizer,
         descriptions: dict[str, towers.Description],
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
@@ -62,17 +71,24 @@ class Encoder:
         self.step = 0
         self.preprocessing = image_io.Preprocessing(**descriptions["image"]["preprocessing"])
         self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
-        self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
-        self._embed = {side: jax.jit(functools.partial(self._embed_batch, side)) for side in SIDES}
-        self._tower = {side: jax.jit(functools.partial(self._tower_batch, side)) for side in SIDES}
+        self.mesh = mesh or partition.single_device_mesh()
+        self.graph, *states = nnx.split(model, dual_encoder.trainable(config), ...)
+        self.params, self.frozen = (partition.place(state, self.mesh) for state in states)
+        # Every process, and the host, gets all rows of what is embedded.
+        compiled = functools.partial(jax.jit, out_shardings=partition.replicated(self.mesh))
+        self._embed = {side: compiled(functools.partial(self._embed_batch, side)) for side in SIDES}
+        self._tower = {side: compiled(functools.partial(self._tower_batch, side)) for side in SIDES}
 
     @classmethod
-    def create(cls, config: ConfigDict, texts: Iterable[str] = ()) -> "Encoder":
+    def create(
+        cls, config: ConfigDict, texts: Iterable[str] = (), mesh: Mesh | None = None
+    ) -> "Encoder":
         """An encoder with published weights in its towers and untrained heads.
 
         Args:
           config: see configs/base.py.
           texts: what a trimmed vocabulary (`text.trim_vocab`) must be able to split.
+          mesh: the devices to lay it on; default: the first one.
 
         Raises:
           ValueError: the configuration names something unknown.
@@ -88,19 +104,24 @@ class Encoder:
             log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
             descriptions["text"]["config"]["vocab_size"] = len(kept)
-        text_tower = towers.load(config.text, descriptions["text"], kept=kept)
-        image_tower = towers.load(config.image, descriptions["image"])
-        rngs = nnx.Rngs(config.seed)
-        model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
-        return cls(config, model, tokenizer, descriptions)
+        with partition.on_host():
+            text_tower = towers.load(config.text, descriptions["text"], kept=kept)
+            image_tower = towers.load(config.image, descriptions["image"])
+            rngs = nnx.Rngs(config.seed)
+            model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
+        return cls(config, model, tokenizer, descriptions, mesh)
 
     @classmethod
-    def load(cls, workdir: str | os.PathLike, *, checkpoint: str = "best") -> "Encoder":
+    def load(
+        cls, workdir: str | os.PathLike, *, checkpoint: str = "best", mesh: Mesh | None = None
+    ) -> "Encoder":
         """A trained encoder.
 
         Args:
           workdir: the folder of a training run; nothing else is needed, no network either.
           checkpoint: "best" (by validation) or "latest".
+          mesh: the devices to lay it on; default: the first one. It need not be the one that the
+            checkpoint was saved from.
 
         Raises:
           FileNotFoundError: the folder is not a run's, or holds no checkpoint yet.
@@ -109,7 +130,7 @@ class Encoder:
         if checkpoint not in ("best", "latest"):
             raise ValueError(f"checkpoint is {checkpoint!r}; known: best, latest")
         workdir = pathlib.Path(workdir)
-        encoder = cls.open(workdir)
+        encoder = cls.open(workdir, mesh)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             best = checkpoint == "best"
             step = checkpoints.best_step() if best else checkpoints.latest_step()
@@ -122,8 +143,12 @@ class Encoder:
         return encoder
 
     @classmethod
-    def open(cls, workdir: pathlib.Path) -> "Encoder":
+    def open(cls, workdir: pathlib.Path, mesh: Mesh | None = None) -> "Encoder":
         """The encoder of a run with its towers as saved and untrained heads.
+
+        Args:
+          workdir: the folder of a training run.
+          mesh: as of `load`.
 
         Raises:
           FileNotFoundError: the folder is not a run's.
@@ -134,28 +159,32 @@ class Encoder:
             )
         config = read_config(workdir)
         descriptions, loaded = {}, {}
-        for side in SIDES:
-            folder = workdir / f"{side}_tower"
-            descriptions[side] = json.loads((folder / DESCRIPTION_FILE).read_text())
-            create = functools.partial(towers.create, descriptions[side], config[side])
-            # Shapes only: what is about to be overwritten need not be drawn.
-            loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
-            pretrained.load(loaded[side], folder / WEIGHTS_FILE)
-        model = dual_encoder.DualEncoder(
-            config, loaded["text"], loaded["image"], rngs=nnx.Rngs(config.seed)
-        )
-        return cls(config, model, text_io.load_tokenizer(workdir / "text_tower"), descriptions)
+        with partition.on_host():
+            for side in SIDES:
+                folder = workdir / f"{side}_tower"
+                descriptions[side] = json.loads((folder / DESCRIPTION_FILE).read_text())
+                create = functools.partial(towers.create, descriptions[side], config[side])
+                # Shapes only: what is about to be overwritten need not be drawn.
+                loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
+                pretrained.load(loaded[side], folder / WEIGHTS_FILE)
+            rngs = nnx.Rngs(config.seed)
+            model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
+        tokenizer = text_io.load_tokenizer(workdir / "text_tower")
+        return cls(config, model, tokenizer, descriptions, mesh)
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes configuration, towers and tokenizer, the parts that training does not change.
 
-        config.json comes last: a folder that has it is whole.
+        config.json comes last: a folder that has it is whole. Of several processes the first one
+        writes.
         """
-        model = nnx.merge(self.graph, self.params, self.frozen)
+        weights = {side: self._tower_weights(side) for side in SIDES}
+        if jax.process_index():
+            return
         for side in SIDES:
             folder = workdir / f"{side}_tower"
             folder.mkdir(parents=True, exist_ok=True)
-            pretrained.save(getattr(model, f"{side}_tower"), folder / WEIGHTS_FILE)
+            pretrained.save(weights[side], folder / WEIGHTS_FILE)
             (folder / DESCRIPTION_FILE).write_text(json.dumps(self.descriptions[side], indent=1))
         self.tokenizer.save(workdir / "text_tower")
         unfinished = workdir / "config.json.partial"
@@ -188,23 +217,31 @@ class Encoder:
     def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
         ids = self.tokenizer(texts, max_length=self.config.text.max_length)
-        for rows, length in text_io.length_batches([len(i) for i in ids], TEXT_BATCH):
-            text_ids, text_mask = text_io.pad([ids[row] for row in rows], length)
+        size, pieces = TEXT_BATCH * self.mesh.size, TEXT_PIECES * self.mesh.size
+        lengths = [len(i) for i in ids]
+        for rows, length in text_io.length_batches(lengths, size, max_pieces=pieces):
+            text_ids, text_mask = text_io.pad([ids[row] for row in self._share(rows)], length)
             yield rows, {"text_ids": text_ids, "text_mask": text_mask}
 
     def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows, batch) pairs; photos are decoded by threads, a batch ahead of the tower."""
+        size, ahead = IMAGE_BATCH * self.mesh.size, collections.deque()
+
+        def result() -> tuple[np.ndarray, dict]:
+            rows, places, decoded = ahead.popleft()
+            return rows, {"image": np.stack([image.result() for image in decoded])[places]}
+
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            ahead: list = []
-            for start in range(0, len(images), IMAGE_BATCH):
-                rows = np.arange(start, min(start + IMAGE_BATCH, len(images)))
-                decoded = [pool.submit(self.decode, images[row], row) for row in rows.tolist()]
-                ahead.append((rows, decoded))
+            for start in range(0, len(images), size):
+                rows = np.arange(start, min(start + size, len(images)))
+                # Rows that fill a batch up repeat the last one, which is decoded once.
+                mine, places = np.unique(self._share(rows), return_inverse=True)
+                decoded = [pool.submit(self.decode, images[row], row) for row in mine.tolist()]
+                ahead.append((rows, places, decoded))
                 if len(ahead) > 2:
-                    rows, pixels = ahead.pop(0)
-                    yield rows, {"image": np.stack([image.result() for image in pixels])}
-            for rows, pixels in ahead:
-                yield rows, {"image": np.stack([image.result() for image in pixels])}
+                    yield result()
+            while ahead:
+                yield result()
 
     def decode(
         self,
@@ -236,33 +273,23 @@ class Encoder:
 
     def feature_batches(self, side: str, features: np.ndarray) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows, batch) pairs of a tower's outputs, computed before."""
-        for start in range(0, len(features), FEATURE_BATCH):
-            rows = np.arange(start, min(start + FEATURE_BATCH, len(features)))
-            yield rows, {f"{side}_features": np.asarray(features[rows])}
+        size = FEATURE_BATCH * self.mesh.size
+        for start in range(0, len(features), size):
+            rows = np.arange(start, min(start + size, len(features)))
+            yield rows, {f"{side}_features": np.asarray(features[self._share(rows)])}
 
     def embed(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
         """Unit-length embeddings of what the batches hold, in the order of their rows."""
-        return _gather(
-            lambda batch: self._embed[side](self.params, self.frozen, batch),
-            batches,
-            (count, self.config.embedding_dim),
-        )
+        return self._gather(self._embed[side], batches, (count, self.config.embedding_dim))
 
     def features(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
         """The tower's outputs for what the batches hold, in the order of their rows."""
-        return _gather(
-            lambda batch: self._tower[side](self.params, self.frozen, batch),
-            batches,
-            (count, self.feature_dims[side]),
-        )
+        return self._gather(self._tower[side], batches, (count, self.feature_dims[side]))
 
     def describe_tower(self, side: str) -> dict[str, object]:
         """Everything that the features of one side depend on, but the input itself."""
-        tower = pretrained.flatten(
-            getattr(nnx.merge(self.graph, self.params, self.frozen), f"{side}_tower")
-        )
         digest = hashlib.sha256()
-        for name, array in sorted(tower.items()):
+        for name, array in sorted(self._tower_weights(side).items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array))
         options = self.config[side]
@@ -277,6 +304,34 @@ class Encoder:
                 "tokenizer": self.tokenizer.fingerprint(),
             }
         return description
+
+    def _tower_weights(self, side: str) -> dict[str, np.ndarray]:
+        """One tower's weights, whole, by dotted path."""
+        tower = getattr(nnx.merge(self.graph, self.params, self.frozen), f"{side}_tower")
+        weights = pretrained.flatten(tower)
+        return {name: partition.fetch(x) for name, x in weights.items()}
+
+    def _share(self, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " share"]:
+        """Which of a batch's rows this process reads.
+
+        The batch is filled up with its last row, to a power of two that the devices divide: the
+        shapes that are compiled for are few.
+        """
+        size = 1 << max(len(rows) - 1, 0).bit_length()
+        size = -(-size // self.mesh.size) * self.mesh.size
+        filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
+        return filled[partition.local_rows(size, self.mesh)]
+
+    def _gather(
+        self, compiled: Callable, batches: Batches, shape: tuple[int, int]
+    ) -> Float[np.ndarray, "count dim"]:
+        """What a compiled function gives for all batches; every process gets all of it."""
+        out = np.empty(shape, np.float32)
+        with jax.set_mesh(self.mesh):
+            for rows, batch in batches:
+                batch = partition.global_batch(batch, self.mesh)
+                out[rows] = np.asarray(compiled(self.params, self.frozen, batch))[: len(rows)]
+        return out
 
     def _embed_batch(self, side: str, params: nnx.State, frozen: nnx.State, batch: dict):
         model = nnx.merge(self.graph, params, frozen)
@@ -327,24 +382,3 @@ def _lines(config: ConfigDict) -> Iterator[str]:
         for file in files:
             yield from file.read_text(encoding="utf-8-sig").splitlines()
 
-
-def _gather(
-    apply: Callable[[dict], jax.Array], batches: Batches, shape: tuple[int, int]
-) -> Float[np.ndarray, "count dim"]:
-    """Applies a jitted function to batches; the shapes it sees are few, so it compiles rarely."""
-    out = np.empty(shape, np.float32)
-    for rows, batch in batches:
-        size = _padded_size(len(rows))
-        padded = {name: _pad_rows(array, size) for name, array in batch.items()}
-        out[rows] = np.asarray(apply(padded))[: len(rows)]
-    return out
-
-
-def _padded_size(rows: int) -> int:
-    """The next power of two, so that a last, smaller batch shares its shape with others."""
-    return 1 << max(rows - 1, 0).bit_length()
-
-
-def _pad_rows(array: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last row up to `size` rows; an all-zero row could divide by zero."""
-    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])

@@ -6,12 +6,13 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from input_pipeline import features
 from input_pipeline.cache import fingerprint
-from xlir import figures, metrics
+from xlir import figures, metrics, partition
 from xlir.data import RetrievalSet
 from xlir.encoder import SIDES, Encoder
 
@@ -94,6 +95,7 @@ def frozen_features(
             encoder.feature_dims[side],
             functools.partial(compute, side),
             label=f"{label} {side}s",
+            agree=partition.agree_minimum,
         )
         for side in SIDES
         if encoder.config[side].frozen
@@ -249,9 +251,12 @@ def report(
 ) -> None:
     """Evaluates and shows it: results file, table in the terminal, two pictures.
 
-    Where the set has folds, a second file and table hold their mean.
+    Where the set has folds, a second file and table hold their mean. Of several processes, which
+    all embed, the first one writes.
     """
     texts, images = Evaluator(encoder, data, cache).embeddings()
+    if jax.process_index():
+        return
     results = retrieval(data, texts, images, encoder.step)
     file = write(results, workdir)
     recall, queries = (file.with_suffix(f".{what}.png") for what in ("recall", "queries"))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from xlir.partition import split_rows
+
 PyTree = Any
 Batch = dict[str, Array]
 Embeddings = tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]]
@@ -65,4 +67,4 @@ def _split(rows: Array, parts: int) -> Array:
 
 def _join(parts: Array) -> Array:
     """Undoes `_split`."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+    return split_rows(parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]))

@@ -2,24 +2,34 @@
 
 Row i of `text` and row i of `image` belong together. `image_id` says which photo a row shows:
 two rows of one photo are never each other's negatives. Under `jax.jit` with a sharded batch every
-objective is exact over the *global* batch, because nothing here knows about devices.
+objective is exact over the *global* batch: XLA places what is written here as for one device.
+Only `infonce` and `sigmoid` with a `chunk`, which never hold the batch x batch matrix, say
+themselves what a device does.
 
 `build` turns `config.loss` into one function; `push_apart` can be added to any objective.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 # Keeps the gradient of a distance and of a quotient finite where the distance is zero.
 EPSILON = 1e-6
+# A logit that counts for nothing. Unlike -inf it gives no NaN where a chunk holds nothing else.
+MASKED = -1e30
 
+PyTree = Any
 Embeddings = Float[Array, "batch dim"]
 ImageIds = Int[Array, " batch"]
 Scalar = Float[Array, ""]
+Chunk = Float[Array, "rows columns"]
+Chosen = Bool[Array, "rows columns"]
 
 
 def same_image(image_id: ImageIds) -> Bool[Array, "batch batch"]:
@@ -27,7 +37,9 @@ def same_image(image_id: ImageIds) -> Bool[Array, "batch batch"]:
     return image_id[:, None] == image_id[None, :]
 
 
-def infonce(text: Embeddings, image: Embeddings, image_id: ImageIds, scale: Scalar) -> Scalar:
+def infonce(
+    text: Embeddings, image: Embeddings, image_id: ImageIds, scale: Scalar, *, chunk: int = 0
+) -> Scalar:
     """Symmetric cross-entropy over `scale * <text, image>` (CLIP, Radford et al. 2021, fig. 3).
 
     Args:
@@ -35,10 +47,14 @@ def infonce(text: Embeddings, image: Embeddings, image_id: ImageIds, scale: Scal
       image: unit-length image embeddings.
       image_id: the photo of each row; other rows of the same photo are left out of the sums.
       scale: the inverse temperature.
+      chunk: images compared with at a time, for a batch x chunk matrix of logits in place of the
+        batch x batch one; value and gradient stay the same. 0 takes all at once.
 
     Returns:
       The mean of the text-to-image and the image-to-text cross-entropy, in nats.
     """
+    if chunk:
+        return _by_device(_infonce_by_chunks, text, image, image_id, scale, chunk=chunk)
     positive = scale * jnp.sum(text * image, axis=-1)
     false_negative = same_image(image_id) & ~jnp.eye(len(image_id), dtype=bool)
     logits = jnp.where(false_negative, -jnp.inf, scale * (text @ image.T))
@@ -48,18 +64,130 @@ def infonce(text: Embeddings, image: Embeddings, image_id: ImageIds, scale: Scal
 
 
 def sigmoid(
-    text: Embeddings, image: Embeddings, image_id: ImageIds, scale: Scalar, bias: Scalar
+    text: Embeddings,
+    image: Embeddings,
+    image_id: ImageIds,
+    scale: Scalar,
+    bias: Scalar,
+    *,
+    chunk: int = 0,
 ) -> Scalar:
     """Pairwise log-sigmoid of `scale * <text, image> + bias` (SigLIP, Zhai et al. 2023, eq. 1).
 
     Summed over the pairs and divided by the batch size, as in the paper; pairs of the same photo
-    other than the row's own are left out.
+    other than the row's own are left out. `chunk` as for `infonce`.
     """
+    if chunk:
+        return _by_device(_sigmoid_by_chunks, text, image, image_id, scale, bias, chunk=chunk)
     own = jnp.eye(len(image_id), dtype=bool)
     logits = scale * (text @ image.T) + bias
     log_likelihood = jax.nn.log_sigmoid(jnp.where(own, logits, -logits))
     counted = own | ~same_image(image_id)
     return -jnp.sum(jnp.where(counted, log_likelihood, 0)) / len(image_id)
+
+
+def _by_device(of_rows: Callable[..., Scalar], *args: Array, chunk: int) -> Scalar:
+    """Runs `of_rows` on each device's rows of the batch, or on all rows where no mesh is set.
+
+    Args:
+      of_rows: (rows of text, image and image_id, scale [, bias], axes=, chunk=) -> the loss over
+        the global batch. Over `axes`, which may be none, it talks to the other devices.
+      *args: its arguments of the global batch.
+      chunk: handed on.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    of_rows = functools.partial(of_rows, axes=mesh.axis_names, chunk=chunk)
+    if mesh.empty:
+        return of_rows(*args)
+    rows, copies = PartitionSpec(mesh.axis_names), PartitionSpec()
+    in_specs = tuple(rows if arg.ndim else copies for arg in args)
+    return jax.shard_map(of_rows, in_specs=in_specs, out_specs=copies)(*args)
+
+
+def _infonce_by_chunks(
+    text: Embeddings,
+    image: Embeddings,
+    image_id: ImageIds,
+    scale: Scalar,
+    *,
+    axes: tuple[str, ...],
+    chunk: int,
+) -> Scalar:
+    def log_sums(similarity: Chunk, own: Chosen, counted: Chosen) -> tuple[Array, Array]:
+        logits = jnp.where(counted, scale * similarity, MASKED)
+        return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
+
+    by_row, by_column = _map_chunks(log_sums, text, image, image_id, axes, chunk)
+    to_image = jax.nn.logsumexp(by_row, axis=0)
+    # The log-sum-exp over the devices' rows; the maximum only keeps the sum in range.
+    batch = len(text) * jax.lax.axis_size(axes)
+    by_column = by_column.reshape(-1)[:batch]
+    largest = jax.lax.pmax(jax.lax.stop_gradient(by_column), axes)
+    to_text = largest + jnp.log(jax.lax.psum(jnp.exp(by_column - largest), axes))
+    positive = scale * jnp.sum(text * image, axis=-1)
+    of_rows = jax.lax.psum(jnp.sum(to_image - 2 * positive), axes)
+    return (of_rows + jnp.sum(to_text)) / (2 * batch)
+
+
+def _sigmoid_by_chunks(
+    text: Embeddings,
+    image: Embeddings,
+    image_id: ImageIds,
+    scale: Scalar,
+    bias: Scalar,
+    *,
+    axes: tuple[str, ...],
+    chunk: int,
+) -> Scalar:
+    def log_likelihood(similarity: Chunk, own: Chosen, counted: Chosen) -> Scalar:
+        logits = scale * similarity + bias
+        of_pairs = jax.nn.log_sigmoid(jnp.where(own, logits, -logits))
+        return jnp.sum(jnp.where(counted, of_pairs, 0))
+
+    total = jnp.sum(_map_chunks(log_likelihood, text, image, image_id, axes, chunk))
+    return -jax.lax.psum(total, axes) / (len(text) * jax.lax.axis_size(axes))
+
+
+def _map_chunks(
+    reduce: Callable[[Chunk, Chosen, Chosen], PyTree],
+    text: Embeddings,
+    image: Embeddings,
+    image_id: ImageIds,
+    axes: tuple[str, ...],
+    chunk: int,
+) -> PyTree:
+    """What `reduce` makes of this device's rows of `text @ image.T`, one chunk after the other.
+
+    Only images travel, once: each device gathers those of all. The backward pass computes each
+    chunk again, and its sum over the devices is the transpose of the gathering: a reduce-scatter.
+
+    Args:
+      reduce: (similarity, own, counted) -> arrays, for a chunk of columns; `own` is true on the
+        diagonal of the global batch, `counted` there and where the pair shows two photos.
+      text: this device's rows, and so `image` and `image_id`.
+      axes: the mesh axes over which the rows of the batch lie; none for one device.
+      chunk: columns at a time.
+
+    Returns:
+      The arrays of all chunks, stacked. The last chunk is padded with columns not `counted`.
+    """
+    row = jax.lax.axis_index(axes) * len(text) + jnp.arange(len(text))
+    images, ids = jax.lax.all_gather((image, image_id), axes, tiled=True)
+    batch = len(ids)
+    chunk = min(chunk, batch)
+
+    def split(columns: Array) -> Array:
+        widths = [(0, -batch % chunk)] + [(0, 0)] * (columns.ndim - 1)
+        return jnp.pad(columns, widths).reshape(-1, chunk, *columns.shape[1:])
+
+    def of_chunk(columns: tuple[Array, Array, Array]) -> PyTree:
+        images, ids, column = columns
+        own = row[:, None] == column
+        counted = own | ((image_id[:, None] != ids) & (column < batch))
+        return reduce(text @ images.T, own, counted)
+
+    column = jnp.arange(batch + -batch % chunk).reshape(-1, chunk)
+    return jax.lax.map(jax.checkpoint(of_chunk), (split(images), split(ids), column))
 
 
 def distance(x: Embeddings, y: Embeddings, metric: str) -> Float[Array, " batch"]:
@@ -162,16 +290,17 @@ def build(config: ConfigDict) -> Callable[..., Scalar]:
       `objective(text, image, image_id, scale, bias) -> loss`.
 
     Raises:
-      ValueError: the objective or the metric is unknown.
+      ValueError: the objective or the metric is unknown, or `chunk` is negative or does not go
+        with the objective.
     """
-    metric, name = config.metric, config.name
+    metric, name, chunk = config.metric, config.name, config.chunk
     if metric not in ("euclidean", "squared_euclidean", "cosine"):
         raise ValueError(
             f"config.loss.metric is {metric!r}; known: euclidean, squared_euclidean, cosine"
         )
     objectives = {
-        "infonce": lambda t, v, ids, scale, bias: infonce(t, v, ids, scale),
-        "sigmoid": sigmoid,
+        "infonce": lambda t, v, ids, scale, bias: infonce(t, v, ids, scale, chunk=chunk),
+        "sigmoid": functools.partial(sigmoid, chunk=chunk),
         "triplet": lambda t, v, ids, *_: triplet(t, v, ids, margin=config.margin, metric=metric),
         "patr": lambda t, v, ids, *_: patr(t, v, ids, margin=config.margin, metric=metric),
         "m3l": lambda t, v, ids, *_: m3l(
@@ -186,6 +315,14 @@ def build(config: ConfigDict) -> Callable[..., Scalar]:
     }
     if name not in objectives:
         raise ValueError(f"config.loss.name is {name!r}; known: {', '.join(objectives)}")
+    if chunk < 0:
+        raise ValueError(f"config.loss.chunk is {chunk}; it is a number of columns, or 0 for all")
+    if chunk and (name not in ("infonce", "sigmoid") or config.push_apart):
+        needs = name if name not in ("infonce", "sigmoid") else "push_apart"
+        raise ValueError(
+            f"config.loss.chunk={chunk} goes with infonce and sigmoid alone: {needs} looks for its "
+            "hardest negative in the whole batch"
+        )
     if not config.push_apart:
         return objectives[name]
 

@@ -8,6 +8,10 @@ Verbs:
   prepare prepare the data set that --config describes, which train would do too, and say where
           it is and what it holds
   eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set
+  shardings
+          print how the parameters that --config describes lie on --devices; needs no weights
+  compile compile the training step for the TPUs of --topology, which need not be there, and say
+          whether it fits them and what a step takes; the exit code is 1 where it does not fit
 
 Examples:
   python -m xlir.main --config=configs/quickstart.py
@@ -15,20 +19,22 @@ Examples:
   python -m xlir.main prepare --config=configs/flickr8k.py --config.data.dir=PATH
   python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
       --images=PATH/images
+  python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
+      --config.data.batch_size=16384
 
 Any field of configs/base.py can be overridden: --config.optimizer.learning_rate=3e-4. Prepared data
-sets and features of frozen towers are kept in $XLIR_CACHE (default ~/.cache/xlir).
+sets, features of frozen towers and compiled programs are kept in $XLIR_CACHE (default
+~/.cache/xlir).
 """
 
 import errno
 import logging
+import os
 import pathlib
 import sys
 
 from absl import flags
 from ml_collections import config_flags
-
-VERBS = ("train", "prepare", "eval")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT."
@@ -50,7 +56,40 @@ _IMAGES = flags.DEFINE_string(
 _DROP_JUNK = flags.DEFINE_bool(
     "drop_junk", False, "eval: leave out XTD10's six German captions that translate nothing."
 )
-FLAGS = ("config", "workdir", "test_set", "images", "drop_junk")
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "shardings: how many; default: those of this machine."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: a TPU's generation and shape, as v5e:8x8 or v5p:2x2x4."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "train, eval: this is one of several processes, of a Cloud TPU or of SLURM, which say which.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "train, eval: this is one of --processes; HOST:PORT where the first one listens.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+# Flag -> the verbs that it goes with.
+FLAGS = {
+    "config": ("train", "prepare", "shardings", "compile"),
+    "workdir": ("train", "eval"),
+    "test_set": ("eval",),
+    "images": ("eval",),
+    "drop_junk": ("eval",),
+    "devices": ("shardings",),
+    "topology": ("compile",),
+    "distributed": ("train", "eval"),
+    "coordinator": ("train", "eval"),
+    "processes": ("train", "eval"),
+    "process": ("train", "eval"),
+}
+# Seconds until a process that has ended is noticed by the others.
+HEARTBEAT = 30
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +109,8 @@ def main() -> int:
         verb = _parse(sys.argv)
         if verb == "help":
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
-        elif verb == "train":
-            _train()
-        elif verb == "prepare":
-            _prepare()
         else:
-            _evaluate()
+            return _RUN[verb]() or 0
     except UsageError as error:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except OSError as error:
@@ -90,46 +125,100 @@ def main() -> int:
 
 
 def _train() -> None:
-    if _CONFIG.value is None:
-        raise UsageError("train needs --config")
-    _refuse("train", _TEST_SET, _IMAGES, _DROP_JUNK)
     # JAX takes seconds to import: after what can be refused without it.
+    _start_jax()
     from xlir import train
 
     train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 
 
 def _prepare() -> None:
-    if _CONFIG.value is None:
-        raise UsageError("prepare needs --config")
-    _refuse("prepare", _WORKDIR, _TEST_SET, _IMAGES, _DROP_JUNK)
     from xlir import data
 
     print(data.prepare(_CONFIG.value))
 
 
-def _refuse(verb: str, *others: flags.FlagHolder) -> None:
-    """Refuses flags that a verb does not know."""
-    for flag in others:
-        if flag.value:
-            owner = "train and eval" if flag.name == "workdir" else "eval"
-            raise UsageError(f"--{flag.name} goes with {owner}, not with {verb}")
+def _shardings() -> None:
+    import jax
+
+    from xlir import compile
+
+    print(compile.sharding_table(_CONFIG.value, _DEVICES.value or jax.device_count()))
+
+
+def _compile() -> int:
+    # This machine's own devices are not used, and a TPU among them may be another process's.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from xlir import compile
+
+    report = compile.compile_for(_CONFIG.value, _TOPOLOGY.value)
+    print(report)
+    return 0 if report.fits else 1
 
 
 def _evaluate() -> None:
-    if _WORKDIR.value is None:
-        raise UsageError("eval needs --workdir")
-    if _CONFIG.value is not None:
-        raise UsageError("eval takes the configuration from --workdir, not from --config")
-    from xlir import data, evaluate
-    from xlir.encoder import Encoder
+    _start_jax()
+    from xlir import data, evaluate, partition
+    from xlir.encoder import Encoder, read_config
 
     workdir = pathlib.Path(_WORKDIR.value)
-    encoder = Encoder.load(workdir)
+    encoder = Encoder.load(workdir, mesh=partition.create_mesh(read_config(workdir).mesh))
     for test_set in data.test_sets(
         encoder.config, _TEST_SET.value, _IMAGES.value, drop_junk=_DROP_JUNK.value
     ):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
+
+
+_RUN = {
+    "train": _train,
+    "prepare": _prepare,
+    "eval": _evaluate,
+    "shardings": _shardings,
+    "compile": _compile,
+}
+
+
+def _start_jax() -> None:
+    """Keeps compiled programs, and joins the other processes where there are any."""
+    import jax
+
+    from input_pipeline.cache import cache_folder
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = cache_folder() / "compiled"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not _DISTRIBUTED.value and _COORDINATOR.value is None:
+        return
+    jax.distributed.initialize(
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_PROCESSES.value,
+        process_id=_PROCESS.value,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=HEARTBEAT,
+    )
+    if jax.process_index():
+        # The first process speaks for all.
+        for package in ("xlir", "input_pipeline"):
+            logging.getLogger(package).setLevel(logging.WARNING)
+
+
+def _check_flags(verb: str) -> None:
+    """Refuses flags that are of another verb, or lack others."""
+    if verb == "eval" and _CONFIG.value is not None:
+        raise UsageError("eval takes the configuration from --workdir, not from --config")
+    for name, verbs in FLAGS.items():
+        if verb not in verbs and flags.FLAGS[name].value not in (None, "", False):
+            raise UsageError(f"--{name} goes with {' and '.join(verbs)}, not with {verb}")
+    needed = {"eval": "workdir", "compile": "topology"}.get(verb, "config")
+    for name in (needed, "config" if verb == "compile" else needed):
+        if flags.FLAGS[name].value is None:
+            raise UsageError(f"{verb} needs --{name}")
+    together = (_COORDINATOR, _PROCESSES, _PROCESS)
+    if len({flag.value is None for flag in together}) > 1:
+        raise UsageError("--coordinator, --processes and --process go together")
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not _DISTRIBUTED.value:
+        raise UsageError("SLURM runs several tasks of this step: add --distributed")
 
 
 def _parse(arguments: list[str]) -> str:
@@ -158,8 +247,9 @@ def _parse(arguments: list[str]) -> str:
     if len(words) > 1:
         raise UsageError(f"expected one verb, got {' '.join(words)}")
     verb = words[0] if words else "train"
-    if verb not in VERBS:
-        raise UsageError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+    if verb not in _RUN:
+        raise UsageError(f"unknown verb {verb!r}; known: {', '.join(_RUN)}")
+    _check_flags(verb)
     return verb
 
 

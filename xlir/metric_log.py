@@ -1,8 +1,11 @@
 """Training metrics as JSON lines and for TensorBoard."""
 
+import collections
+import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 
 import tensorboardX
 
@@ -11,12 +14,15 @@ class MetricLog:
     """`<workdir>/metrics.jsonl` and `<workdir>/tensorboard`, one record a call.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder; None writes nothing.
       resume_at: the step that training goes on from; records of later steps, which an interrupted
         run may have left, are dropped.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_at: int):
+    def __init__(self, workdir: pathlib.Path | None, resume_at: int):
+        self._file = None
+        if workdir is None:
+            return
         file = workdir / "metrics.jsonl"
         _drop_after(file, resume_at)
         self._file = open(file, "a")  # noqa: SIM115 - closed in close()
@@ -26,6 +32,8 @@ class MetricLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
@@ -33,6 +41,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Writes what is pending."""
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 
@@ -52,20 +62,38 @@ class Progress:
 
     def _mark(self, step: int) -> None:
         self._step, self._time = step, time.monotonic()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
 
-    def lap(self, step: int) -> float:
-        """Examples per second since the last lap."""
-        speed = (step - self._step) * self._examples / max(time.monotonic() - self._time, 1e-9)
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Measures a part of the loop."""
+        start = time.monotonic()
+        yield
+        self._seconds[part] += time.monotonic() - start
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Speed since the last lap, and what took the time.
+
+        Of each step, in seconds: waiting for its batch (`data`) and all else (`step`). In all, if
+        there was any before this lap: `evaluation`, and starting to save (`save`).
+        """
+        steps = max(step - self._step, 1)
+        self._per_step = max(time.monotonic() - self._time, 1e-9) / steps
+        waiting = self._seconds.pop("data", 0.0) / steps
+        parts = {"data": waiting, "step": self._per_step - waiting, **self._seconds}
         self._mark(step)
-        return speed
+        return {
+            "examples_per_second": self._examples / self._per_step,
+            **{f"seconds/{part}": seconds for part, seconds in parts.items()},
+        }
 
     def skip(self) -> None:
-        """Leaves the time since the last lap (validation, saving) out of the next one."""
+        """Leaves the time since the last lap (validation, saving) out of the next one's speed."""
         self._time = time.monotonic()
 
-    def remaining(self, step: int, speed: float) -> str:
-        """Time left at a speed in examples per second, as h:mm:ss."""
-        seconds = round((self._last - step) * self._examples / max(speed, 1e-9))
+    def remaining(self, step: int) -> str:
+        """Time left at the speed of the last lap, as h:mm:ss."""
+        seconds = round((self._last - step) * self._per_step)
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 

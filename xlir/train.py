@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import pathlib
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 import optax
 from clu import parameter_overview
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -38,14 +42,16 @@ Batch = dict[str, Array]
 class TrainState:
     """What a training step changes: a checkpoint holds it whole.
 
+    A tree of the same form may hold shapes or shardings in the arrays' places.
+
     Attributes:
-      step: steps taken.
+      step: steps taken, an int32.
       params: trainable parameters, a pure tree of arrays.
       optimizer: Optax's state for them.
       ema: their exponential moving average, or None.
     """
 
-    step: Int[Array, ""]
+    step: PyTree
     params: PyTree
     optimizer: PyTree
     ema: PyTree | None
@@ -61,6 +67,10 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+class Stopped(Exception):
+    """The run was asked to end before its last step, and has saved where it is."""
+
+
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains, resuming where a checkpoint is found, and evaluates the best checkpoint at the end.
 
@@ -68,13 +78,19 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
       FileNotFoundError: data or weights are not at hand; the message says how to get them.
       ValueError: the configuration is not usable, is not the one that `workdir` was started with,
         or the loss or its gradient is not finite.
+      Stopped: SIGTERM, as it comes before a preemption, has ended the run early.
     """
-    _check_start(config, workdir)
-    mesh = partition.create_mesh()
+    # The first process may be about to write it while another looks.
+    starts = not partition.agree_minimum((workdir / "config.json").exists())
+    _check_start(config, workdir, starts)
+    mesh = partition.create_mesh(config.mesh)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
     captions = _flat(training.captions)
-    encoder = _open(config, workdir, captions)
+    if starts:
+        encoder = Encoder.create(config, captions, mesh)
+    else:
+        encoder = Encoder.open(workdir, mesh)
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
     cached = evaluate.frozen_features(
         encoder, "training", captions, training, training.fingerprint, data.feature_cache()
@@ -86,29 +102,43 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         ),
         _reader(training, captions, encoder, cached),
         config.steps,
-        process=jax.process_index(),
-        processes=jax.process_count(),
+        partition.local_rows(config.data.batch_size, mesh),
     )
     transformation = optimizer.build(config)
-    state = jax.device_put(init_state(encoder, transformation), partition.replicated(mesh))
-    encoder.frozen = jax.device_put(encoder.frozen, partition.replicated(mesh))
-    train_step = jax.jit(make_train_step(encoder, transformation), donate_argnums=0)
-    trained = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    layout, train_step = compile_step(encoder, transformation, mesh)
+    trained = parameter_overview.get_parameter_overview(
+        nnx.to_pure_dict(encoder.params), include_stats=False
+    )
     log.info("trained parameters:\n%s", trained)
 
     # Only now: a start that failed leaves no folder that insists on its configuration.
-    if not (workdir / "config.json").exists() and jax.process_index() == 0:
+    if starts:
         encoder.save(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        state = _resume(state, checkpoints)
-        with contextlib.closing(MetricLog(workdir, int(state.step))) as metric_log:
-            _loop(state, train_step, batches, encoder, validation, checkpoints, metric_log, mesh)
-    finish(workdir)
+    with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
+        state = _first_state(encoder, transformation, layout, checkpoints)
+        written = workdir if jax.process_index() == 0 else None
+        with (
+            contextlib.closing(MetricLog(written, int(state.step))) as metric_log,
+            _Termination() as termination,
+            _Profile(config.profile.steps, workdir) as profile,
+        ):
+            _loop(
+                state,
+                train_step,
+                batches,
+                encoder,
+                validation,
+                checkpoints,
+                metric_log,
+                termination,
+                profile,
+            )
+    finish(workdir, mesh)
 
 
-def finish(workdir: pathlib.Path) -> None:
+def finish(workdir: pathlib.Path, mesh: Mesh) -> None:
     """Evaluates the best checkpoint of a run on its test set; writes results and pictures."""
-    encoder = Encoder.load(workdir)
+    encoder = Encoder.load(workdir, mesh=mesh)
     for test_set in data.test_sets(encoder.config):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
@@ -155,15 +185,38 @@ def _flat(captions: list[list[str]]) -> list[str]:
     return [caption for of_one_image in captions for caption in of_one_image]
 
 
-def init_state(encoder: Encoder, transformation: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: PyTree, config: ConfigDict, transformation: optax.GradientTransformation
+) -> TrainState:
     """The state before the first step."""
-    params = nnx.to_pure_dict(encoder.params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=transformation.init(params),
-        ema=jax.tree.map(jnp.copy, params) if encoder.config.optimizer.ema else None,
+        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
     )
+
+
+def compile_step(
+    encoder: Encoder, transformation: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Callable]:
+    """How the state lies on the mesh, and the training step, compiled when it is first called.
+
+    Returns:
+      A tree of shapes with their shardings, and `(state, frozen, batch) -> state, metrics`, which
+      takes the state's memory for the next one.
+    """
+    config = encoder.config
+    shapes = jax.eval_shape(
+        lambda params: init_state(params, config, transformation), nnx.to_pure_dict(encoder.params)
+    )
+    shardings = partition.shardings(shapes, mesh)
+    step = jax.jit(
+        make_train_step(encoder, transformation),
+        donate_argnums=0,
+        out_shardings=(shardings, partition.replicated(mesh)),
+    )
+    return partition.with_shardings(shapes, shardings), step
 
 
 def make_train_step(
@@ -216,9 +269,8 @@ def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, 
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def _check_start(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> None:
     """Refuses what would fail later, or would continue another run."""
-    starts = not (workdir / "config.json").exists()
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
@@ -233,13 +285,6 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
-def _open(config: ConfigDict, workdir: pathlib.Path, captions: list[str]) -> Encoder:
-    """The run's encoder: as it was saved, or a new one where the run starts."""
-    if (workdir / "config.json").exists():
-        return Encoder.open(workdir)
-    return Encoder.create(config, captions)
-
-
 def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
     """`config.a.b (old -> new)` for each field that differs."""
     found = []
@@ -252,16 +297,28 @@ def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
     return found
 
 
-def _resume(state: TrainState, checkpoints: Checkpoints) -> TrainState:
-    """The state of the latest checkpoint, or the given one where there is none."""
+def _first_state(
+    encoder: Encoder,
+    transformation: optax.GradientTransformation,
+    layout: TrainState,
+    checkpoints: Checkpoints,
+) -> TrainState:
+    """The state of the latest checkpoint, from whatever mesh, or that before the first step."""
     step = checkpoints.latest_step()
     if step is None:
-        return state
-    log.info("resuming from step %d", step)
-    return TrainState(
-        step=jax.device_put(jnp.int32(step), state.step.sharding),
-        **{"ema": None, **checkpoints.restore(step, state.items())},
-    )
+        initial = jax.jit(
+            lambda params: init_state(params, encoder.config, transformation),
+            out_shardings=jax.tree.map(lambda x: x.sharding, layout),
+            donate_argnums=0,
+        )
+        state = initial(nnx.to_pure_dict(encoder.params))
+    else:
+        log.info("resuming from step %d", step)
+        number = partition.place({"step": np.int32(step)}, encoder.mesh)["step"]
+        items = checkpoints.restore(step, layout.items())
+        state = TrainState(step=number, **{"ema": None, **items})
+    encoder.replace_params(state.params)
+    return state
 
 
 def _loop(
@@ -272,15 +329,20 @@ def _loop(
     validation: evaluate.Evaluator,
     checkpoints: Checkpoints,
     metric_log: MetricLog,
-    mesh: jax.sharding.Mesh,
+    termination: "_Termination",
+    profile: "_Profile",
 ) -> None:
     """Trains from the state's step to the last; validates and saves on the way."""
     config = encoder.config
     first = int(state.step)
     progress = Progress(first, config.steps, config.data.batch_size)
     stream = loader.iterate(batches, first_step=first, prefetch=config.data.prefetch)
-    for step, batch in enumerate(stream, start=first + 1):
-        state, metrics = train_step(state, encoder.frozen, partition.global_batch(batch, mesh))
+    for step in range(first + 1, config.steps + 1):
+        with progress.timed("data"):
+            batch = partition.global_batch(next(stream), encoder.mesh)
+        profile.before(step)
+        state, metrics = train_step(state, encoder.frozen, batch)
+        profile.after(step, metrics)
         last = step == config.steps
         evaluates = step % config.eval_every == 0 or last
         if evaluates or step % config.log_every == 0:
@@ -290,18 +352,78 @@ def _loop(
             log.info(
                 "step %*d/%d  loss %.4f  %s examples/s  %s left",
                 *(len(str(config.steps)), step, config.steps, values["loss"]),
-                *(f"{speed:,.0f}", progress.remaining(step, speed)),
+                *(f"{speed['examples_per_second']:,.0f}", progress.remaining(step)),
             )
-            metric_log.write(step, values | {"examples_per_second": speed})
+            metric_log.write(step, values | speed)
         if evaluates:
-            encoder.replace_params(jax.tree.map(jnp.copy, state.best_params))
+            # The step after this one takes their memory, but not before it is needed no more.
+            encoder.replace_params(state.best_params)
             encoder.step = step
-            results = validation()
-            score = evaluate.score(results)
+            with progress.timed("evaluation"):
+                results = validation()
             log.info("step %d  validation: %s", step, evaluate.headline(results))
             metric_log.write(step, evaluate.scalars(results))
-            checkpoints.save(step, state.items(), score)
+            with progress.timed("save"):
+                checkpoints.save(step, state.items(), evaluate.score(results))
             progress.skip()
+        if not last and termination.asked(step):
+            _check_finite(step, {name: float(value) for name, value in metrics.items()})
+            if not evaluates:
+                checkpoints.save(step, state.items())
+            raise Stopped(f"stopped by SIGTERM after step {step}, which is saved")
+
+
+class _Termination(contextlib.AbstractContextManager):
+    """Whether SIGTERM has come, to any of the processes: for all at the same step."""
+
+    def __enter__(self) -> "_Termination":
+        self._came = False
+        # With several processes it is JAX that listens.
+        self._listens = (
+            jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        )
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self._came = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to end after this step; every process has to ask after every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._came
+
+
+class _Profile(contextlib.AbstractContextManager):
+    """A trace of the steps that `config.profile.steps` names, in `<workdir>/profile`."""
+
+    def __init__(self, steps: tuple[int, int], workdir: pathlib.Path):
+        self._first, self._last = steps
+        self._folder, self._traces = workdir / "profile", False
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._traces:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """Is called before a step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._traces = True
+
+    def after(self, step: int, outputs: PyTree) -> None:
+        """Is called when a step was sent off."""
+        if self._traces and step >= self._last:
+            jax.block_until_ready(outputs)
+            jax.profiler.stop_trace()
+            self._traces = False
+            log.info("steps %d to %d are traced in %s", self._first, self._last, self._folder)
 
 
 def _check_finite(step: int, values: dict[str, float]) -> None:

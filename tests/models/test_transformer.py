@@ -389,7 +389,7 @@ def embed(e5_folder):
     def run(captions: list[str]) -> np.ndarray:
         pieces = tokenizer(captions, 512)
         embeddings = np.zeros((len(captions), 384), np.float32)
-        for rows, length in length_batches([len(row) for row in pieces], 64):
+        for rows, length in length_batches([len(row) for row in pieces], 64, max_pieces=2048):
             ids, mask = pad([pieces[row] for row in rows], length)
             embeddings[rows] = apply(params, jnp.asarray(ids), jnp.asarray(mask))
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)

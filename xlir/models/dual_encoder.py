@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from xlir.models import heads
 from xlir.models.layers import Linear
+from xlir.partition import split_rows
 
 # Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
 MAX_SCALE = 100.0
@@ -72,7 +73,7 @@ class DualEncoder(nnx.Module):
         return jnp.minimum(jnp.exp(self.log_scale[...]), MAX_SCALE)
 
     def _finish(self, embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
-        embeddings = embeddings.astype(jnp.float32)
+        embeddings = split_rows(embeddings.astype(jnp.float32))
         if not self.normalize:
             return embeddings
         return embeddings * jax.lax.rsqrt(

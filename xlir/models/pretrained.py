@@ -210,11 +210,11 @@ def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
     nnx.update(module, state)
 
 
-def save(module: nnx.Module, path: str | os.PathLike) -> None:
-    """Writes a module's weights to a safetensors file."""
+def save(weights: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Writes weights, by their names in `flatten`, to a safetensors file."""
     # safetensors writes the buffer whatever the strides.
-    weights = {name: np.ascontiguousarray(value) for name, value in flatten(module).items()}
-    safetensors.numpy.save_file(weights, path)
+    contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    safetensors.numpy.save_file(contiguous, path)
 
 
 def load(module: nnx.Module, path: str | os.PathLike) -> None:

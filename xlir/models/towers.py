@@ -65,6 +65,8 @@ TOYS = {
     },
 }
 TOY_PREPROCESSING = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+# Those whose config.json says the size of the images that they are applied to.
+_SQUARE = ("vit", "clip_vision_model", "siglip_vision_model")
 _IMAGE_ARCHITECTURES = vit.ARCHITECTURES | resnet.ARCHITECTURES
 EFFICIENTNETS = {f"efficientnet-{variant}": variant for variant in efficientnet.VARIANTS}
 
@@ -110,6 +112,27 @@ def describe_image(options: ConfigDict) -> Description:
         chosen = dataclasses.replace(chosen, crop=options.crop)
     _check_augmentation(options)
     return description | {"preprocessing": dataclasses.asdict(chosen)}
+
+
+def describe_published(config: ConfigDict) -> dict[str, Description]:
+    """Both sides' descriptions; where a known checkpoint is not at hand, enough for its shapes.
+
+    Raises:
+      ValueError, FileNotFoundError: as `describe_text`.
+    """
+    descriptions = {}
+    for side, describe, known in (
+        ("text", describe_text, transformer.ARCHITECTURES),
+        ("image", describe_image, _IMAGE_ARCHITECTURES),
+    ):
+        options = config[side]
+        try:
+            descriptions[side] = describe(options)
+        except FileNotFoundError:
+            if options.tower not in known:
+                raise
+            descriptions[side] = _of_architecture(side, known[options.tower], options)
+    return descriptions
 
 
 def missing(config: ConfigDict) -> list[str]:
@@ -223,14 +246,21 @@ def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokeniz
 
 def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:
     """Size of a tower's weights in float32."""
-    kind = (TEXT_MODELS if side == "text" else IMAGE_MODELS)[architecture["model_type"]]
-    description = {"kind": kind, "config": architecture, "pooling": options.pooling}
-    if side == "text":
-        description["pooling"] = options.pooling or "mean"
-    else:
-        description["preprocessing"] = dataclasses.asdict(TOY_PREPROCESSING)
+    description = _of_architecture(side, architecture, options)
     tower = nnx.eval_shape(lambda: create(description, options, rngs=nnx.Rngs(0)))
     return sum(4 * array.size for array in pretrained.flatten(tower).values())
+
+
+def _of_architecture(side: str, architecture: Mapping, options: ConfigDict) -> Description:
+    """The description of a published architecture, but for the colours it was trained with."""
+    kind = (TEXT_MODELS if side == "text" else IMAGE_MODELS)[architecture["model_type"]]
+    description = {"kind": kind, "config": dict(architecture), "pooling": options.pooling}
+    if side == "text":
+        return description | {"pooling": options.pooling or "mean"}
+    # ResNets and DINOv2 are applied at 224 pixels, whatever the latter's position table is for.
+    applied_at = architecture["image_size"] if architecture["model_type"] in _SQUARE else 224
+    preprocessing = Preprocessing(size=options.size or applied_at)
+    return description | {"preprocessing": dataclasses.asdict(preprocessing)}
 
 
 def _architecture(side: str, options: ConfigDict, models: Mapping[str, str]) -> dict:

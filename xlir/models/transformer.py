@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from xlir.models.layers import LayerNorm, Linear, dropout
+from xlir.partition import split_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -161,7 +162,8 @@ class Layers(nnx.Module):
 
         def apply(x: Array, inputs: tuple) -> tuple[Array, None]:
             params, key = inputs
-            return nnx.merge(graph, params)(x, (batch, length), mask, key), None
+            x = nnx.merge(graph, params)(split_rows(x), (batch, length), mask, key)
+            return split_rows(x), None
 
         # Without remat the products' results are kept, and what lies between them computed again:
         # less memory, and on CPUs a tenth less time.
@@ -362,7 +364,7 @@ class TextTransformer(nnx.Module):
         length = text_ids.shape[1]
         if length > self.max_length:
             raise ValueError(f"texts of {length} tokens, but this tower takes {self.max_length}")
-        x = self.embedding[...][text_ids] + self.position[...][:length]
+        x = split_rows(self.embedding[...][text_ids]) + self.position[...][:length]
         x = self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:

