@@ -98,8 +98,9 @@ def get_config() -> ConfigDict:
     # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
     loss.temperature = 0.07
     loss.bias = -10.0
-    # infonce, sigmoid: images whose logits are held at a time. The loss is the same for less memory
-    # and, as they are computed again in the backward pass, a third more time; 0 holds all.
+    # infonce, sigmoid: images whose logits are held at a time, 0 for all. Large batches then need
+    # little memory; the loss is the same, and a third more of its time goes into the logits, which
+    # are computed again in the backward pass.
     loss.chunk = 0
     # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
     loss.metric = "euclidean"

@@ -107,7 +107,7 @@ def command(photos):
     return run
 
 
-RUN_MAIN = "import sys; from xlir import main; sys.exit(main.main())"
+RUN_MAIN = "from xlir import main; main.leave(main.main())"
 
 
 @pytest.fixture(scope="session")

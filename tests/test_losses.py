@@ -1,4 +1,4 @@
-"""Every objective against an independent float64 reference: values, gradients, masking, meshes."""
+"""Every objective against an independent float64 reference: values, gradients, masking."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from xlir import losses, partition
+from xlir import losses
 
 SCALE, BIAS = 12.0, -3.0
 NAMES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
@@ -134,34 +134,23 @@ def test_gradient_is_finite_where_everything_coincides(name):
     assert all(np.isfinite(g).all() for g in gradient)
 
 
-@pytest.mark.parametrize("push_apart", [0.0, 0.3])
-@pytest.mark.parametrize("name", NAMES)
-def test_sharded_equals_unsharded(name, push_apart):
-    """Eight devices, one global batch: the negatives of all devices count on each."""
-    options = config(name, push_apart=push_apart)
-    text, image, image_id = batch(rows=64, unit=name in ("infonce", "sigmoid"))
-    local = {"text": text, "image": image, "image_id": image_id}
-    local = {k: v.astype(np.int32 if k == "image_id" else np.float32) for k, v in local.items()}
-
-    @jax.jit
-    def value_and_gradient(rows):
-        def loss(t, v):
-            return evaluate(options, t, v, rows["image_id"])
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(rows["text"], rows["image"])
-
-    mesh = partition.create_mesh()
-    rows = partition.global_batch(local, mesh)
-    assert {s.data.shape[0] for s in rows["text"].addressable_shards} == {64 // mesh.size}
-    assert mesh.size == 8
-    sharded, single = value_and_gradient(rows), value_and_gradient(local)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), sharded, single
-    )
-
-
 def test_unknown_names_say_what_is_known():
     with pytest.raises(ValueError, match=r"'clip'; known: infonce, sigmoid, triplet, patr, m3l"):
         losses.build(config("clip"))
     with pytest.raises(ValueError, match=r"metric is 'l1'; known: euclidean"):
         losses.build(config("m3l", metric="l1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "push_apart", "chunk", "message"),
+    [
+        ("triplet", 0.0, 64, "chunk=64 goes with infonce and sigmoid alone: triplet looks"),
+        ("infonce", 0.3, 64, "chunk=64 goes with infonce and sigmoid alone: push_apart looks"),
+        ("sigmoid", 0.0, -1, "chunk is -1; it is a number"),
+    ],
+)
+def test_chunks_where_they_do_not_go(name, push_apart, chunk, message):
+    options = config(name, push_apart=push_apart)
+    options.chunk = chunk
+    with pytest.raises(ValueError, match=rf"^config\.loss\.{message}[^\n]*$"):
+        losses.build(options)

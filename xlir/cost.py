@@ -246,7 +246,7 @@ def _trips(module: _Module, name: str, loop: _Instruction) -> int:
             index = int(position[1])
         else:
             limit = _constant(test, operand)
-    if limit is None or index is None:
+    if limit is None or index is None or module.roots[body].opcode != "tuple":
         return 1
     outside, inside = module.computations[name], module.computations[body]
     initial = outside[loop.operands[0]].operands
@@ -314,7 +314,7 @@ def _sizes(shape: str, hbm: bool = False) -> list[int]:
     return sizes
 
 
-# Move nothing themselves.
+# Instructions that move nothing themselves.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "nothing"}
 _FREE |= {"while", "conditional", "call", "async-start", "opt-barrier", "after-all"}
 

@@ -119,14 +119,16 @@ def _infonce_by_chunks(
 
     by_row, by_column = _map_chunks(log_sums, text, image, image_id, axes, chunk)
     to_image = jax.nn.logsumexp(by_row, axis=0)
-    # The log-sum-exp over the devices' rows; the maximum only keeps the sum in range.
-    batch = len(text) * jax.lax.axis_size(axes)
-    by_column = by_column.reshape(-1)[:batch]
+    # [chunks, devices x columns] -> [devices, rows], without the padding.
+    rows, devices = len(text), jax.lax.axis_size(axes)
+    by_column = by_column.reshape(len(by_column), devices, -1).swapaxes(0, 1)
+    by_column = by_column.reshape(devices, -1)[:, :rows]
+    # The log-sum-exp over the rows of all devices; the maximum only keeps the sum in range.
     largest = jax.lax.pmax(jax.lax.stop_gradient(by_column), axes)
     to_text = largest + jnp.log(jax.lax.psum(jnp.exp(by_column - largest), axes))
     positive = scale * jnp.sum(text * image, axis=-1)
     of_rows = jax.lax.psum(jnp.sum(to_image - 2 * positive), axes)
-    return (of_rows + jnp.sum(to_text)) / (2 * batch)
+    return (of_rows + jnp.sum(to_text)) / (2 * rows * devices)
 
 
 def _sigmoid_by_chunks(
@@ -158,36 +160,48 @@ def _map_chunks(
 ) -> PyTree:
     """What `reduce` makes of this device's rows of `text @ image.T`, one chunk after the other.
 
-    Only images travel, once: each device gathers those of all. The backward pass computes each
-    chunk again, and its sum over the devices is the transpose of the gathering: a reduce-scatter.
+    Each device gives an equal share of a chunk's images, and only these travel. The backward pass
+    gathers and computes each chunk again, so that nothing of the size of all images is held; the
+    sum of their gradients over the devices is the gathering's transpose, a reduce-scatter.
 
     Args:
       reduce: (similarity, own, counted) -> arrays, for a chunk of columns; `own` is true on the
         diagonal of the global batch, `counted` there and where the pair shows two photos.
       text: this device's rows, and so `image` and `image_id`.
       axes: the mesh axes over which the rows of the batch lie; none for one device.
-      chunk: columns at a time.
+      chunk: columns at a time, rounded up to a multiple of the devices.
 
     Returns:
-      The arrays of all chunks, stacked. The last chunk is padded with columns not `counted`.
+      The arrays of all chunks, stacked. Columns are ordered by device; each device's last columns
+      in the last chunk may be padding, which is not `counted`.
     """
-    row = jax.lax.axis_index(axes) * len(text) + jnp.arange(len(text))
-    images, ids = jax.lax.all_gather((image, image_id), axes, tiled=True)
-    batch = len(ids)
-    chunk = min(chunk, batch)
+    share = min(-(-chunk // jax.lax.axis_size(axes)), len(image))
 
-    def split(columns: Array) -> Array:
-        widths = [(0, -batch % chunk)] + [(0, 0)] * (columns.ndim - 1)
-        return jnp.pad(columns, widths).reshape(-1, chunk, *columns.shape[1:])
+    def split(columns: Array, padding: int = 0) -> Array:
+        widths = [(0, -len(columns) % share)] + [(0, 0)] * (columns.ndim - 1)
+        padded = jnp.pad(columns, widths, constant_values=padding)
+        return padded.reshape(-1, share, *columns.shape[1:])
 
-    def of_chunk(columns: tuple[Array, Array, Array]) -> PyTree:
-        images, ids, column = columns
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> PyTree:
+        images, ids, column = chunk
         own = row[:, None] == column
-        counted = own | ((image_id[:, None] != ids) & (column < batch))
-        return reduce(text @ images.T, own, counted)
+        counted = own | ((image_id[:, None] != ids) & (column >= 0))
+        return reduce(text @ _gather(images, axes).T, own, counted)
 
-    column = jnp.arange(batch + -batch % chunk).reshape(-1, chunk)
-    return jax.lax.map(jax.checkpoint(of_chunk), (split(images), split(ids), column))
+    row = jax.lax.axis_index(axes) * len(text) + jnp.arange(len(text))
+    ids, column = _gather(split(image_id), axes, 1), _gather(split(row, padding=-1), axes, 1)
+    return jax.lax.map(jax.checkpoint(of_chunk), (split(image), ids, column))
+
+
+def _gather(x: Array, axes: tuple[str, ...], axis: int = 0) -> Array:
+    """Joins the devices' parts in the order of the batch.
+
+    One mesh axis after the other: of a gathering over two at once XLA for TPU makes, in the
+    backward pass, an all-reduce and a slice, twice the traffic of a reduce-scatter.
+    """
+    for name in reversed(axes):
+        x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
 
 
 def distance(x: Embeddings, y: Embeddings, metric: str) -> Float[Array, " batch"]:

@@ -31,6 +31,7 @@ import errno
 import logging
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags
@@ -90,6 +91,7 @@ FLAGS = {
 }
 # Seconds until a process that has ended is noticed by the others.
 HEARTBEAT = 30
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +105,8 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("xlir", "input_pipeline", __name__):
         logging.getLogger(package).setLevel(logging.INFO)
-    # Orbax and TFDS report every step of their work there.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and TFDS report every step of their work there, and an error that they raise besides.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         verb = _parse(sys.argv)
         if verb == "help":
@@ -113,15 +115,10 @@ def main() -> int:
             return _RUN[verb]() or 0
     except UsageError as error:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full ({error}): free some space and run again to resume")
-        return _fail(str(error))
-    except ValueError as error:
-        return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to resume", code=130)
-    return 0
+    except Exception as error:
+        return _report(error)
 
 
 def _train() -> None:
@@ -274,10 +271,40 @@ def _reason(error: Exception) -> str:
     return f"there is no field {text}" if isinstance(error, KeyError) else text
 
 
+def _report(error: Exception) -> int:
+    """One line for what a user can mend; anything else is raised again."""
+    # An array's file that could not be written is an error of JAX's or Orbax's own.
+    if getattr(error, "errno", 0) == errno.ENOSPC or NO_SPACE in str(error):
+        return _fail(f"the disk is full: free some space and run again to resume. {_line(error)}")
+    if isinstance(error, OSError | ValueError):
+        return _fail(str(error))
+    from xlir.train import Stopped
+
+    if isinstance(error, Stopped):
+        return _fail(f"{error}; run the same command again to resume", code=128 + signal.SIGTERM)
+    raise error
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def leave(code: int) -> None:
+    """Ends the program.
+
+    At once where it has failed: what libraries do at exit would wait for processes that are gone,
+    or write again what could not be written.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
 def _fail(message: str, code: int = 1) -> int:
     print(f"xlir: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
