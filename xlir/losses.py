@@ -21,8 +21,6 @@ from ml_collections import ConfigDict
 
 # Keeps the gradient of a distance and of a quotient finite where the distance is zero.
 EPSILON = 1e-6
-# A logit that counts for nothing. Unlike -inf it gives no NaN where a chunk holds nothing else.
-MASKED = -1e30
 
 PyTree = Any
 Embeddings = Float[Array, "batch dim"]
@@ -114,7 +112,7 @@ def _infonce_by_chunks(
     chunk: int,
 ) -> Scalar:
     def log_sums(similarity: Chunk, own: Chosen, counted: Chosen) -> tuple[Array, Array]:
-        logits = jnp.where(counted, scale * similarity, MASKED)
+        logits = jnp.where(counted, scale * similarity, -jnp.inf)
         return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
 
     by_row, by_column = _map_chunks(log_sums, text, image, image_id, axes, chunk)
