@@ -18,7 +18,6 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import jax
 import numpy as np
 import torch
 from torch import nn
@@ -42,11 +41,11 @@ def features(config):
 
 def ours(config, text, image):
     """A generator that takes one training step at each turn."""
-    encoder = Encoder.create(config)
-    transformation = optimizer.build(config)
     mesh = partition.create_mesh()
-    state = jax.device_put(train.init_state(encoder, transformation), partition.replicated(mesh))
-    step = jax.jit(train.make_train_step(encoder, transformation), donate_argnums=0)
+    encoder = Encoder.create(config, mesh=mesh)
+    transformation = optimizer.build(config)
+    layout, step = train.compile_step(encoder, transformation, mesh)
+    state = train.initial_state(encoder, transformation, layout)
 
     def read(images, captions, step, places):
         return {
@@ -56,7 +55,8 @@ def ours(config, text, image):
         }
 
     order = loader.Order(0, [CAPTIONS] * PHOTOS, config.data.batch_size)
-    batches = loader.Batches(order, read, 10**6)
+    rows = partition.local_rows(config.data.batch_size, mesh)
+    batches = loader.Batches(order, read, 10**6, rows)
     for batch in loader.iterate(batches, first_step=0, prefetch=config.data.prefetch):
         state, metrics = step(state, encoder.frozen, partition.global_batch(batch, mesh))
         yield metrics["loss"]

@@ -26,9 +26,9 @@ def get_config() -> ConfigDict:
     # and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.head_dtype = "auto"
 
-    # Devices along the two axes of the mesh; one may be -1, all that are left. Along "data" each has
-    # a copy of the parameters; along "fsdp" each has a part of them, of their gradients and of the
-    # optimizer's state, and gathers one layer after the other. A batch is split over all of them.
+    # Devices along the two axes of the mesh; one may be -1, all that are left. Along "data" they
+    # have copies of the parameters; along "fsdp" each has a part of them, of their gradients and
+    # of the optimizer's state, and gathers one layer after the other. A batch is split over all.
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 1

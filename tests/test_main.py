@@ -16,7 +16,7 @@ FAIL = """
 from xlir import main
 def fail():
     raise {error}
-main._train = fail
+main._RUN["train"] = fail
 """
 PRINT_WORKDIR = """
 import sys, types
@@ -87,7 +87,7 @@ def test_usage_errors_are_one_line_and_need_no_jax(arguments, parts, command):
     ],
 )
 def test_default_workdir_is_named_after_the_configuration(config, workdir, command):
-    process = command(f"--config={config}", script=f"{NO_JAX}\n{PRINT_WORKDIR}")
+    process = command(f"--config={config}", script=PRINT_WORKDIR)
     assert process.stdout.strip() == workdir
 
 

@@ -255,5 +255,8 @@ def test_length_batches_have_few_shapes_and_little_padding():
 
 
 def test_a_text_longer_than_the_budget_is_a_batch_by_itself():
-    batches = [(rows.tolist(), length) for rows, length in length_batches([3, 10_000, 5], 128, max_pieces=2048)]
+    batches = [
+        (rows.tolist(), length)
+        for rows, length in length_batches([3, 10_000, 5], 128, max_pieces=2048)
+    ]
     assert batches == [([1], 12_288), ([2, 0], 8)]

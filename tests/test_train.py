@@ -195,8 +195,8 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
     towers = [name for name in params if "tower" in name]
     assert towers == ([] if config.text.frozen else ["text_tower"])
     before = jax.tree.map(np.asarray, params)
-    state = partition.place(train.init_state(params, config, transformation), mesh)
     with jax.set_mesh(mesh):
+        state = train.initial_state(encoder, transformation, layout)
         for _ in range(3):
             state, _ = step(state, encoder.frozen, partition.global_batch(batch, mesh))
     kept = jax.tree.map(lambda x, expected: x.sharding == expected.sharding, state, layout)

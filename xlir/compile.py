@@ -34,7 +34,7 @@ SPARE = 0.1  # of a chip's memory, for what the compiler does not count
 
 
 class AbstractEncoder:
-    """What `train.make_train_step` takes of an `Encoder`, without weights.
+    """A `train.Model` of shapes.
 
     Attributes:
       config, graph: as an `Encoder`'s.
@@ -74,8 +74,8 @@ class AbstractEncoder:
         return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
-def lower(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
-    """The training step of a configuration on a mesh, traced: to be lowered and compiled."""
+def trace(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
+    """The training step of a configuration on a mesh, to be lowered and compiled."""
     encoder, transformation = AbstractEncoder(config), optimizer.build(config)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     state, step = train.compile_step(encoder, transformation, mesh)
@@ -212,9 +212,9 @@ class Report:
             f"  needed                  {self.needed / GIB:7.2f}  of {self.chip.hbm / GIB:.2f}",
             "",
             "a step, of a chip                             at its peak rate",
-            f"  arithmetic        {self.flops / 1e12:10.2f} TFLOP  {1e3 * times.compute:12.1f} ms",
-            f"  memory traffic    {self.hbm_bytes / 1e9:10.2f} GB     {1e3 * times.memory:12.1f} ms",
-            f"  received          {received / 1e9:10.2f} GB     {1e3 * times.network:12.1f} ms",
+            _rate("arithmetic", self.flops / 1e12, "TFLOP", times.compute),
+            _rate("memory traffic", self.hbm_bytes / 1e9, "GB", times.memory),
+            _rate("received", received / 1e9, "GB", times.network),
         ]
         lines += [
             f"    {kind:<20}{each.bytes / 1e9:6.2f} GB     in {each.count:,.0f} messages"
@@ -229,6 +229,10 @@ class Report:
             f"{'is' if spare > 0 else 'would be'} to spare, {100 * SPARE:.0f}% is asked for",
         ]
         return "\n".join(lines)
+
+
+def _rate(what: str, amount: float, unit: str, seconds: float) -> str:
+    return f"  {what:<18}{amount:10.2f} {unit:<6} {1e3 * seconds:12.1f} ms"
 
 
 def compile_for(config: ConfigDict, topology: str) -> Report:
@@ -252,7 +256,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     devices = _devices(topology)
     config = _as_on_tpu(config)
     mesh = partition.create_mesh(config.mesh, devices)
-    traced = lower(config, mesh)
+    traced = trace(config, mesh)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
@@ -47,6 +46,8 @@ class RetrievalSet:
 
 def feature_cache() -> pathlib.Path:
     """Where the outputs of frozen towers are kept; each process of a run has its own folder."""
+    import jax  # here, as `prepare` needs none
+
     folder = cache_folder() / "features"
     return folder if jax.process_count() == 1 else folder / f"process-{jax.process_index()}"
 

@@ -153,10 +153,6 @@ class Encoder:
         Raises:
           FileNotFoundError: the folder is not a run's.
         """
-        if not (workdir / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{workdir} is not the folder of a training run (it has no config.json)"
-            )
         config = read_config(workdir)
         descriptions, loaded = {}, {}
         with partition.on_host():
@@ -354,8 +350,17 @@ DESCRIPTION_FILE = "tower.json"
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration that a run was started with."""
+    """The configuration that a run was started with.
+
+    Raises:
+      FileNotFoundError: the folder is not a run's.
+      ValueError: the file is damaged.
+    """
     file = workdir / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{workdir} is not the folder of a training run (it has no config.json)"
+        )
     try:
         return ConfigDict(json.loads(file.read_text()))
     except ValueError as error:
@@ -381,4 +386,3 @@ def _lines(config: ConfigDict) -> Iterator[str]:
             raise FileNotFoundError(f"config.text.trim_vocab: {path} holds no .txt files")
         for file in files:
             yield from file.read_text(encoding="utf-8-sig").splitlines()
-

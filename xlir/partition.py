@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,13 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
 log = logging.getLogger(__name__)
 
 PyTree = Any
+# Devices along each axis, as in config.mesh.
+Sizes = Mapping[str, int] | ConfigDict
 AXES = ("data", "fsdp")
 
 # What the path of a parameter matches -> its axes that may be split over `fsdp`, in the order in
@@ -38,9 +41,7 @@ RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
 SMALLEST = 1024
 
 
-def create_mesh(
-    options: Mapping[str, int] | None = None, devices: list[jax.Device] | None = None
-) -> Mesh:
+def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.mesh` asks for.
 
     Devices are ordered so that neighbours on the mesh are neighbours in the machine; where they
@@ -63,18 +64,20 @@ def create_mesh(
                 f"config.mesh.data={shape[0]} does not divide over {slices} TPU slices"
             )
         within = (shape[0] // slices, shape[1])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1), devices, allow_split_physical_axes=True
+        )
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(options: Mapping[str, int], devices: int) -> AbstractMesh:
+def abstract_mesh(options: Sizes, devices: int) -> AbstractMesh:
     """As `create_mesh`, of so many devices that need not exist."""
     return AbstractMesh(mesh_shape(options, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_shape(options: Mapping[str, int], devices: int) -> tuple[int, int]:
+def mesh_shape(options: Sizes, devices: int) -> tuple[int, int]:
     """Devices along `data` and along `fsdp`, -1 resolved.
 
     Raises:
@@ -110,13 +113,18 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
       mesh: the mesh.
     """
     size = mesh.shape["fsdp"]
-    axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
-    if size > 1 and math.prod(shape) >= SMALLEST:
-        for axis in axes:
-            if -axis <= len(shape) and shape[axis] % size == 0:
-                place = len(shape) + axis
-                return PartitionSpec(*(None,) * place, "fsdp")
+    for axis in _splittable(path, shape, mesh):
+        if -axis <= len(shape) and shape[axis] % size == 0:
+            place = len(shape) + axis
+            return PartitionSpec(*(None,) * place, "fsdp")
     return PartitionSpec()
+
+
+def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
+    """The axes that are tried, none where an array stays whole by intent."""
+    if mesh.shape["fsdp"] == 1 or math.prod(shape) < SMALLEST:
+        return ()
+    return next(axes for pattern, axes in RULES if re.search(pattern, path))
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
@@ -129,8 +137,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     def sharding(path: tuple, x: Any) -> NamedSharding:
         name = path_name(path)
         spec = layout(name, x.shape, mesh)
-        wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        if wanted and not spec and mesh.shape["fsdp"] > 1 and math.prod(x.shape) >= SMALLEST:
+        if _splittable(name, x.shape, mesh) and not spec:
             unsplit[name] = math.prod(x.shape) * x.dtype.itemsize
         return NamedSharding(mesh, spec)
 

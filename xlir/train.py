@@ -11,7 +11,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,16 @@ log = logging.getLogger(__name__)
 
 PyTree = Any
 Batch = dict[str, Array]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a training step takes of an `Encoder`; for compiling, shapes are enough."""
+
+    config: ConfigDict
+    graph: nnx.GraphDef
+    params: nnx.State
+    frozen: nnx.State
 
 
 @jax.tree_util.register_dataclass
@@ -87,10 +97,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
     captions = _flat(training.captions)
-    if starts:
-        encoder = Encoder.create(config, captions, mesh)
-    else:
-        encoder = Encoder.open(workdir, mesh)
+    encoder = Encoder.create(config, captions, mesh) if starts else Encoder.open(workdir, mesh)
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
     cached = evaluate.frozen_features(
         encoder, "training", captions, training, training.fingerprint, data.feature_cache()
@@ -197,8 +204,25 @@ def init_state(
     )
 
 
+def initial_state(
+    encoder: Encoder, transformation: optax.GradientTransformation, layout: TrainState
+) -> TrainState:
+    """The state before the first step, each device's part made by itself.
+
+    It takes the memory of the encoder's parameters, and the encoder has its.
+    """
+    make = jax.jit(
+        lambda params: init_state(params, encoder.config, transformation),
+        out_shardings=jax.tree.map(lambda x: x.sharding, layout),
+        donate_argnums=0,
+    )
+    state = make(nnx.to_pure_dict(encoder.params))
+    encoder.replace_params(state.params)
+    return state
+
+
 def compile_step(
-    encoder: Encoder, transformation: optax.GradientTransformation, mesh: Mesh
+    encoder: Model, transformation: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, Callable]:
     """How the state lies on the mesh, and the training step, compiled when it is first called.
 
@@ -220,7 +244,7 @@ def compile_step(
 
 
 def make_train_step(
-    encoder: Encoder, transformation: optax.GradientTransformation
+    encoder: Model, transformation: optax.GradientTransformation
 ) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A pure function `(state, frozen, batch) -> state, metrics`, to be compiled once.
 
@@ -306,17 +330,10 @@ def _first_state(
     """The state of the latest checkpoint, from whatever mesh, or that before the first step."""
     step = checkpoints.latest_step()
     if step is None:
-        initial = jax.jit(
-            lambda params: init_state(params, encoder.config, transformation),
-            out_shardings=jax.tree.map(lambda x: x.sharding, layout),
-            donate_argnums=0,
-        )
-        state = initial(nnx.to_pure_dict(encoder.params))
-    else:
-        log.info("resuming from step %d", step)
-        number = partition.place({"step": np.int32(step)}, encoder.mesh)["step"]
-        items = checkpoints.restore(step, layout.items())
-        state = TrainState(step=number, **{"ema": None, **items})
+        return initial_state(encoder, transformation, layout)
+    log.info("resuming from step %d", step)
+    number = partition.place({"step": np.int32(step)}, encoder.mesh)["step"]
+    state = TrainState(step=number, **{"ema": None, **checkpoints.restore(step, layout.items())})
     encoder.replace_params(state.params)
     return state
 

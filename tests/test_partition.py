@@ -1,0 +1,186 @@
+"""How parameters, optimizer state and batches lie on meshes."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import xlir
+from configs import flickr8k, muse, quickstart, xlmr
+from xlir import compile, optimizer, partition, train
+
+GOLDEN = pathlib.Path(__file__).parent / "shardings"
+CONFIGS = {
+    "quickstart": quickstart.get_config,
+    "flickr8k": flickr8k.get_config,
+    "muse-m3l": lambda: muse.get_config("m3l"),
+    **{f"xlmr-{name}": lambda name=name: xlmr.get_config(name) for name in xlmr.VARIANTS},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_how_every_config_lies_on_eight_devices(name):
+    """A change shows in review. To accept it: XLIR_WRITE_GOLDEN=1 pytest tests/test_partition.py"""
+    table = compile.sharding_table(CONFIGS[name](), 8) + "\n"
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("XLIR_WRITE_GOLDEN"):
+        file.write_text(table)
+    assert file.read_text() == table
+
+
+def bytes_of(tree, of=lambda x: x.shape):
+    return sum(
+        np.prod(of(x), dtype=np.int64) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+@pytest.mark.parametrize("name", ["xlmr-base", "xlmr-large", "flickr8k", "muse-m3l"])
+def test_eight_devices_hold_an_eighth_each(name):
+    """Of parameters and optimizer state, and no more than two percent more."""
+    config = CONFIGS[name]()
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    encoder = compile.AbstractEncoder(config)
+    mesh = partition.create_mesh(config.mesh)
+    layout, _ = train.compile_step(encoder, optimizer.build(config), mesh)
+    held = bytes_of(layout, lambda x: x.sharding.shard_shape(x.shape))
+    assert bytes_of(layout) / 8 <= held <= 1.02 * bytes_of(layout) / 8
+
+
+def test_a_real_run_holds_what_the_table_says():
+    """Devices' own memory, after a step, with every array of the state laid out as planned."""
+    config = xlmr.get_config("tiny")
+    config.mesh.data, config.mesh.fsdp = 2, 4
+    mesh = partition.create_mesh(config.mesh)
+    encoder = xlir.Encoder.create(config, mesh=mesh)
+    layout, step = train.compile_step(encoder, optimizer.build(config), mesh)
+    batch = {
+        "text_ids": np.ones((16, 8), np.int32),
+        "text_mask": np.ones((16, 8), bool),
+        "image": np.zeros((16, 32, 32, 3), np.uint8),
+        "image_id": np.arange(16, dtype=np.int32),
+    }
+    with jax.set_mesh(mesh):
+        state = train.initial_state(encoder, optimizer.build(config), layout)
+        state, _ = step(state, encoder.frozen, partition.global_batch(batch, mesh))
+    planned = jax.tree.leaves(layout)
+    for array, plan in zip(jax.tree.leaves(state), planned, strict=True):
+        assert array.sharding.is_equivalent_to(plan.sharding, array.ndim)
+        assert {shard.data.shape for shard in array.addressable_shards} == {
+            plan.sharding.shard_shape(plan.shape)
+        }
+    qkv = state.optimizer
+    assert any("fsdp" in leaf.sharding.spec for leaf in jax.tree.leaves(qkv) if leaf.ndim > 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("text_tower.layers.stacked.mlp.inner.kernel", (12, 768, 3072), (None, None, "fsdp")),
+        # The last axis does not divide, the one before does; the first one of a stack never counts.
+        ("text_tower.layers.stacked.mlp.inner.kernel", (8, 768, 1001), (None, "fsdp")),
+        ("text_tower.layers.stacked.mlp.inner.kernel", (8, 767, 1001), ()),
+        ("text_tower.embedding", (250002, 768), (None, "fsdp")),
+        ("text_tower.layers.stacked.mlp.inner.bias", (12, 3072), ()),
+        ("optimizer.0.mu.image_tower.patches.kernel", (768, 768), (None, "fsdp")),
+        ("text_head.kernel", (16, 16), ()),  # too small
+    ],
+)
+def test_rules(path, shape, expected):
+    mesh = partition.abstract_mesh({"data": 1, "fsdp": 8}, 8)
+    assert partition.layout(path, shape, mesh) == PartitionSpec(*expected)
+
+
+def test_what_can_not_be_split_is_said(caplog):
+    mesh = partition.abstract_mesh({"data": 1, "fsdp": 8}, 8)
+    tree = {
+        "table": jax.ShapeDtypeStruct((1001, 1003), jnp.float32),
+        "kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32),
+    }
+    with caplog.at_level("INFO"):
+        partition.shardings(tree, mesh)
+    assert caplog.messages == [
+        "1 arrays (4.0 MB) are whole on every device, as no axis divides by 8: table"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (2, -1, (2, 4)), (4, 2, (4, 2)), (1, -1, (1, 8))]
+)
+def test_mesh_shapes(data, fsdp, shape):
+    mesh = partition.create_mesh({"data": data, "fsdp": fsdp})
+    assert mesh.devices.shape == shape
+    assert mesh.axis_names == ("data", "fsdp")
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, -1), (2, 2), (-1, -1), (0, 8), (-2, 4), (16, 1)])
+def test_meshes_that_do_not_fit(data, fsdp):
+    with pytest.raises(ValueError, match=f"config.mesh.data={data}, config.mesh.fsdp={fsdp}"):
+        partition.create_mesh({"data": data, "fsdp": fsdp})
+
+
+class Device:
+    """A device of a multi-slice TPU, as far as laying out a mesh is concerned."""
+
+    platform, device_kind = "tpu", "TPU v5 lite"
+
+    def __init__(self, index: int, slices: int, a_slice: int):
+        self.id, self.slice_index = index, index // a_slice
+        self.process_index = index // 4
+        within = index % a_slice
+        self.coords, self.core_on_chip = (within % 4, within // 4, 0), 0
+
+    def __repr__(self):
+        return f"{self.id} of slice {self.slice_index}"
+
+
+def test_data_goes_across_the_slices_of_a_tpu():
+    devices = [Device(i, 2, 16) for i in range(32)]
+    mesh = partition.create_mesh({"data": -1, "fsdp": 8}, devices)
+    assert mesh.devices.shape == (4, 8)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices == slices[:, :1]).all(), "parameters are gathered within a slice"
+    assert {tuple(column) for column in slices.T} == {(0, 0, 1, 1)}
+    with pytest.raises(ValueError, match="does not divide over 2 TPU slices"):
+        partition.create_mesh({"data": 1, "fsdp": 32}, devices)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_a_global_batch_keeps_its_rows_in_order_and_none_twice(fsdp):
+    mesh = partition.create_mesh({"data": -1, "fsdp": fsdp})
+    rows = np.arange(48).reshape(24, 2)
+    batch = partition.global_batch({"x": rows}, mesh)["x"]
+    np.testing.assert_array_equal(batch, rows)
+    assert all(shard.data.shape == (3, 2) for shard in batch.addressable_shards)
+    np.testing.assert_array_equal(partition.local_rows(24, mesh), np.arange(24))
+    with pytest.raises(ValueError, match="25 does not divide over 8 devices"):
+        partition.local_rows(25, mesh)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_embeddings_do_not_depend_on_the_mesh(fsdp):
+    """Evaluation is split over all devices; numbers of inputs that do not divide included."""
+    config = xlmr.get_config("tiny")
+    texts = [f"caption {'and ' * (i % 5)}{i}" for i in range(37)]
+    images = [np.full((32, 32, 3), 6 * i, np.uint8) for i in range(21)]
+    images = [xlir.encoder.Image.fromarray(image) for image in images]
+    one = xlir.Encoder.create(config)
+    config.mesh.fsdp = fsdp
+    many = xlir.Encoder.create(config, mesh=partition.create_mesh(config.mesh))
+    np.testing.assert_allclose(many.encode_text(texts), one.encode_text(texts), atol=1e-6)
+    np.testing.assert_allclose(many.encode_image(images), one.encode_image(images), atol=1e-6)
+    assert many.describe_tower("text") == one.describe_tower("text")
+
+
+def test_weights_go_to_the_devices_in_parts():
+    """No device is ever sent more than its part of an array that is split."""
+    config = xlmr.get_config("tiny")
+    mesh = partition.create_mesh({"data": 1, "fsdp": 8})
+    encoder = xlir.Encoder.create(config, mesh=mesh)
+    embedding = nnx.to_pure_dict(encoder.params)["text_tower"]["embedding"]
+    assert embedding.sharding.spec == PartitionSpec(None, "fsdp")
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(260, 4)}
