@@ -5,6 +5,7 @@ no TPU. Checkpoints need not be at hand where their architecture is known (`xlir
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -243,9 +244,8 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
       topology: generation and shape, such as v5e:16x16.
 
     Raises:
-      ValueError: the topology is unknown, the configuration does not fit it, or the step does not
-        fit the chips' memory by so much that the compiler gives up.
-      ModuleNotFoundError: libtpu is not installed.
+      ValueError: the topology is unknown, the configuration does not fit it, libtpu is not
+        installed, or the step takes so much memory that the compiler gives up.
     """
     generation = topology.partition(":")[0]
     if generation not in cost.CHIPS:
@@ -286,11 +286,18 @@ def _devices(topology: str) -> list[jax.Device]:
     # it, and tell the terminal that there is none.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
+    # One device a chip, not one for each of its cores.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        )
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if importlib.util.find_spec("libtpu") is None:
+            reason = "the TPU's compiler is not installed: pip install 'xlir[tpu]'"
         raise ValueError(f"--topology={topology}: {reason}") from error
+    return list(description.devices)
 
 
 def _as_on_tpu(config: ConfigDict) -> ConfigDict:

@@ -1,0 +1,127 @@
+"""The verbs that work from shapes alone: `shardings`, and `compile` for TPUs that are not there."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+from configs import flickr8k, xlmr
+from tests.test_partition import GOLDEN
+from xlir import compile, cost, partition
+
+
+def test_shardings_prints_the_table(command):
+    flags = ["--config=configs/xlmr.py:tiny", "--devices=8"]
+    assert command("shardings", *flags).stdout == (GOLDEN / "xlmr-tiny.txt").read_text()
+
+
+def test_an_abstract_batch_is_what_training_reads():
+    """Frozen towers' features, raw input of others."""
+    keys = {
+        "tiny": {"text_ids", "text_mask", "image", "image_id"},
+        "lit": {"text_ids", "text_mask", "image_features", "image_id"},
+        "frozen": {"text_features", "image_features", "image_id"},
+    }
+    for variant, expected in keys.items():
+        batch = compile.AbstractEncoder(xlmr.get_config(variant)).batch()
+        assert set(batch) == expected
+        assert {len(x.shape) and x.shape[0] for x in batch.values()} == {
+            xlmr.get_config(variant).data.batch_size
+        }
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_flops_of_a_step_against_the_towers_arithmetic(fsdp):
+    """Six operations a parameter and token (forward, and twice that backward) and attention's."""
+    config = xlmr.get_config()
+    config.text.remat = config.image.remat = False
+    config.data.batch_size, config.data.microbatches = 64, 1
+    config.mesh.data, config.mesh.fsdp = -1, fsdp
+    traced = compile.trace(config, partition.create_mesh(config.mesh))
+    layer, tokens = 12 * 768**2, 64 * (64 + 197)
+    attention = 12 * 2 * 768 * 64 * (64**2 + 197**2)
+    patches, heads, logits = 64 * 196 * 768**2, 2 * 64 * 768 * 512, 64 * 64 * 512
+    products = 12 * layer * tokens + attention + heads + logits
+    # The pixels need no gradient, and attention is computed again for the backward pass.
+    expected = 6 * products + 4 * patches + 2 * attention
+    assert cost.flops(traced.jaxpr) == pytest.approx(expected, rel=0.005)
+
+
+REPORT = compile.Report(
+    topology="v5e:2x4",
+    chips=8,
+    mesh={"data": 2, "fsdp": 4},
+    batch_size=1024,
+    arguments=2 * 2**30,
+    temporaries=10 * 2**30,
+    chip=cost.CHIPS["v5e"],
+    flops=19.7e12,
+    hbm_bytes=81.9e9,
+    collectives={"all-gather": cost.Collective(3, 2e9)},
+)
+
+
+def test_the_verdict_leaves_a_tenth_of_the_memory():
+    assert REPORT.fits
+    fuller = dataclasses.replace(REPORT, temporaries=12 * 2**30)
+    assert fuller.needed < fuller.chip.hbm
+    assert not fuller.fits
+    assert "it does not fit: 6% of the memory is to spare, 10% is asked for" in str(fuller)
+
+
+def test_the_report_names_what_takes_the_time():
+    text = str(REPORT)
+    assert "8 chips, mesh data=2, fsdp=4; batch 1,024, 128 a chip" in text
+    times = re.findall(r"(\d+\.\d) ms", text)
+    assert times == ["100.0", "100.0", "10.0"]
+    assert "a step: 0.100 s if all overlaps, 0.210 s if nothing does" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v2:2x2"], "the known generations are v4, v5e, v5p, v6e"),
+        ([], "compile needs --topology"),
+        (["--topology=v5e:2x4", "--devices=8"], "--devices goes with shardings, not with compile"),
+    ],
+)
+def test_refusals(flags, message, command):
+    process = command("compile", "--config=configs/xlmr.py:tiny", *flags, check=False)
+    assert process.returncode in (1, 2)
+    (line,) = process.stderr.splitlines()
+    assert message in line
+
+
+def test_a_step_is_compiled_for_a_tpu(command):
+    """With chunked loss and parameters in parts, as on a real mesh."""
+    pytest.importorskip("libtpu")
+    flags = ["--config.data.batch_size=64", "--config.mesh.fsdp=4", "--config.loss.chunk=16"]
+    process = command("compile", "--config=configs/xlmr.py:tiny", "--topology=v5e:2x4", *flags)
+    assert "v5e:2x4: 8 chips, mesh data=2, fsdp=4; batch 64, 8 a chip" in process.stdout
+    assert "reduce-scatter" in process.stdout
+    assert "it fits" in process.stdout
+    assert "INVALID" not in process.stderr
+
+
+def test_what_does_not_fit_a_tpu_is_exit_code_1(command):
+    """More than the compiler would take, as heads of 8 billion parameters do."""
+    pytest.importorskip("libtpu")
+    flags = ["--config=configs/xlmr.py:frozen", "--config.embedding_dim=2000000"]
+    process = command("compile", *flags, "--topology=v5e:2x4", check=False)
+    assert process.returncode == 1
+    assert "does not fit a chip of v5e:2x4" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:2x4"])
+def test_topologies_have_a_device_a_chip(topology):
+    pytest.importorskip("libtpu")
+    devices = compile._devices(topology)
+    assert len(devices) == 8
+    partition.create_mesh({"data": 2, "fsdp": 4}, devices)
+    assert jax.devices()[0].platform == "cpu"
+
+
+def test_a_frozen_run_needs_no_checkpoint_to_be_described():
+    assert "text_head" in compile.sharding_table(flickr8k.get_config(), 1)
