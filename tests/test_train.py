@@ -112,6 +112,28 @@ def test_what_a_run_leaves_behind(workdir):
     assert sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*")) < 3_000_000
 
 
+def test_where_the_time_goes(workdir):
+    """What a step waits for data, the rest of it, and what validation and saving took."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "seconds/step" in record]
+    assert len(steps) == 8
+    for record in steps:
+        per_step = record["seconds/data"] + record["seconds/step"]
+        assert per_step * record["examples_per_second"] == pytest.approx(16)
+        assert min(record["seconds/data"], record["seconds/step"]) >= 0
+    after_validation = [record["step"] for record in steps if "seconds/evaluation" in record]
+    assert after_validation == [15, 25, 35]
+    assert all(record["seconds/save"] > 0 for record in steps if record["step"] in (15, 25, 35))
+
+
+def test_a_trace_of_chosen_steps(command, tiny, tmp_path):
+    flags = [f"--workdir={tmp_path}", "--config.steps=6", "--config.profile.steps=(2,3)"]
+    process = command(*tiny, *flags)
+    assert f"steps 2 to 3 are traced in {tmp_path / 'profile'}" in process.stderr
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
+
+
 def test_test_photos_are_kept_out_of_training(command, tiny, tmp_path):
     process = command(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
     # 38 photos of split train, 4 of which are in the test set.

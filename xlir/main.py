@@ -23,8 +23,8 @@ Examples:
       --config.data.batch_size=16384
 
 Any field of configs/base.py can be overridden: --config.optimizer.learning_rate=3e-4. Prepared data
-sets, features of frozen towers and compiled programs are kept in $XLIR_CACHE (default
-~/.cache/xlir).
+sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in $XLIR_CACHE
+(default ~/.cache/xlir).
 """
 
 import errno
@@ -176,17 +176,25 @@ _RUN = {
 
 
 def _start_jax() -> None:
-    """Keeps compiled programs, and joins the other processes where there are any."""
+    """Joins the other processes where there are any, and keeps compiled programs."""
     import jax
 
     from input_pipeline.cache import cache_folder
 
-    if not jax.config.jax_compilation_cache_dir:
+    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        _join()
+    # Not of CPUs: what one has kept another may not be able to run, or refuses loudly
+    # (https://github.com/jax-ml/jax/issues/38445).
+    if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
         folder = cache_folder() / "compiled"
         folder.mkdir(exist_ok=True, mode=0o700)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    if not _DISTRIBUTED.value and _COORDINATOR.value is None:
-        return
+
+
+def _join() -> None:
+    """Makes this one of several processes."""
+    import jax
+
     jax.distributed.initialize(
         coordinator_address=_COORDINATOR.value,
         num_processes=_PROCESSES.value,
