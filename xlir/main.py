@@ -29,6 +29,7 @@ sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kep
 
 import errno
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -155,11 +156,17 @@ def _compile() -> int:
 
 def _evaluate() -> None:
     _start_jax()
+    import jax
+
     from xlir import data, evaluate, partition
     from xlir.encoder import Encoder, read_config
 
     workdir = pathlib.Path(_WORKDIR.value)
-    encoder = Encoder.load(workdir, mesh=partition.create_mesh(read_config(workdir).mesh))
+    # Split as the run's as far as these devices allow, which may be others than it had.
+    devices, fsdp = jax.device_count(), read_config(workdir).mesh.fsdp
+    fsdp = devices if fsdp == -1 else math.gcd(fsdp, devices)
+    mesh = partition.create_mesh({"data": -1, "fsdp": fsdp})
+    encoder = Encoder.load(workdir, mesh=mesh)
     for test_set in data.test_sets(
         encoder.config, _TEST_SET.value, _IMAGES.value, drop_junk=_DROP_JUNK.value
     ):

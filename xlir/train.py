@@ -299,9 +299,12 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
         raise FileNotFoundError("\n".join(lacking))
     if starts:
         return
-    started_with = read_config(workdir)
-    given = ConfigDict(json.loads(json.dumps(config.to_dict())))
-    differing = sorted(_differences(started_with.to_dict(), given.to_dict()))
+    started_with = read_config(workdir).to_dict()
+    given = ConfigDict(json.loads(json.dumps(config.to_dict()))).to_dict()
+    for fields in (started_with, given):
+        # A run may go on elsewhere: its numbers do not depend on the mesh.
+        fields.pop("mesh", None)
+    differing = sorted(_differences(started_with, given))
     if differing:
         raise ValueError(
             f"{workdir} was started with another configuration; it differs in "
