@@ -6,6 +6,7 @@ no TPU. Checkpoints need not be at hand where their architecture is known (`xlir
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from ml_collections import ConfigDict
 
 from xlir import cost, optimizer, partition, train
 from xlir.models import dual_encoder, towers
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
 GIB = 2**30
@@ -257,6 +260,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     config = _as_on_tpu(config)
     mesh = partition.create_mesh(config.mesh, devices)
     traced = trace(config, mesh)
+    log.info("compiling a step for %d chips; it takes a minute or three", len(devices))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
