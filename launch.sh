@@ -563,7 +563,11 @@ await_all() {
       # What it started and left behind.
       kill -KILL -- "-${pids[i]}" 2>/dev/null
       unset "pids[$i]"
-      ((code && !first)) || continue
+      ((code)) || continue
+      if ((first)); then
+        say "process $i ended with exit code $code"
+        continue
+      fi
       first=$code
       deadline=$((SECONDS + GRACE))
       say "process $i ended with exit code $code; the others have $GRACE seconds to end"

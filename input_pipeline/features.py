@@ -30,7 +30,8 @@ def cached(
     compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
     *,
     label: str,
-    agree: Callable[[int], int] = lambda rows: rows,
+    block: int = BLOCK,
+    agree: Callable[[int], int] | None = None,
 ) -> Float[np.ndarray, "count dim"]:
     """The features of `count` inputs, from the cache or computed into it.
 
@@ -41,6 +42,7 @@ def cached(
       dim: width of a feature vector.
       compute: (start, stop) -> the features of those inputs.
       label: what the progress bar calls them.
+      block: rows computed between two writes.
       agree: where several processes compute together, each with a folder of its own: rows that are
         here -> rows that are everywhere.
 
@@ -54,15 +56,22 @@ def cached(
     name = fingerprint({**description, "count": count, "dim": dim})
     done, partial = folder / f"{name}.npy", folder / f"{name}.partial"
     with open(folder / f"{name}.lock", "w") as lock:
-        # A second run that wants the same features waits for the first, then reads them.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            # A second run that wants the same features waits for the first, then reads them. Not
+            # where processes compute together: two runs' could wait for each other for ever.
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if agree else 0))
+        except BlockingIOError:
+            partial = folder / f"{name}.{os.getpid()}.partial"
         rows = count if done.exists() else _rows(partial, dim)
-        if (start := agree(rows)) < count:
-            if done.exists():
-                done.rename(partial)
-            _build(partial, start, count, dim, compute, label)
-            (folder / f"{name}.json").write_text(json.dumps(description, indent=1, sort_keys=True))
-            partial.rename(done)
+        start = agree(rows) if agree else rows
+        if start < count:
+            # Who has them all computes with those who don't, and keeps what it has.
+            target = None if done.exists() else partial
+            _build(target, start, count, dim, compute, label, block)
+            if target:
+                text = json.dumps(description, indent=1, sort_keys=True)
+                (folder / f"{name}.json").write_text(text)
+                target.rename(done)
     return np.load(done, mmap_mode="r")
 
 
@@ -74,31 +83,34 @@ def _rows(partial: pathlib.Path, dim: int) -> int:
 
 
 def _build(
-    partial: pathlib.Path,
+    partial: pathlib.Path | None,
     start: int,
     count: int,
     dim: int,
     compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
     label: str,
+    block: int,
 ) -> None:
-    """Computes the rows from `start` on."""
-    with open(partial, "ab") as file:
-        if file.tell() == 0:
+    """Computes the rows from `start` on, into a file or for nothing."""
+    with open(partial or os.devnull, "ab") as file:
+        if partial and file.tell() == 0:
             header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-        file.truncate(_header_bytes(partial) + start * dim * ITEM)
+        if partial:
+            file.truncate(_header_bytes(partial) + start * dim * ITEM)
         with tqdm(total=count, initial=start, desc=label, unit="") as bar:
             while start < count:
-                stop = min(start + BLOCK, count)
+                stop = min(start + block, count)
                 rows = np.ascontiguousarray(compute(start, stop), np.float32)
                 if rows.shape != (stop - start, dim):
                     raise ValueError(f"{label}: expected {(stop - start, dim)}, got {rows.shape}")
                 if not np.isfinite(rows).all():
                     raise ValueError(f"{label}: a feature of rows {start} to {stop} is not finite")
                 file.write(rows.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+                if partial:
+                    file.flush()
+                    os.fsync(file.fileno())
                 bar.update(stop - start)
                 start = stop
 

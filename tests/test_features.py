@@ -1,5 +1,6 @@
 """The feature cache: never stale, resumable, and never half-read."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,14 +16,15 @@ COUNT, DIM = features.BLOCK * 3 + 5, 4
 EXPECTED = np.arange(COUNT * DIM, dtype=np.float32).reshape(COUNT, DIM)
 
 
-def build(folder, calls, description=None, upto=None):
+def build(folder, calls, description=None, upto=None, **options):
     def compute(start, stop):
         if upto is not None and start >= upto:
             raise KeyboardInterrupt
         calls.append((start, stop))
         return EXPECTED[start:stop]
 
-    return features.cached(folder, description or {"w": 1}, COUNT, DIM, compute, label="test")
+    source = description or {"w": 1}
+    return features.cached(folder, source, COUNT, DIM, compute, label="test", **options)
 
 
 def test_computed_once(tmp_path):
@@ -48,6 +50,41 @@ def test_an_interrupt_costs_one_block(tmp_path):
     assert before + after == [
         (start, min(start + features.BLOCK, COUNT)) for start in range(0, COUNT, features.BLOCK)
     ]
+
+
+def test_processes_compute_together_from_where_all_are(tmp_path):
+    """One has all rows, as another run may be reading, one half of them, and one none."""
+    whole, half, none = (tmp_path / name for name in ("whole", "half", "none"))
+    reading = build(whole, [])
+    with pytest.raises(KeyboardInterrupt):
+        build(half, [], upto=2 * features.BLOCK)
+    starts, calls = [], {}
+
+    def agree(rows):
+        starts.append(rows)
+        return 0
+
+    for folder in (whole, half, none):
+        calls[folder] = []
+        ours = build(folder, calls[folder], agree=agree)
+        np.testing.assert_array_equal(ours, EXPECTED)
+    assert starts == [COUNT, 2 * features.BLOCK, 0]
+    assert len({tuple(blocks) for blocks in calls.values()}) == 1, "all take part in every block"
+    np.testing.assert_array_equal(reading, EXPECTED)
+
+
+def test_processes_that_compute_together_wait_for_no_other_run(tmp_path):
+    """They build a file of their own beside the one that another run holds."""
+    build(tmp_path, [])
+    (done,) = tmp_path.glob("*.npy")
+    done.unlink()
+    with open(done.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        calls = []
+        ours = build(tmp_path, calls, agree=lambda rows: rows)
+    np.testing.assert_array_equal(ours, EXPECTED)
+    assert len(calls) == 4
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_torn_row_is_written_again(tmp_path):

@@ -126,9 +126,10 @@ def test_meshes_that_do_not_fit(data, fsdp):
 class Device:
     """A device of a multi-slice TPU, as far as laying out a mesh is concerned."""
 
-    platform, device_kind = "tpu", "TPU v5 lite"
+    device_kind = "TPU v5 lite"
 
-    def __init__(self, index: int, slices: int, a_slice: int):
+    def __init__(self, index: int, a_slice: int, platform: str = "tpu"):
+        self.platform = platform
         self.id, self.slice_index = index, index // a_slice
         self.process_index = index // 4
         within = index % a_slice
@@ -139,7 +140,7 @@ class Device:
 
 
 def test_data_goes_across_the_slices_of_a_tpu():
-    devices = [Device(i, 2, 16) for i in range(32)]
+    devices = [Device(i, 16) for i in range(32)]
     mesh = partition.create_mesh({"data": -1, "fsdp": 8}, devices)
     assert mesh.devices.shape == (4, 8)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
@@ -147,6 +148,24 @@ def test_data_goes_across_the_slices_of_a_tpu():
     assert {tuple(column) for column in slices.T} == {(0, 0, 1, 1)}
     with pytest.raises(ValueError, match="does not divide over 2 TPU slices"):
         partition.create_mesh({"data": 1, "fsdp": 32}, devices)
+
+
+def test_hosts_of_gpus_are_no_slices():
+    devices = [Device(i, 16, "gpu") for i in range(32)]
+    assert partition.create_mesh({"data": 1, "fsdp": 32}, devices).devices.shape == (1, 32)
+
+
+@pytest.mark.parametrize(("fsdp", "shape"), [(1, (8, 1)), (-1, (1, 8)), (4, (2, 4)), (12, (2, 4))])
+def test_a_run_is_evaluated_on_whatever_is_there(fsdp, shape):
+    assert partition.fitting_mesh({"data": 3, "fsdp": fsdp}).devices.shape == shape
+
+
+@pytest.mark.parametrize(("rows", "filled"), [(1, 6), (6, 6), (7, 12), (13, 24), (192, 192)])
+def test_batches_are_filled_up_to_a_power_of_two_on_each_device(rows, filled):
+    encoder = xlir.Encoder.create(xlmr.get_config("tiny"))
+    encoder.mesh = partition.create_mesh(devices=jax.devices()[:6])
+    share = encoder._share(np.arange(rows))
+    np.testing.assert_array_equal(share, np.minimum(np.arange(filled), rows - 1))
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 8])

@@ -155,6 +155,20 @@ def test_another_configuration_is_refused_with_the_fields(workdir, command, tiny
     assert "config.loss.name ('infonce' -> 'sigmoid'), config.seed (0 -> 3)" in line
 
 
+def test_a_run_goes_on_where_only_the_machine_differs(workdir, command, tiny):
+    """Mesh, microbatches, rematerialisation, logging: what is learned does not depend on them."""
+    flags = ["--config.mesh.data=1", "--config.log_every=7", "--config.text.remat=True"]
+    process = command(*tiny, *flags, f"--workdir={workdir}", "--config.profile.steps=(1,2)")
+    assert "resuming from step 40" in process.stderr
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_newer_fields(workdir, tmp_path):
+    saved = json.loads((workdir / "config.json").read_text())
+    del saved["mesh"], saved["loss"]["chunk"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert read_config(tmp_path) == read_config(workdir)
+
+
 def test_divergence_stops_and_keeps_what_was_saved(command, tiny, tmp_path):
     flags = ["--config.optimizer.clip_norm=0.0", "--config.optimizer.learning_rate=1e18"]
     flags += ["--config.optimizer.warmup_steps=25"]

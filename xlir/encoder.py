@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
+from configs import base
 from input_pipeline import images as image_io
 from input_pipeline import text as text_io
 from xlir import partition
@@ -70,6 +71,7 @@ class Encoder:
         self.descriptions = descriptions
         self.step = 0
         self.preprocessing = image_io.Preprocessing(**descriptions["image"]["preprocessing"])
+        self._described: dict[str, dict[str, object]] = {}
         self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
         self.mesh = mesh or partition.single_device_mesh()
         self.graph, *states = nnx.split(model, dual_encoder.trainable(config), ...)
@@ -284,6 +286,11 @@ class Encoder:
 
     def describe_tower(self, side: str) -> dict[str, object]:
         """Everything that the features of one side depend on, but the input itself."""
+        if side not in self._described or not self.config[side].frozen:
+            self._described[side] = self._describe(side)
+        return self._described[side]
+
+    def _describe(self, side: str) -> dict[str, object]:
         digest = hashlib.sha256()
         for name, array in sorted(self._tower_weights(side).items()):
             digest.update(name.encode())
@@ -310,11 +317,11 @@ class Encoder:
     def _share(self, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " share"]:
         """Which of a batch's rows this process reads.
 
-        The batch is filled up with its last row, to a power of two that the devices divide: the
-        shapes that are compiled for are few.
+        The batch is filled up with its last row, to a power of two on each device: the shapes that
+        are compiled for are few.
         """
-        size = 1 << max(len(rows) - 1, 0).bit_length()
-        size = -(-size // self.mesh.size) * self.mesh.size
+        of_device = -(-len(rows) // self.mesh.size)
+        size = self.mesh.size << (of_device - 1).bit_length()
         filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
         return filled[partition.local_rows(size, self.mesh)]
 
@@ -350,19 +357,20 @@ DESCRIPTION_FILE = "tower.json"
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration that a run was started with.
+    """The configuration that a run was started with; fields that are newer have their defaults.
 
     Raises:
       FileNotFoundError: the folder is not a run's.
       ValueError: the file is damaged.
     """
-    file = workdir / "config.json"
+    file, config = workdir / "config.json", base.get_config()
     if not file.is_file():
         raise FileNotFoundError(
             f"{workdir} is not the folder of a training run (it has no config.json)"
         )
     try:
-        return ConfigDict(json.loads(file.read_text()))
+        config.update(json.loads(file.read_text()))
+        return config
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 

@@ -14,7 +14,7 @@ from input_pipeline import features
 from input_pipeline.cache import fingerprint
 from xlir import figures, metrics, partition
 from xlir.data import RetrievalSet
-from xlir.encoder import SIDES, Encoder
+from xlir.encoder import FEATURE_BATCH, SIDES, Encoder
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 
@@ -95,7 +95,8 @@ def frozen_features(
             encoder.feature_dims[side],
             functools.partial(compute, side),
             label=f"{label} {side}s",
-            agree=partition.agree_minimum,
+            block=FEATURE_BATCH * encoder.mesh.size,
+            agree=partition.agree_minimum if jax.process_count() > 1 else None,
         )
         for side in SIDES
         if encoder.config[side].frozen

@@ -29,11 +29,12 @@ sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kep
 
 import errno
 import logging
-import math
 import os
 import pathlib
+import re
 import signal
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -59,7 +60,7 @@ _DROP_JUNK = flags.DEFINE_bool(
     "drop_junk", False, "eval: leave out XTD10's six German captions that translate nothing."
 )
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, "shardings: how many; default: those of this machine."
+    "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: a TPU's generation and shape, as v5e:8x8 or v5p:2x2x4."
@@ -92,7 +93,13 @@ FLAGS = {
 }
 # Seconds until a process that has ended is noticed by the others.
 HEARTBEAT = 30
+# Seconds that they wait at the end for the first one, which writes the results.
+REPORTING = 3600
 NO_SPACE = os.strerror(errno.ENOSPC)
+# How collectives (Gloo's between CPUs, NCCL's between GPUs) and JAX's coordination service say it.
+_PEER_LOST = re.compile(
+    r"\bGloo\b|\bNCCL\b|closed by peer|reset by peer|heartbeat|coordination service|Barrier failed"
+)
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +134,7 @@ def _train() -> None:
     _start_jax()
     from xlir import train
 
+    sys.unraisablehook = _report_unraisable
     train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 
 
@@ -156,16 +164,11 @@ def _compile() -> int:
 
 def _evaluate() -> None:
     _start_jax()
-    import jax
-
     from xlir import data, evaluate, partition
     from xlir.encoder import Encoder, read_config
 
     workdir = pathlib.Path(_WORKDIR.value)
-    # Split as the run's as far as these devices allow, which may be others than it had.
-    devices, fsdp = jax.device_count(), read_config(workdir).mesh.fsdp
-    fsdp = devices if fsdp == -1 else math.gcd(fsdp, devices)
-    mesh = partition.create_mesh({"data": -1, "fsdp": fsdp})
+    mesh = partition.fitting_mesh(read_config(workdir).mesh)
     encoder = Encoder.load(workdir, mesh=mesh)
     for test_set in data.test_sets(
         encoder.config, _TEST_SET.value, _IMAGES.value, drop_junk=_DROP_JUNK.value
@@ -207,7 +210,7 @@ def _join() -> None:
         num_processes=_PROCESSES.value,
         process_id=_PROCESS.value,
         heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=REPORTING,
     )
     if jax.process_index():
         # The first process speaks for all.
@@ -229,7 +232,8 @@ def _check_flags(verb: str) -> None:
     together = (_COORDINATOR, _PROCESSES, _PROCESS)
     if len({flag.value is None for flag in together}) > 1:
         raise UsageError("--coordinator, --processes and --process go together")
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not _DISTRIBUTED.value:
+    joins = _DISTRIBUTED.value or _COORDINATOR.value or verb not in FLAGS["distributed"]
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not joins:
         raise UsageError("SLURM runs several tasks of this step: add --distributed")
 
 
@@ -287,17 +291,33 @@ def _reason(error: Exception) -> str:
 
 
 def _report(error: Exception) -> int:
-    """One line for what a user can mend; anything else is raised again."""
+    """One line for what a user can mend, a traceback for anything else."""
     # An array's file that could not be written is an error of JAX's or Orbax's own.
     if getattr(error, "errno", 0) == errno.ENOSPC or NO_SPACE in str(error):
         return _fail(f"the disk is full: free some space and run again to resume. {_line(error)}")
     if isinstance(error, OSError | ValueError):
         return _fail(str(error))
+    from xlir import partition
     from xlir.train import Stopped
 
     if isinstance(error, Stopped):
-        return _fail(f"{error}; run the same command again to resume", code=128 + signal.SIGTERM)
-    raise error
+        _fail(f"{error}; run the same command again to resume")
+        partition.wait_for_all()  # or JAX would end the slower ones, when the first one is gone
+        return 128 + signal.SIGTERM
+    if _PEER_LOST.search(str(error)):
+        return _fail(
+            "another process has failed or can't be reached; run the same command again to resume. "
+            + _line(error)
+        )
+    # Not raised again: Python's own end would wait for the other processes.
+    traceback.print_exception(error)
+    return 1
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """As Python does, but for writes that end after another one's failure has ended the save."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _line(error: Exception) -> str:

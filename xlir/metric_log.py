@@ -7,7 +7,12 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# Seconds between two flushes of TensorBoard's file, each of which a mounted bucket uploads whole.
+FLUSH = 120
 
 
 class MetricLog:
@@ -23,28 +28,35 @@ class MetricLog:
         self._file = None
         if workdir is None:
             return
-        file = workdir / "metrics.jsonl"
-        _drop_after(file, resume_at)
-        self._file = open(file, "a")  # noqa: SIM115 - closed in close()
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None
-        )
+        self._file = workdir / "metrics.jsonl"
+        _drop_after(self._file, resume_at)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter, which writes in a thread: a full disk would end that thread alone, and
+        # training would wait for it for ever.
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._next_flush = 0.0
+        if resume_at:
+            started = SessionLog(status=SessionLog.START)
+            self._board.write_event(Event(step=resume_at + 1, session_log=started))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a step."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        # Closed each time: a mounted bucket shows a file when it is closed.
+        with open(self._file, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            scalar = summary.scalar(name, value)
+            self._board.write_event(Event(step=step, wall_time=time.time(), summary=scalar))
+        if time.monotonic() >= self._next_flush:
+            self._board.flush()
+            self._next_flush = time.monotonic() + FLUSH
 
     def close(self) -> None:
         """Writes what is pending."""
-        if self._file is None:
-            return
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._board.close()
 
 
 class Progress:

@@ -57,7 +57,7 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(options or {"data": -1, "fsdp": 1}, len(devices))
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    slices = _slices(devices)
     if slices > 1:
         if shape[0] % slices:
             raise ValueError(
@@ -70,6 +70,21 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices are of. (GPUs have the index of their host there.)"""
+    return len({device.slice_index for device in devices if device.platform == "tpu"} or {0})
+
+
+def fitting_mesh(options: Sizes) -> Mesh:
+    """A mesh of all devices, whatever their number, along `fsdp` up to as many as asked for.
+
+    For evaluation: a run is looked at on other machines than it was trained on.
+    """
+    within = jax.device_count() // _slices(jax.devices())
+    fsdp = within if options["fsdp"] == -1 else math.gcd(options["fsdp"], within)
+    return create_mesh({"data": -1, "fsdp": fsdp})
 
 
 def abstract_mesh(options: Sizes, devices: int) -> AbstractMesh:
@@ -184,6 +199,11 @@ def fetch(x: Array | np.ndarray) -> np.ndarray:
     return np.asarray(x)
 
 
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    agree_minimum(0)
+
+
 def agree_minimum(value: int) -> int:
     """The smallest of the processes' values."""
     if jax.process_count() == 1:
@@ -255,9 +275,9 @@ def check_batch_size(size: int, mesh: Mesh | AbstractMesh, microbatches: int = 1
     """Raises ValueError where a global batch, in parts, does not divide over the devices."""
     unit = mesh.size * microbatches
     if size % unit:
+        nearest = " and ".join(str(n * unit) for n in (size // unit, size // unit + 1) if n)
         parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ValueError(
             f"config.data.batch_size={size} does not divide over {mesh.size} devices{parts}; "
-            f"the nearest sizes that do are {size // unit * unit or unit} and "
-            f"{-(-size // unit) * unit}"
+            f"the nearest sizes that do are {nearest}"
         )

@@ -8,8 +8,9 @@ import logging
 import math
 import os
 import pathlib
+import re
 import signal
-import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -121,6 +122,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     # Only now: a start that failed leaves no folder that insists on its configuration.
     if starts:
         encoder.save(workdir)
+        _check_seen(workdir)
     with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
         state = _first_state(encoder, transformation, layout, checkpoints)
         written = workdir if jax.process_index() == 0 else None
@@ -299,12 +301,8 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
         raise FileNotFoundError("\n".join(lacking))
     if starts:
         return
-    started_with = read_config(workdir).to_dict()
-    given = ConfigDict(json.loads(json.dumps(config.to_dict()))).to_dict()
-    for fields in (started_with, given):
-        # A run may go on elsewhere: its numbers do not depend on the mesh.
-        fields.pop("mesh", None)
-    differing = sorted(_differences(started_with, given))
+    started_with, given = read_config(workdir), ConfigDict(json.loads(config.to_json()))
+    differing = sorted(_differences(started_with.to_dict(), given.to_dict()))
     if differing:
         raise ValueError(
             f"{workdir} was started with another configuration; it differs in "
@@ -312,14 +310,32 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
         )
 
 
+def _check_seen(workdir: pathlib.Path) -> None:
+    """Raises ValueError where not all processes see the folder that the first one has written."""
+    partition.wait_for_all()
+    for _ in range(60):  # what a network's file system may take
+        if (workdir / "config.json").exists():
+            break
+        time.sleep(1)
+    if not partition.agree_minimum((workdir / "config.json").exists()):
+        raise ValueError(f"--workdir={workdir} has to be a folder that all processes see")
+
+
+# A run may go on elsewhere, in more or less memory: what it learns does not depend on these. (From
+# other microbatches dropout draws other masks.)
+FREE = re.compile(
+    r"config\.(mesh\..*|profile\..*|log_every|data\.(prefetch|microbatches)|loss\.chunk|.*\.remat)"
+)
+
+
 def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
-    """`config.a.b (old -> new)` for each field that differs."""
+    """`config.a.b (old -> new)` for each field that differs and has to be the same."""
     found = []
     for name in old.keys() | new.keys():
         before, after = old.get(name, "absent"), new.get(name, "absent")
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}.{name}")
-        elif before != after:
+        elif before != after and not FREE.fullmatch(f"{prefix}.{name}"):
             found.append(f"{prefix}.{name} ({before!r} -> {after!r})")
     return found
 
@@ -354,14 +370,17 @@ def _loop(
 ) -> None:
     """Trains from the state's step to the last; validates and saves on the way."""
     config = encoder.config
-    first = int(state.step)
+    first, metrics = int(state.step), None
     progress = Progress(first, config.steps, config.data.batch_size)
     stream = loader.iterate(batches, first_step=first, prefetch=config.data.prefetch)
     for step in range(first + 1, config.steps + 1):
         with progress.timed("data"):
             batch = partition.global_batch(next(stream), encoder.mesh)
         profile.before(step)
+        before = metrics
         state, metrics = train_step(state, encoder.frozen, batch)
+        # No more than one step ahead: each holds its batch on the devices.
+        jax.block_until_ready(before)
         profile.after(step, metrics)
         last = step == config.steps
         evaluates = step % config.eval_every == 0 or last
@@ -386,7 +405,7 @@ def _loop(
             with progress.timed("save"):
                 checkpoints.save(step, state.items(), evaluate.score(results))
             progress.skip()
-        if not last and termination.asked(step):
+        if termination.asked() and not last:
             _check_finite(step, {name: float(value) for name, value in metrics.items()})
             if not evaluates:
                 checkpoints.save(step, state.items())
@@ -397,26 +416,26 @@ class _Termination(contextlib.AbstractContextManager):
     """Whether SIGTERM has come, to any of the processes: for all at the same step."""
 
     def __enter__(self) -> "_Termination":
-        self._came = False
-        # With several processes it is JAX that listens.
-        self._listens = (
-            jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        )
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self._came, self._calls = False, 0
+        # JAX listens from the start where it was told that there may be several processes.
+        self._jax_listens = jax.distributed.is_initialized()
+        if not self._jax_listens:
+            signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+        # What comes later has nothing to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _note(self, *_: object) -> None:
         self._came = True
 
-    def asked(self, step: int) -> bool:
+    def asked(self) -> bool:
         """Whether to end after this step; every process has to ask after every step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+        # JAX waits for a number that is one more than the largest it has seen, from 0.
+        self._calls += 1
+        if self._jax_listens:
+            return multihost_utils.reached_preemption_sync_point(self._calls)
         return self._came
 
 
@@ -426,6 +445,7 @@ class _Profile(contextlib.AbstractContextManager):
     def __init__(self, steps: tuple[int, int], workdir: pathlib.Path):
         self._first, self._last = steps
         self._folder, self._traces = workdir / "profile", False
+        self._first *= jax.process_index() == 0  # the first process's devices are like the others
 
     def __exit__(self, *exc_info: object) -> None:
         if self._traces:

@@ -100,13 +100,14 @@ class EfficientNet(nnx.Module):
     ) -> Float[Array, "batch 1280"]:
         """Features of RGB images with values 0 to 255; they are normalised here. No dropout."""
         images = jnp.asarray(images)
-        batch = len(images)
-        # Not where the batch may be sharded: a loop over blocks would gather it.
-        on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-        if not on_one_cpu or batch % CACHE_BLOCK:
+        # Not where the batch is sharded: a loop over blocks would gather it.
+        if jax.sharding.get_abstract_mesh().size > 1 or len(images) % CACHE_BLOCK:
             return self._features(images)
+        return jax.lax.platform_dependent(images, cpu=self._by_blocks, default=self._features)
+
+    def _by_blocks(self, images: UInt8[Array, "batch h w 3"]) -> Float[Array, "batch 1280"]:
         blocks = images.reshape(-1, CACHE_BLOCK, *images.shape[1:])
-        return jax.lax.map(self._features, blocks).reshape(batch, self.dim)
+        return jax.lax.map(self._features, blocks).reshape(len(images), self.dim)
 
     def _features(self, images: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch 1280"]:
         x = (images.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
