@@ -555,6 +555,7 @@ await_all() {
     if [[ -n $signal ]]; then
       kill -"$signal" "${pids[@]}" 2>/dev/null
       signal=''
+      [[ -n $deadline ]] || deadline=$((SECONDS + GRACE))
     fi
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue

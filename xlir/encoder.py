@@ -371,8 +371,8 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     try:
         config.update(json.loads(file.read_text()))
         return config
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, or of another version: {error}") from error
 
 
 def _png(image: Image.Image) -> bytes:

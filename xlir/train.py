@@ -301,8 +301,9 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
         raise FileNotFoundError("\n".join(lacking))
     if starts:
         return
-    started_with, given = read_config(workdir), ConfigDict(json.loads(config.to_json()))
-    differing = sorted(_differences(started_with.to_dict(), given.to_dict()))
+    # Through JSON, in which a tuple is a list.
+    started_with, given = (json.loads(c.to_json()) for c in (read_config(workdir), config))
+    differing = sorted(_differences(started_with, given))
     if differing:
         raise ValueError(
             f"{workdir} was started with another configuration; it differs in "
