@@ -1,0 +1,233 @@
+"""What happens to a run when a process, a machine or a disk fails, and that nothing saved is lost.
+
+Real processes, of which one does the damage to itself or to the others, after a given step.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_processes import (
+    STEPS,
+    Ended,
+    after_step,
+    assert_same_curves,
+    flags_of,
+    run,
+    run_on_one_device,
+    terminate,
+)
+from tests.test_train import checkpoint_of, metrics_of
+from xlir.encoder import Encoder
+
+# Seconds until all processes have ended, from when one of them failed.
+SOON = 60
+
+# What comes before the damage: the last checkpoint is whole, and the clock starts.
+SAVED = "wait_for_checkpoint(10)"
+DAMAGE = """
+import os, pathlib, signal, time
+folder = pathlib.Path({folder!r})
+def wait_for_checkpoint(step):
+    deadline = time.monotonic() + 60
+    while not (folder / "run" / "checkpoints" / str(step)).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (folder / "damage").write_text(str(time.time()))
+def fill_disk(free):
+    wait_for_checkpoint(10)
+    # As another program would. (Not with truncate, which on tmpfs takes no space.)
+    with open(folder / "run" / "ballast", "wb", buffering=0) as file:
+        left = os.statvfs(folder / "run")
+        size = left.f_bavail * left.f_bsize - free
+        while size > 0:
+            size -= file.write(bytes(min(size, 1 << 20)))
+"""
+# Parameters that are no numbers, as a step that diverged leaves them.
+POISON = """
+import jax
+from xlir import train
+def compile_poisoned(*arguments, compile_step=train.compile_step):
+    layout, step = compile_step(*arguments)
+    def poisoned(state, frozen, batch):
+        if int(state.step) == 13:
+            state.params = jax.tree.map(lambda x: x * float("nan"), state.params)
+        return step(state, frozen, batch)
+    return layout, poisoned
+train.compile_step = compile_poisoned
+"""
+# Orbax writes a checkpoint under another name, then renames first its parts, then all of it.
+DIE_IN_SAVE = """
+import sys
+def die(event, arguments):
+    if event == "os.rename" and "/20.orbax-checkpoint-tmp" in os.fspath(arguments[0]):
+        (folder / "damage").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+"""
+
+
+@dataclasses.dataclass
+class Fault:
+    """A fault of one of two processes.
+
+    Attributes:
+      script: what brings it about.
+      codes: exit codes that launch.sh may end with.
+      line: what has to be said.
+      resumes: the steps from which the run may go on.
+    """
+
+    script: str
+    codes: set[int]
+    line: str
+    resumes: range = range(10, 11)
+
+
+def killed(process: int) -> Fault:
+    action = f"{SAVED}; os.kill(os.getpid(), signal.SIGKILL)"
+    line = f"launch.sh: process {process} ended with exit code 137"
+    # 1, 134: the other one noticed at once, and launch.sh saw it first. JAX ends it with SIGABRT
+    # where its coordination service notices before a collective does.
+    return Fault(after_step(13, action, process=process), {137, 1, 134}, line)
+
+
+def killed_in_save() -> Fault:
+    return Fault(DIE_IN_SAVE, {137, 1, 134}, "launch.sh: process 0 ended with exit code 137")
+
+
+def interrupted() -> Fault:
+    action = f"{SAVED}; os.kill(os.getppid(), signal.SIGINT)"
+    line = "xlir: interrupted; run the same command again to resume"
+    return Fault(after_step(13, action, pause=1), {130}, line)
+
+
+def terminated() -> Fault:
+    script = after_step(12, SAVED) + terminate(13, processes=2)
+    line = "\nxlir: stopped by SIGTERM after step "
+    return Fault(script, {128 + signal.SIGTERM}, line, range(13, STEPS))
+
+
+def diverged() -> Fault:
+    line = "at step 14 is nan: training diverged"
+    return Fault(POISON + after_step(12, SAVED), {1}, line)
+
+
+FAULTS = {
+    "kill -9 of process 1": killed(1),
+    "kill -9 of process 0": killed(0),
+    "kill -9 in mid-save": killed_in_save(),
+    "SIGTERM": terminated(),
+    "Ctrl-C": interrupted(),
+    "divergence": diverged(),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAULTS][1:]
+
+
+def damaged(folder: pathlib.Path, flags: list[str], script: str, **where: int) -> Ended:
+    """A run that is meant to fail, and does so soon after the damage."""
+    ended = run(folder, flags, script=DAMAGE.format(folder=str(folder)) + script, **where)
+    seconds = ended.end - float((folder / "damage").read_text())
+    print(f"over {seconds:.1f} s after the damage, exit code {ended.code}\n{ended.err}")
+    assert 0 < seconds < SOON
+    return ended
+
+
+@pytest.fixture(scope="session")
+def flags(photos) -> list[str]:
+    return flags_of(photos)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(photos, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run on one device."""
+    return run_on_one_device(photos, tmp_path_factory.getbasetemp() / "one-device").workdir
+
+
+def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    """All metrics of two runs, and all arrays of their last checkpoints."""
+    assert metrics_of(workdir) == metrics_of(expected)
+    checkpoints = [checkpoint_of(folder, STEPS) for folder in (workdir, expected)]
+    jax.tree.map(np.testing.assert_array_equal, *checkpoints)
+
+
+@pytest.mark.parametrize("name", [next(iter(FAULTS)), *SLOW])
+def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
+    """Both end soon and say why; resumed, the run gives the numbers of one never interrupted."""
+    fault = FAULTS[name]
+    ended = damaged(tmp_path, flags, fault.script, processes=2)
+    assert ended.code in fault.codes
+    assert fault.line in ended.err
+    assert "Traceback" not in ended.err
+    resumed = run(tmp_path, flags, processes=2)
+    assert resumed.code == 0, resumed.err
+    (line,) = (line for line in resumed.err.splitlines() if line.startswith("resuming from step "))
+    assert int(line.split()[-1]) in fault.resumes
+    assert_same_curves(tmp_path / "run", uninterrupted)
+    # Loaded onto one device, what two processes have saved.
+    trained = [Encoder.load(folder).params for folder in (tmp_path / "run", uninterrupted)]
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(compare, *trained)
+
+
+def test_sigterm_loses_nothing(flags, uninterrupted, tmp_path):
+    """Between two checkpoints; the resumed run is bit for bit the one never interrupted."""
+    ended = run(tmp_path, flags, script=terminate(13))
+    assert ended.code == 128 + signal.SIGTERM
+    said = "stopped by SIGTERM after step 13, which is saved"
+    assert ended.err.splitlines()[-1] == f"xlir: {said}; run the same command again to resume"
+    assert ended.err.count("SIGTERM") == 1
+    assert "Traceback" not in ended.err
+    resumed = run(tmp_path, flags)
+    assert resumed.code == 0, resumed.err
+    assert "resuming from step 13\n" in resumed.err
+    assert_bit_for_bit(tmp_path / "run", uninterrupted)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk at the place of the workdir."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount(8)")
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mounted = subprocess.run(words, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+# A checkpoint takes 400 kB; a record of the metrics some hundred bytes.
+@pytest.mark.parametrize(
+    ("free", "processes"),
+    [
+        (100_000, 1),
+        pytest.param(0, 1, marks=pytest.mark.slow),
+        pytest.param(100_000, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_full_disk(free, processes, flags, uninterrupted, disk, tmp_path):
+    """One line, the last checkpoint stays, and with more space the same command goes on."""
+    script = after_step(13, f"fill_disk({free})")
+    ended = damaged(tmp_path, flags, script, processes=processes)
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    lines = [line for line in ended.err.splitlines() if "the disk is full" in line]
+    assert 1 <= len(lines) <= processes
+    if processes == 1:
+        assert ended.err.splitlines()[-1].startswith("xlir: the disk is full: free some space")
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    resumed = run(tmp_path, flags, processes=processes)
+    assert resumed.code == 0, resumed.err
+    assert "resuming from step 10\n" in resumed.err
+    compare = assert_bit_for_bit if processes == 1 else assert_same_curves
+    compare(disk, uninterrupted)
