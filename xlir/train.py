@@ -123,12 +123,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     if starts:
         encoder.save(workdir)
         _check_seen(workdir)
-    with jax.set_mesh(mesh), Checkpoints(workdir) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        _Termination() as termination,  # until what it has had saved is written
+        Checkpoints(workdir) as checkpoints,
+    ):
         state = _first_state(encoder, transformation, layout, checkpoints)
         written = workdir if jax.process_index() == 0 else None
         with (
             contextlib.closing(MetricLog(written, int(state.step))) as metric_log,
-            _Termination() as termination,
             _Profile(config.profile.steps, workdir) as profile,
         ):
             _loop(
