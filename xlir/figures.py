@@ -136,7 +136,7 @@ def plot_tags(
                 _wrap(f"{code}  {', '.join(tags[code][place]) or '-'}", 44) for code in languages
             ]
             axis.text(0, -0.04, "\n".join(text), transform=axis.transAxes, va="top", fontsize=8)
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, bbox_inches="tight")
         pyplot.close(figure)
 
 
