@@ -419,9 +419,17 @@ def _tell(
 
 def record(file: pathlib.Path, language: str, tags: Sequence[Tag]) -> str:
     """One line of JSON: an image's tags in a language."""
+    rounded = [
+        dataclasses.replace(
+            tag,
+            level=None if tag.level is None else round(tag.level, 5),
+            cosine=round(tag.cosine, 5),
+        )
+        for tag in tags
+    ]
     line = {
         "image": str(file),
         "language": language,
-        "tags": [dataclasses.asdict(tag) for tag in tags],
+        "tags": list(map(dataclasses.asdict, rounded)),
     }
     return json.dumps(line, ensure_ascii=False)
