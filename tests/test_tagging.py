@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import vocabularies
+from configs import base
+from input_pipeline import datasets, vocabularies
 from tests.test_main import refusal
-from xlir import encoder, tagging
+from xlir import encoder, evaluate_tagging, figures, tagging
 
 SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
 
@@ -292,3 +293,58 @@ def test_refusals_of_eval_are_one_line(command, workdir, arguments, code, part):
     process = command("eval", f"--workdir={workdir}", *arguments, check=False)
     assert process.returncode == code
     assert part in process.stderr.splitlines()[-1]
+
+
+def test_what_is_true_of_emoji_is_their_own_name():
+    config = base.get_config()
+    config.data.name = "emoji"
+    chosen = evaluate_tagging.tagging_set(config)
+    assert (chosen.name, chosen.labels) == ("emoji-tagging", "names")
+    assert chosen.positive.shape == (400, 1914)
+    assert (chosen.positive.sum(axis=1) == 1).all()
+    own = chosen.positive.argmax(axis=1)
+    expected = datasets.emoji.multilingual("test")
+    assert chosen.photos.filenames == expected.filenames
+    for language, captions in expected.captions.items():
+        names = chosen.vocabulary.names_in(language)
+        assert [names[row] for row in own] == [(caption,) for caption in captions]
+
+
+def test_what_is_true_of_coco_is_its_instances_where_they_are(shared, tmp_path):
+    config = base.get_config()
+    config.data.name, config.data.dir = "captions", str(tmp_path)
+    for place in ("train2014", "val2014", "dataset_coco.json"):
+        (tmp_path / place).symlink_to(shared / "coco_mini" / place)
+    chosen = evaluate_tagging.tagging_set(config)
+    assert (chosen.name, chosen.labels) == ("coco-test-tagging", "captions")
+    assert chosen.positive[:, chosen.vocabulary.tags.index("person")].sum() > 5
+
+    tags = chosen.vocabulary.tags
+    content = {
+        "images": [{"id": int(image_id)} for image_id in chosen.photos.image_ids],
+        "categories": [{"id": number, "name": tag} for number, tag in enumerate(tags, 1)],
+        # One object in each photo.
+        "annotations": [
+            {"image_id": int(image_id), "category_id": 1 + int(image_id) % 80}
+            for image_id in chosen.photos.image_ids
+        ],
+    }
+    (tmp_path / "instances_val2014.json").write_text(json.dumps(content))
+    chosen = evaluate_tagging.tagging_set(config)
+    assert chosen.labels == "instances_val2014.json"
+    np.testing.assert_array_equal(
+        chosen.positive.argmax(axis=1), chosen.photos.image_ids.astype(int) % 80
+    )
+    assert (chosen.positive.sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "tags"),
+    [(1, {"de": ["rot"]}), (5, {"de": ["rot"], "fr": []}), (2, {"fa": ["قرمز"]}), (2, {"de": []})],
+)
+def test_sheets_of_any_number_and_script(photos_folder, tmp_path, count, tags):
+    pictures = sorted(photos_folder.iterdir())[:count]
+    file = tmp_path / "sheet.png"
+    figures.plot_tags(pictures, {code: [names] * count for code, names in tags.items()}, file, 1)
+    with Image.open(file) as image:
+        image.load()

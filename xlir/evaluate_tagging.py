@@ -203,10 +203,10 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
             [tag.name for tag in found]
             for found in tagger.tag(images[rows], top_k=tagging.SHEET_TAGS)
         ]
-        for language, tagger in list(taggers.items())[:SHEET_LANGUAGES]
+        for language, tagger in taggers.items()
     }
     sheet = file.with_suffix(".tags.png")
-    figures.plot_tags([data.photos[row] for row in rows], tags, sheet)
+    figures.plot_tags([data.photos[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
     print(f"\n{table(results)}\n\nwritten: {file}\n         {sheet}")
 
 

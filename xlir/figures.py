@@ -104,7 +104,10 @@ def plot_queries(
 
 
 def plot_tags(
-    pictures: Sequence, tags: Mapping[str, Sequence[Sequence[str]]], file: pathlib.Path
+    pictures: Sequence,
+    tags: Mapping[str, Sequence[Sequence[str]]],
+    file: pathlib.Path,
+    most: int | None = None,
 ) -> None:
     """Draws a contact sheet: pictures with their tags below them, a line a language.
 
@@ -112,18 +115,21 @@ def plot_tags(
       pictures: paths or encoded bytes.
       tags: language -> the tags of each picture. Languages that can't be drawn are left out.
       file: where the PNG goes.
+      most: languages at most, evenly from those that can be drawn; None for all.
     """
     fonts = _fonts()
     flat = {code: [name for names in rows for name in names] for code, rows in tags.items()}
     # A language whose photos all have no tag can be drawn.
     languages = [code for code, names in flat.items() if not names or _fits(names, fonts)]
+    places = np.linspace(0, len(languages) - 1, min(most or len(languages), len(languages)))
+    languages = [languages[int(place)] for place in places]
     columns = min(SHEET_COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = 0.17 * 2 * len(languages) + 0.1
     with pyplot.rc_context({"font.family": fonts}):
         figure, axes = pyplot.subplots(
             *(rows, columns),
-            figsize=(2.9 * columns, (2.2 + lines) * rows),
+            figsize=(3.2 * columns, (2.2 + lines) * rows),
             squeeze=False,
             layout="constrained",
         )
@@ -133,7 +139,7 @@ def plot_tags(
                 continue
             _draw_picture(axis, pictures[place], right=False)
             text = [
-                _wrap(f"{code}  {', '.join(tags[code][place]) or '-'}", 44) for code in languages
+                _wrap(f"{code}  {', '.join(tags[code][place]) or '-'}", 38) for code in languages
             ]
             axis.text(0, -0.04, "\n".join(text), transform=axis.transAxes, va="top", fontsize=8)
         figure.savefig(file, dpi=110, bbox_inches="tight")
