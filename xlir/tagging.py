@@ -341,13 +341,12 @@ def run(
 
     Raises:
       ValueError: no file can be decoded; or as `Tagger`.
-      FileNotFoundError: the folder is not a run's.
     """
     encoder = Encoder.load(workdir)
     taggers = _taggers(encoder, workdir, vocabulary, languages)
     if threshold is not None:
-        for tagger in taggers.values():
-            tagger.threshold(threshold)
+        # Without held-out photos refused now, not after the first batch.
+        next(iter(taggers.values())).threshold(threshold)
     skipped: list[str] = []
 
     def skip(reason: str) -> None:
@@ -358,13 +357,14 @@ def run(
     with contextlib.ExitStack() as stack:
         lines = None
         if output is not None:
-            lines = sys.stdout if output == "-" else stack.enter_context(open(output, "w"))
+            lines = (
+                sys.stdout
+                if output == "-"
+                else stack.enter_context(open(output, "w", encoding="utf8"))
+            )
         done = 0
         for names, images in embed_files(encoder, files, skip):
-            tags = {
-                language: tagger.tag(images, top_k, threshold)
-                for language, tagger in taggers.items()
-            }
+            tags = {code: tagger.tag(images, top_k, threshold) for code, tagger in taggers.items()}
             for row, file in enumerate(names):
                 found = {language: of_batch[row] for language, of_batch in tags.items()}
                 _tell(file, found, lines, quiet=output == "-")
@@ -376,8 +376,13 @@ def run(
     if not done:
         raise ValueError("none of the images can be decoded")
     if sheet is not None:
-        rows = {code: [found[code] for _, found in shown] for code in taggers}
-        figures.plot_tags([file for file, _ in shown], rows, pathlib.Path(sheet))
+        _draw(shown, pathlib.Path(sheet))
+
+
+def _draw(shown: Sequence[tuple[pathlib.Path, dict[str, list[str]]]], sheet: pathlib.Path) -> None:
+    """A contact sheet of files and their tags, by language."""
+    rows = {code: [found[code] for _, found in shown] for code in shown[0][1]}
+    figures.plot_tags([file for file, _ in shown], rows, sheet)
 
 
 def _taggers(
