@@ -59,7 +59,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["xlir*", "input_pipeline*", "configs*"]),
-    package_data={"input_pipeline.datasets": ["xtd10_names.txt"]},
+    package_data={
+        "input_pipeline.datasets": ["xtd10_names.txt"],
+        "input_pipeline.vocabularies": ["*.tsv"],
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )

@@ -140,6 +140,20 @@ def validation_set(config: ConfigDict) -> RetrievalSet:
     return _split(config, config.data.validation)
 
 
+def split_photos(config: ConfigDict, split: str) -> datasets.CaptionedImages:
+    """The photos of a split of the run's data set, with their English captions.
+
+    Raises:
+      ValueError, FileNotFoundError: as `training_photos`.
+    """
+    return datasets.CaptionedImages(_builder(config), split)
+
+
+def set_name(config: ConfigDict) -> str:
+    """What results on the run's data set are filed under, less the split."""
+    return _set_name(_builder(config))
+
+
 def test_sets(
     config: ConfigDict, names: str = "", images: str = "", *, drop_junk: bool = False
 ) -> list[RetrievalSet]:

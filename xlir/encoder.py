@@ -200,9 +200,9 @@ class Encoder:
         return self.embed("text", self.text_batches(texts), len(texts))
 
     def encode_image(
-        self, images: Sequence[str | os.PathLike | bytes | Image.Image]
+        self, images: Sequence[str | os.PathLike | bytes | Image.Image | np.ndarray]
     ) -> Float[np.ndarray, "images dim"]:
-        """Unit-length embeddings of images: paths, encoded bytes, or PIL images.
+        """Unit-length embeddings of images: paths, encoded bytes, PIL images, or `decode`'s.
 
         Raises:
           ValueError: an image can't be decoded; the message names it.
@@ -243,17 +243,19 @@ class Encoder:
 
     def decode(
         self,
-        image: str | os.PathLike | bytes | Image.Image,
+        image: str | os.PathLike | bytes | Image.Image | np.ndarray,
         row: int = 0,
         generator: np.random.Generator | None = None,
     ) -> np.ndarray:
         """One image as the image tower takes it, uint8 [size, size, 3].
 
         Args:
-          image: a path, encoded bytes, or a PIL image.
+          image: a path, encoded bytes, or a PIL image; what was decoded before is taken as it is.
           row: for error messages.
           generator: augments it as config.image says; None does not.
         """
+        if isinstance(image, np.ndarray):
+            return image
         name = f"image {row}"
         if isinstance(image, (str, os.PathLike)):
             name, image = os.fspath(image), pathlib.Path(image).read_bytes()

@@ -68,6 +68,7 @@ def frozen_features(
     images: Sequence,
     images_fingerprint: str,
     cache: pathlib.Path,
+    sides: Sequence[str] = SIDES,
 ) -> dict[str, Float[np.ndarray, "rows dim"]]:
     """The outputs of frozen towers, by side, from the cache or computed into it.
 
@@ -78,6 +79,7 @@ def frozen_features(
       images: all images.
       images_fingerprint: identifies the images' content.
       cache: the folder of the feature cache.
+      sides: those that are asked for.
     """
     inputs = {"text": captions, "image": images}
     sources = {"text": fingerprint({"texts": captions}), "image": images_fingerprint}
@@ -98,7 +100,7 @@ def frozen_features(
             block=FEATURE_BATCH * encoder.mesh.size,
             agree=partition.agree_minimum if jax.process_count() > 1 else None,
         )
-        for side in SIDES
+        for side in sides
         if encoder.config[side].frozen
     }
 

@@ -21,6 +21,7 @@ CJK_PACKAGE = "cvttf_NotoSansCJK_Regular"
 CJK_FAMILIES = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "WenQuanYi Zen Hei")
 TOP = 5
 EXAMPLES = 8
+SHEET_COLUMNS = 4
 
 
 def plot_recall(results: Mapping, file: pathlib.Path) -> None:
@@ -102,6 +103,49 @@ def plot_queries(
         pyplot.close(figure)
 
 
+def plot_tags(
+    pictures: Sequence,
+    tags: Mapping[str, Sequence[Sequence[str]]],
+    file: pathlib.Path,
+    most: int | None = None,
+) -> None:
+    """Draws a contact sheet: pictures with their tags below them, a line a language.
+
+    Args:
+      pictures: paths or encoded bytes.
+      tags: language -> the tags of each picture. Languages that can't be drawn are left out.
+      file: where the PNG goes.
+      most: languages at most, evenly from those that can be drawn; None for all.
+    """
+    fonts = _fonts()
+    flat = {code: [name for names in rows for name in names] for code, rows in tags.items()}
+    # A language whose photos all have no tag can be drawn.
+    languages = [code for code, names in flat.items() if not names or _fits(names, fonts)]
+    places = np.linspace(0, len(languages) - 1, min(most or len(languages), len(languages)))
+    languages = [languages[int(place)] for place in places]
+    columns = min(SHEET_COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    lines = 0.17 * 2 * len(languages) + 0.1
+    with pyplot.rc_context({"font.family": fonts}):
+        figure, axes = pyplot.subplots(
+            *(rows, columns),
+            figsize=(3.2 * columns, (2.2 + lines) * rows),
+            squeeze=False,
+            layout="constrained",
+        )
+        for place, axis in enumerate(axes.flat):
+            if place >= len(pictures):
+                axis.axis("off")
+                continue
+            _draw_picture(axis, pictures[place], right=False)
+            text = [
+                _wrap(f"{code}  {', '.join(tags[code][place]) or '-'}", 38) for code in languages
+            ]
+            axis.text(0, -0.04, "\n".join(text), transform=axis.transAxes, va="top", fontsize=8)
+        figure.savefig(file, dpi=110, bbox_inches="tight")
+        pyplot.close(figure)
+
+
 def _draw_query(axes: pyplot.Axes, language: str, caption: str, rank: int) -> None:
     axes.axis("off")
     lines = _wrap(caption, 30)
@@ -150,22 +194,21 @@ def _fonts() -> list[str]:
 
 
 def _drawable(captions: Mapping[str, Sequence[str]], families: list[str]) -> list[str]:
-    """The languages that the fonts can draw, zero-shot ones first.
+    """The languages that the fonts can draw, zero-shot ones first."""
+    drawable = [language for language, texts in captions.items() if _fits(texts[:100], families)]
+    return [language for language in drawable if language != "en"] or drawable or list(captions)
 
-    Right-to-left scripts are left out: Matplotlib does not shape them.
+
+def _fits(texts: Sequence[str], families: list[str]) -> bool:
+    """Whether the fonts can draw (nearly) all of the texts.
+
+    Right-to-left scripts they can't: Matplotlib does not shape them.
     """
     glyphs: set[int] = set()
     for family in families:
         glyphs |= FT2Font(font_manager.findfont(family)).get_charmap().keys()
-
-    def fits(text: str) -> bool:
-        return all(
-            ord(c) in glyphs and unicodedata.bidirectional(c) not in ("R", "AL") for c in text
-        )
-
-    drawable = [
-        language
-        for language, texts in captions.items()
-        if np.mean([fits(text) for text in texts[:100]]) > 0.95
+    drawn = [
+        all(ord(c) in glyphs and unicodedata.bidirectional(c) not in ("R", "AL") for c in text)
+        for text in texts
     ]
-    return [language for language in drawable if language != "en"] or drawable or list(captions)
+    return bool(np.mean(drawn) > 0.95)

@@ -1,13 +1,15 @@
 """Cross-lingual image retrieval: train on English captions, search in other languages.
 
-    python -m xlir.main [VERB] [FLAGS]
+    python -m xlir.main [VERB] [FLAGS] [IMAGES...]
 
 Verbs:
   train   train and evaluate what --config describes; resumes where --workdir holds a checkpoint
           (the default verb)
   prepare prepare the data set that --config describes, which train would do too, and say where
           it is and what it holds
-  eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set
+  eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set; with
+          --task=tagging its tags of a split, with a vocabulary in many languages
+  tag     tag IMAGES (files, folders, patterns) with the names of --vocabulary in --language
   shardings
           print how the parameters that --config describes lie on --devices; needs no weights
   compile compile the training step for the TPUs of --topology, which need not be there, and say
@@ -19,6 +21,8 @@ Examples:
   python -m xlir.main prepare --config=configs/flickr8k.py --config.data.dir=PATH
   python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
       --images=PATH/images
+  python -m xlir.main eval --workdir=runs/flickr8k --task=tagging
+  python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
   python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
       --config.data.batch_size=16384
 
@@ -59,6 +63,27 @@ _IMAGES = flags.DEFINE_string(
 _DROP_JUNK = flags.DEFINE_bool(
     "drop_junk", False, "eval: leave out XTD10's six German captions that translate nothing."
 )
+_TASK = flags.DEFINE_enum("task", None, ("retrieval", "tagging"), "eval: what is evaluated.")
+_VOCABULARY = flags.DEFINE_string(
+    "vocabulary",
+    None,
+    "tag, eval: coco, flickr8k, emoji or a file, a tag a line (input_pipeline/vocabularies); "
+    "default of eval: the data set's own.",
+)
+_LANGUAGE = flags.DEFINE_list("language", None, "tag: one, or several with commas; default: en.")
+_TOP_K = flags.DEFINE_integer(
+    "top_k", None, "tag: at most so many tags an image; default: 5, with --threshold all.", 1
+)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold",
+    None,
+    "tag: a share, such as 0.98: tags that score above so many of the pairs of a held-out photo "
+    "and a tag. It means the same in every language.",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "tag: file for the tags as JSON lines; -: print them instead of the table."
+)
+_SHEET = flags.DEFINE_string("sheet", None, "tag: file for a picture of the first images, PNG.")
 _DEVICES = flags.DEFINE_integer(
     "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
 )
@@ -80,10 +105,17 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
-    "workdir": ("train", "eval"),
+    "workdir": ("train", "eval", "tag"),
     "test_set": ("eval",),
     "images": ("eval",),
     "drop_junk": ("eval",),
+    "task": ("eval",),
+    "vocabulary": ("tag", "eval"),
+    "language": ("tag",),
+    "top_k": ("tag",),
+    "threshold": ("tag",),
+    "output": ("tag",),
+    "sheet": ("tag",),
     "devices": ("shardings",),
     "topology": ("compile",),
     "distributed": ("train", "eval"),
@@ -91,6 +123,17 @@ FLAGS = {
     "processes": ("train", "eval"),
     "process": ("train", "eval"),
 }
+# Verb -> the flags that it can't do without.
+NEEDED = {
+    "train": ("config",),
+    "prepare": ("config",),
+    "eval": ("workdir",),
+    "tag": ("workdir", "vocabulary"),
+    "shardings": ("config",),
+    "compile": ("topology", "config"),
+}
+# Verbs that take more words than themselves.
+TAKES_IMAGES = ("tag",)
 # Seconds until a process that has ended is noticed by the others.
 HEARTBEAT = 30
 # Seconds that they wait at the end for the first one, which writes the results.
@@ -116,11 +159,11 @@ def main() -> int:
     # Orbax and TFDS report every step of their work there, and an error that they raise besides.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        verb = _parse(sys.argv)
+        verb, *images = _parse(sys.argv)
         if verb == "help":
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         else:
-            return _RUN[verb]() or 0
+            return _RUN[verb](*images) or 0
     except UsageError as error:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except KeyboardInterrupt:
@@ -170,16 +213,56 @@ def _evaluate() -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     mesh = partition.fitting_mesh(read_config(workdir).mesh)
     encoder = Encoder.load(workdir, mesh=mesh)
+    if _TASK.value == "tagging":
+        _evaluate_tagging(encoder, workdir)
+        return
     for test_set in data.test_sets(
         encoder.config, _TEST_SET.value, _IMAGES.value, drop_junk=_DROP_JUNK.value
     ):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
+def _evaluate_tagging(encoder, workdir: pathlib.Path) -> None:
+    from xlir import data, evaluate_tagging
+
+    for name in (_TEST_SET.value or "split:test").split(","):
+        if not name.startswith("split:"):
+            raise ValueError(f"--test_set={name}: tagging is evaluated on split:NAME")
+        split = name.removeprefix("split:")
+        chosen = evaluate_tagging.tagging_set(encoder.config, _VOCABULARY.value or "", split)
+        evaluate_tagging.report(encoder, chosen, workdir, data.feature_cache())
+
+
+def _tag(*images: str) -> None:
+    from input_pipeline import vocabularies
+
+    # What can be refused is, before JAX takes its seconds.
+    vocabulary = vocabularies.load(_VOCABULARY.value)
+    languages = [language.strip() for language in _LANGUAGE.value or ["en"]]
+    for language in languages:
+        vocabulary.names_in(language)
+    if _THRESHOLD.value is not None and not 0 <= _THRESHOLD.value <= 1:
+        raise UsageError(f"--threshold={_THRESHOLD.value} is no share, between 0 and 1")
+    _start_jax()
+    from xlir import tagging
+
+    tagging.run(
+        pathlib.Path(_WORKDIR.value),
+        vocabulary,
+        languages,
+        tagging.find_images(images),
+        top_k=_TOP_K.value or (None if _THRESHOLD.value is not None else 5),
+        threshold=_THRESHOLD.value,
+        output=_OUTPUT.value,
+        sheet=_SHEET.value,
+    )
+
+
 _RUN = {
     "train": _train,
     "prepare": _prepare,
     "eval": _evaluate,
+    "tag": _tag,
     "shardings": _shardings,
     "compile": _compile,
 }
@@ -220,15 +303,19 @@ def _join() -> None:
 
 def _check_flags(verb: str) -> None:
     """Refuses flags that are of another verb, or lack others."""
-    if verb == "eval" and _CONFIG.value is not None:
-        raise UsageError("eval takes the configuration from --workdir, not from --config")
+    if verb in ("eval", "tag") and _CONFIG.value is not None:
+        raise UsageError(f"{verb} takes the configuration from --workdir, not from --config")
     for name, verbs in FLAGS.items():
         if verb not in verbs and flags.FLAGS[name].value not in (None, "", False):
             raise UsageError(f"--{name} goes with {' and '.join(verbs)}, not with {verb}")
-    needed = {"eval": "workdir", "compile": "topology"}.get(verb, "config")
-    for name in (needed, "config" if verb == "compile" else needed):
+    for name in NEEDED[verb]:
         if flags.FLAGS[name].value is None:
             raise UsageError(f"{verb} needs --{name}")
+    if verb == "eval":
+        other = ("images", "drop_junk") if _TASK.value == "tagging" else ("vocabulary",)
+        for name in other:
+            if flags.FLAGS[name].value:
+                raise UsageError(f"--{name} does not go with --task={_TASK.value or 'retrieval'}")
     together = (_COORDINATOR, _PROCESSES, _PROCESS)
     if len({flag.value is None for flag in together}) > 1:
         raise UsageError("--coordinator, --processes and --process go together")
@@ -237,10 +324,10 @@ def _check_flags(verb: str) -> None:
         raise UsageError("SLURM runs several tasks of this step: add --distributed")
 
 
-def _parse(arguments: list[str]) -> str:
-    """Parses flags; returns the verb."""
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses flags; returns the verb, and the images that it is given."""
     if any(argument in ("-h", "--help", "-help", "help") for argument in arguments[1:]):
-        return "help"
+        return ["help"]
     try:
         _, *words = flags.FLAGS(arguments)
         if _CONFIG.value is not None:
@@ -260,13 +347,15 @@ def _parse(arguments: list[str]) -> str:
     # Unknown fields, and values of another type.
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"the configuration is not usable: {_reason(error)}") from error
-    if len(words) > 1:
+    verb, *images = words or ["train"]
+    if images and verb not in TAKES_IMAGES:
         raise UsageError(f"expected one verb, got {' '.join(words)}")
-    verb = words[0] if words else "train"
     if verb not in _RUN:
         raise UsageError(f"unknown verb {verb!r}; known: {', '.join(_RUN)}")
     _check_flags(verb)
-    return verb
+    if verb in TAKES_IMAGES and not images:
+        raise UsageError(f"{verb} needs images: files, folders or patterns")
+    return [verb, *images]
 
 
 def _default_workdir() -> str:

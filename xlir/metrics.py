@@ -1,4 +1,4 @@
-"""Retrieval metrics as pure functions: ranks, Recall@K, median rank, mean reciprocal rank.
+"""Metrics as pure functions: Recall@K, median rank and MRR of retrieval; mAP and F1@k of tagging.
 
 Scores that are equal count against the model. A tied group is taken to stand in random order, and
 every metric is its expectation over those orders: an encoder that maps everything to one point
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 # Cosines closer than this are equal: float32 dot products differ by about 1e-7 with the order
 # of their sums.
@@ -74,12 +74,97 @@ def retrieval_ranks(
         if not positive.any(axis=1).all():
             row = start + int(np.argmin(positive.any(axis=1)))
             raise ValueError(f"query {row} (photo {query_ids[row]}) has no matching candidate")
-        best = np.max(scores, axis=1, where=positive, initial=-np.inf, keepdims=True)
-        negative_gap = np.where(positive, -np.inf, scores - best)
-        higher = np.sum(negative_gap > TIE, axis=1)
-        better.append(higher)
-        tied.append(np.sum(negative_gap >= -TIE, axis=1) - higher)
+        ranks = best_ranks(scores, positive)
+        better.append(ranks.better)
+        tied.append(ranks.tied)
     return Ranks(np.concatenate(better), np.concatenate(tied))
+
+
+def best_ranks(
+    scores: Float[np.ndarray, "queries candidates"],
+    positive: Bool[np.ndarray, "queries candidates"],
+) -> Ranks:
+    """Where the best positive of each query stands; each has to have one."""
+    best = np.max(scores, axis=1, where=positive, initial=-np.inf, keepdims=True)
+    negative_gap = np.where(positive, -np.inf, scores - best)
+    higher = np.sum(negative_gap > TIE, axis=1)
+    return Ranks(higher, np.sum(negative_gap >= -TIE, axis=1) - higher)
+
+
+def average_precision(
+    scores: Float[np.ndarray, " photos"], positive: Bool[np.ndarray, " photos"]
+) -> float:
+    """The mean of the precisions at each positive, ranked by score (not interpolated).
+
+    In expectation over the orders of tied photos: a group of n photos with r positives, behind N
+    photos with R positives, has a positive at its place j with probability r / n, and then
+    R + 1 + (j - 1) (r - 1) / (n - 1) of the N + j photos so far are positives in the mean.
+
+    Raises:
+      ValueError: a score is not finite, or no photo is positive.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"score {int(np.argmin(np.isfinite(scores)))} is not finite")
+    if not positive.any():
+        raise ValueError("average precision needs a positive")
+    order = np.argsort(-scores, kind="stable")
+    ranked, right = scores[order], positive[order]
+    starts = np.concatenate([[0], 1 + np.flatnonzero(-np.diff(ranked) > TIE)])
+    sizes = np.diff(np.concatenate([starts, [len(ranked)]]))
+    hits = np.add.reduceat(right.astype(np.float64), starts)
+    # Each photo's group, and its place in it, from 0.
+    group = np.repeat(np.arange(len(starts)), sizes)
+    place = np.arange(len(ranked)) - starts[group]
+    size, hit, before = sizes[group], hits[group], (np.cumsum(hits) - hits)[group]
+    so_far = before + 1 + place * (hit - 1) / np.maximum(size - 1, 1)
+    return float(np.sum(hit / size * so_far / np.arange(1, len(ranked) + 1)) / positive.sum())
+
+
+def chosen_at(scores: Float[np.ndarray, "photos tags"], k: int) -> Float[np.ndarray, "photos tags"]:
+    """The probability, 0 to 1, that a tag is among a photo's first k, tied tags in random order."""
+    chosen = np.empty(scores.shape, np.float64)
+    for row, score in enumerate(scores):
+        ascending = np.sort(score)
+        better = len(score) - np.searchsorted(ascending, score + TIE, side="right")
+        tied = len(score) - np.searchsorted(ascending, score - TIE, side="left") - better
+        chosen[row] = np.clip((k - better) / tied, 0, 1)
+    return chosen
+
+
+def tagging(
+    scores: Float[np.ndarray, "photos tags"],
+    positive: Bool[np.ndarray, "photos tags"],
+    k: int = 5,
+    hits: Sequence[int] = (1, 10),
+) -> dict[str, float]:
+    """Metrics of multi-label tagging, 0 to 1.
+
+    `mAP` and `macro_F1@k` are means over the tags that some photo has, of the average precision
+    over all photos, and of the F1 score where each photo gets its k best tags; `micro_F1@k` and
+    `precision@k` count all photos and tags together. `hit@K` is the share of photos, of those that
+    have a tag at all, with one of theirs among the first K. Ties count in expectation, for F1 as
+    the F1 of the expected counts: where all scores are equal, everything is at chance.
+
+    Raises:
+      ValueError: a score is not finite, or no photo has a tag.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError("a score is not finite")
+    if not positive.any():
+        raise ValueError("no photo has any of the tags")
+    k = min(k, scores.shape[1])
+    used, tagged = np.flatnonzero(positive.any(axis=0)), positive.any(axis=1)
+    chosen = chosen_at(scores, k)
+    right, told = np.sum(chosen * positive, axis=0), np.sum(chosen, axis=0)
+    count = np.sum(positive, axis=0)
+    precisions = [average_precision(scores[:, tag], positive[:, tag]) for tag in used]
+    ranks = best_ranks(scores[tagged], positive[tagged])
+    return {
+        "mAP": float(np.mean(precisions)),
+        f"precision@{k}": float(right.sum() / told.sum()),
+        f"micro_F1@{k}": float(2 * right.sum() / (told.sum() + count.sum())),
+        f"macro_F1@{k}": float(np.mean(2 * right[used] / (told[used] + count[used]))),
+    } | {f"hit@{at}": ranks.recall_at(at) for at in hits}
 
 
 def summarize(ranks: Ranks, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -88,6 +88,20 @@ def multilingual(split: str) -> TestSet:
     return TestSet(name, [_pictures()[emoji].name for emoji in members], captions)
 
 
+def names() -> dict[str, list[str]]:
+    """Language -> the names of all emoji of the set, in the order of their code points."""
+    table = _names()
+    return {
+        language: [_clean(table[emoji][language]) for emoji in _emoji()] for language in LANGUAGES
+    }
+
+
+def rows(split: str) -> list[int]:
+    """Where the emoji of a split stand in `names`, in the order of its pictures."""
+    row_of = {emoji: row for row, emoji in enumerate(_emoji())}
+    return [row_of[emoji] for emoji in _split()[split]]
+
+
 @functools.cache
 def _names() -> dict[str, dict]:
     """The package's table of emoji, with the languages loaded."""

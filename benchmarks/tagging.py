@@ -1,0 +1,66 @@
+"""Where the time goes when photos are tagged.
+
+    python benchmarks/tagging.py --workdir=runs/flickr8k --images=PATH/images
+
+Tags 1,000 photos with a vocabulary of 1,000 names, as the verb `tag` does, once to compile and once
+measured: the share of the time that is in the towers' forward passes.
+"""
+
+import argparse
+import itertools
+import pathlib
+import time
+
+import jax
+
+from input_pipeline import vocabularies
+from xlir import tagging
+from xlir.encoder import SIDES, Encoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--tags", type=int, default=1000)
+    arguments = parser.parse_args()
+
+    files = tagging.find_images([arguments.images])
+    files = list(itertools.islice(itertools.cycle(files), arguments.photos))
+    encoder = Encoder.load(arguments.workdir)
+    reference = tagging.reference(encoder, arguments.workdir)
+    emoji = vocabularies.load("emoji")
+    names = emoji.names_in("de")[: arguments.tags]
+    vocabulary = vocabularies.Vocabulary("names", emoji.tags[: arguments.tags], {"de": names})
+
+    forward = dict.fromkeys(SIDES, 0.0)
+    for side in SIDES:
+        encoder._embed[side] = _timed(encoder._embed[side], side, forward)
+    for run in ("with compilation", "measured"):
+        forward.update(dict.fromkeys(SIDES, 0.0))
+        start = time.perf_counter()
+        tagger = tagging.Tagger(encoder, vocabulary, "de", reference)
+        for batch, images in tagging.embed_files(encoder, files, print):
+            for file, tags in zip(batch, tagger.tag(images, top_k=5), strict=True):
+                tagging.record(file, "de", tags)
+        total = time.perf_counter() - start
+        parts = ", ".join(f"{side} tower {spent:.1f} s" for side, spent in forward.items())
+        print(
+            f"{run}: {len(files) / total:.1f} photos/s, {total:.1f} s: {parts}; "
+            f"towers {sum(forward.values()) / total:.1%}"
+        )
+
+
+def _timed(compiled, side: str, forward: dict[str, float]):
+    def call(*arguments):
+        start = time.perf_counter()
+        out = jax.block_until_ready(compiled(*arguments))
+        forward[side] += time.perf_counter() - start
+        return out
+
+    return call
+
+
+if __name__ == "__main__":
+    main()

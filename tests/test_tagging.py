@@ -1,0 +1,350 @@
+"""The tagger against brute force, and the verbs `tag` and `eval --task=tagging`."""
+
+import json
+import pathlib
+import shutil
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from input_pipeline import datasets, vocabularies
+from tests.test_main import refusal
+from xlir import encoder, evaluate_tagging, figures, tagging
+
+SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class FakeEncoder(encoder.Encoder):
+    """Embeds each text at random, the same text always alike."""
+
+    def __init__(self):
+        pass
+
+    def encode_text(self, texts):
+        return np.concatenate([unit(np.random.default_rng(list(t.encode())), 1, 8) for t in texts])
+
+
+@pytest.fixture
+def vocabulary():
+    rows = [("dog", "hound"), ("cat",), ("tree", "bush", "shrub"), ("car",)]
+    return vocabularies.Vocabulary(
+        "small", [first for first, *_ in rows], {"en": rows, "xx": [(r[0].upper(),) for r in rows]}
+    )
+
+
+@pytest.fixture
+def reference():
+    rng = np.random.default_rng(0)
+    return tagging.Reference(unit(rng, 60, 8), unit(rng, 200, 8))
+
+
+def test_scores_are_csls_by_brute_force(vocabulary, reference):
+    fake = FakeEncoder()
+    tagger = tagging.Tagger(fake, vocabulary, "en", reference)
+    images = unit(np.random.default_rng(1), 5, 8)
+    for column, names in enumerate(vocabulary.names_in("en")):
+        texts = [template.format(n) for n in names for template in tagging.TEMPLATES["en"]]
+        text = fake.encode_text(texts).mean(axis=0)
+        text /= np.linalg.norm(text)
+        np.testing.assert_allclose(tagger.embeddings[column], text, rtol=1e-5)
+    for row, image in enumerate(images):
+        for column, text in enumerate(tagger.embeddings):
+            near_text = sorted(float(text @ other) for other in reference.training)[-10:]
+            near_image = [float(image @ other) for other in tagger.embeddings]  # only four
+            expected = image @ text - np.mean(near_text) / 2 - np.mean(near_image) / 2
+            assert tagger.scores(images)[row, column] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_language_without_prompts_has_bare_names(vocabulary):
+    tagger = tagging.Tagger(FakeEncoder(), vocabulary, "xx")
+    expected = FakeEncoder().encode_text(["DOG", "CAT", "TREE", "CAR"])
+    np.testing.assert_allclose(tagger.embeddings, expected, rtol=1e-5)
+    assert tagger.names == ["DOG", "CAT", "TREE", "CAR"]
+    assert tagger.tags == ["dog", "cat", "tree", "car"]
+
+
+@pytest.mark.parametrize("language", ["en", "xx"])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_a_level_means_the_same_share_of_held_out_pairs(vocabulary, reference, language, level):
+    tagger = tagging.Tagger(FakeEncoder(), vocabulary, language, reference)
+    above = tagger.scores(reference.held_out) >= tagger.threshold(level)
+    assert above.mean() == pytest.approx(1 - level, abs=0.002)
+    scores = np.linspace(-2, 2, 50)
+    levels = tagger.levels(scores)
+    assert (np.diff(levels) >= 0).all()
+    assert (levels[0], levels[-1]) == (0, 1)
+    tags = tagger.tag(reference.held_out, threshold=level)
+    assert sum(map(len, tags)) == above.sum()
+    assert all(tag.level >= level - 0.002 for of_image in tags for tag in of_image)
+
+
+def test_tags_are_sorted_and_cut(vocabulary, reference):
+    tagger = tagging.Tagger(FakeEncoder(), vocabulary, "en", reference)
+    images = unit(np.random.default_rng(2), 7, 8)
+    for of_image, scores in zip(tagger.tag(images), tagger.scores(images), strict=True):
+        assert [tag.tag for tag in of_image] == [tagger.tags[i] for i in np.argsort(-scores)]
+        assert [tag.level for tag in of_image] == sorted((t.level for t in of_image), reverse=True)
+    assert [tags[:2] for tags in tagger.tag(images)] == tagger.tag(images, top_k=2)
+    assert tagger.tag(images, threshold=1.0, top_k=3) == [[]] * 7
+
+
+def test_without_reference_photos_there_are_cosines_and_no_levels(vocabulary):
+    tagger = tagging.Tagger(FakeEncoder(), vocabulary, "en")
+    images = unit(np.random.default_rng(3), 2, 8)
+    np.testing.assert_allclose(tagger.scores(images), images @ tagger.embeddings.T)
+    assert tagger.tag(images, top_k=1)[0][0].level is None
+    with pytest.raises(ValueError, match="a threshold needs"):
+        tagger.tag(images, threshold=0.9)
+
+
+def test_images_are_found_once_in_order(tmp_path):
+    for name in ("b.jpg", "a.PNG", "notes.txt", "deep/c.jpeg", "odd.data"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+    def found(*paths):
+        files = tagging.find_images([str(tmp_path / path) for path in paths])
+        return [str(file.relative_to(tmp_path)) for file in files]
+
+    assert found("") == ["a.PNG", "b.jpg", "deep/c.jpeg"]
+    assert found("b.jpg", "*.jpg", "odd.data") == ["b.jpg", "odd.data"]
+    assert found("**/*.jpeg") == ["deep/c.jpeg"]
+    for absent in ("none.jpg", "*.gif"):
+        with pytest.raises(FileNotFoundError, match="there is no image"):
+            found(absent)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in"):
+        found("empty")
+
+
+class CountingEncoder(encoder.Encoder):
+    """Takes the number that is a file's name for its pixels; every seventh is broken."""
+
+    mesh = types.SimpleNamespace(size=1)
+
+    def __init__(self):
+        self.sizes = []
+
+    def decode(self, file):
+        if int(file.name) % 7 == 3:
+            raise ValueError(f"{file} is broken")
+        return np.full((1, 1, 3), int(file.name), np.uint8)
+
+    def encode_image(self, images):
+        self.sizes.append(len(images))
+        return np.stack([image[0, 0, :1].astype(np.float32) for image in images])
+
+
+def test_batches_skip_what_is_broken_and_keep_the_order():
+    fake, skipped, seen = CountingEncoder(), [], []
+    numbers = [pathlib.Path(str(number)) for number in range(100)]
+    for files, images in tagging.embed_files(fake, numbers, skipped.append):
+        assert images[:, 0].tolist() == [int(file.name) for file in files]
+        seen += files
+    assert seen == [number for number in numbers if int(number.name) % 7 != 3]
+    assert len(skipped) == 14
+    # The last batch is filled up: one shape is compiled for.
+    assert set(fake.sizes) == {tagging.IMAGE_BATCH}
+    fake = CountingEncoder()
+    assert len(list(tagging.embed_files(fake, numbers[1:3], skipped.append))) == 1
+    assert fake.sizes == [2]
+
+
+@pytest.fixture(scope="module")
+def tagged(command, workdir, photos_folder, tmp_path_factory):
+    """A run's copy and what `tag` printed and wrote, of a folder with broken files in it."""
+    folder = tmp_path_factory.mktemp("tag")
+    shutil.copytree(workdir, folder / "run")
+    (folder / "shapes.tsv").write_text(SHAPES)
+    shutil.copytree(photos_folder, folder / "images")
+    (folder / "images" / "05.jpg").write_bytes(b"not a photo")
+    (folder / "images" / "06.jpg").write_bytes((photos_folder / "06.jpg").read_bytes()[:300])
+    process = command(
+        *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
+        *("--language=en,de", "--top_k=3", f"--output={folder / 'tags.jsonl'}"),
+        *(f"--sheet={folder / 'sheet.png'}", str(folder / "images")),
+    )
+    return folder, process
+
+
+@pytest.fixture(scope="module")
+def photos_folder(photos):
+    return photos / "images"
+
+
+def test_tag_writes_lines_a_table_and_a_sheet(tagged):
+    folder, process = tagged
+    lines = [json.loads(line) for line in (folder / "tags.jsonl").read_text().splitlines()]
+    assert [line["language"] for line in lines] == ["en", "de"] * 58
+    names = [f"{n:02d}.jpg" for n in range(60) if n not in (5, 6)]
+    assert [line["image"] for line in lines[::2]] == [str(folder / "images" / n) for n in names]
+    german = dict(row.split("\t") for row in SHAPES.splitlines())
+    for line in lines:
+        assert len(line["tags"]) == 3
+        for tag in line["tags"]:
+            assert 0 <= tag["level"] <= 1
+            assert -1 <= tag["cosine"] <= 1
+            expected = german[tag["tag"]].split("|")[0]
+            assert tag["name"] == (tag["tag"] if line["language"] == "en" else expected)
+    assert len(process.stdout.splitlines()) == 2 * 58
+    with Image.open(folder / "sheet.png") as image:
+        image.load()
+        assert min(image.size) > 300
+
+
+def test_tag_reports_each_broken_image_and_their_number(tagged):
+    folder, process = tagged
+    skipped = [line for line in process.stderr.splitlines() if "skipped" in line]
+    assert len(skipped) == 3
+    assert str(folder / "images" / "05.jpg") in skipped[0]
+    assert str(folder / "images" / "06.jpg") in skipped[1]
+    assert skipped[2] == "2 of 60 images were skipped"
+
+
+def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_path):
+    """The reference photos are kept in the run's folder: the data set may be gone."""
+    folder, _ = tagged
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["dir"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    arguments = ["tag", f"--workdir={run}", f"--vocabulary={folder / 'shapes.tsv'}"]
+    arguments += ["--language=de", "--output=-", str(folder / "images" / "07.jpg")]
+    process = command(*arguments, "--threshold=0.3")
+    (line,) = process.stdout.splitlines()
+    expected = [json.loads(line) for line in (folder / "tags.jsonl").read_text().splitlines()]
+    (kept,) = [one for one in expected if "07" in one["image"] and one["language"] == "de"]
+    found = json.loads(line)["tags"]
+    assert [tag["tag"] for tag in found[:2]] == [tag["tag"] for tag in kept["tags"][:2]]
+    assert all(tag["level"] >= 0.3 for tag in found)
+
+    shutil.rmtree(run / "tagging")
+    process = command(*arguments)
+    assert "scores are plain cosines" in process.stderr
+    assert json.loads(process.stdout)["tags"][0]["level"] is None
+    last = command(*arguments, "--threshold=0.3", check=False)
+    assert last.returncode == 1
+    assert "a threshold needs the run's data set" in last.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["--vocabulary=coco"], 2, ["tag needs images"]),
+        (["a.jpg"], 2, ["tag needs --vocabulary"]),
+        (["--vocabulary=cocoa", "a.jpg"], 1, ["no vocabulary 'cocoa'", "coco, flickr8k, emoji"]),
+        (["--vocabulary=coco", "--language=xx", "a.jpg"], 1, ["no language 'xx'", "en de es"]),
+        (["--vocabulary=coco", "none.jpg"], 1, ["there is no image none.jpg"]),
+        (["--vocabulary=coco", "docs/*.jpg"], 1, ["there is no image docs/*.jpg"]),
+        (["--vocabulary=coco", "configs"], 1, ["there are no images in configs"]),
+        (["--vocabulary=coco", "--threshold=3", "a.jpg"], 2, ["--threshold=3.0 is no share"]),
+        (["--vocabulary=coco", "--top_k=0", "a.jpg"], 2, ["top_k"]),
+        (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk goes with eval"]),
+        (["--vocabulary=README.md", "a.jpg"], 1, ["README.md"]),
+    ],
+)
+def test_refusals_of_tag_are_one_line(command, tmp_path, arguments, code, parts):
+    line = refusal(command("tag", f"--workdir={tmp_path}", *arguments, check=False), code)
+    for part in parts:
+        assert part in line
+
+
+def test_eval_of_tags_from_captions(command, tagged):
+    folder, _ = tagged
+    arguments = ["eval", f"--workdir={folder / 'run'}", "--task=tagging"]
+    no_vocabulary = command(*arguments, check=False)
+    assert no_vocabulary.returncode == 1
+    assert "no vocabulary belongs to shapes: name one" in no_vocabulary.stderr
+    process = command(*arguments, f"--vocabulary={folder / 'shapes.tsv'}")
+    (file,) = (folder / "run" / "results").glob("shapes-test-shapes-tagging-*.json")
+    results = json.loads(file.read_text())
+    assert (results["images"], results["tags"], results["labels"]) == (16, 5, "captions")
+    assert set(results["languages"]) == {"en", "de"}
+    english = results["languages"]["en"]
+    assert english["mAP"] > 0.4  # chance: a third, a fifth
+    assert set(english["predicted_tags"]) == {"one_level", "one_cosine"}
+    assert english["cosine"].keys() == english.keys() - {"cosine", "predicted_tags"}
+    assert results["zero_shot_macro"]["mAP"] == results["languages"]["de"]["mAP"]
+    assert file.with_suffix(".tags.png").is_file()
+    assert "most against fewest" in process.stdout
+    assert str(file) in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--task=taging"], 2, "taging"),
+        (["--task=tagging", "--images=x"], 2, "--images does not go with --task=tagging"),
+        (["--vocabulary=coco"], 2, "--vocabulary does not go with --task=retrieval"),
+        (["--task=tagging", "--test_set=xtd10"], 1, "tagging is evaluated on split:NAME"),
+    ],
+)
+def test_refusals_of_eval_are_one_line(command, workdir, arguments, code, part):
+    process = command("eval", f"--workdir={workdir}", *arguments, check=False)
+    assert process.returncode == code
+    assert part in process.stderr.splitlines()[-1]
+
+
+def test_what_is_true_of_emoji_is_their_own_name():
+    config = base.get_config()
+    config.data.name = "emoji"
+    chosen = evaluate_tagging.tagging_set(config)
+    assert (chosen.name, chosen.labels) == ("emoji-tagging", "names")
+    assert chosen.positive.shape == (400, 1914)
+    assert (chosen.positive.sum(axis=1) == 1).all()
+    own = chosen.positive.argmax(axis=1)
+    expected = datasets.emoji.multilingual("test")
+    assert chosen.photos.filenames == expected.filenames
+    for language, captions in expected.captions.items():
+        names = chosen.vocabulary.names_in(language)
+        assert [names[row] for row in own] == [(caption,) for caption in captions]
+
+
+def test_what_is_true_of_coco_is_its_instances_where_they_are(shared, tmp_path):
+    config = base.get_config()
+    config.data.name, config.data.dir = "captions", str(tmp_path)
+    for place in ("train2014", "val2014", "dataset_coco.json"):
+        (tmp_path / place).symlink_to(shared / "coco_mini" / place)
+    chosen = evaluate_tagging.tagging_set(config)
+    assert (chosen.name, chosen.labels) == ("coco-test-tagging", "captions")
+    assert chosen.positive[:, chosen.vocabulary.tags.index("person")].sum() > 5
+
+    tags = chosen.vocabulary.tags
+    content = {
+        "images": [{"id": int(image_id)} for image_id in chosen.photos.image_ids],
+        "categories": [{"id": number, "name": tag} for number, tag in enumerate(tags, 1)],
+        # One object in each photo.
+        "annotations": [
+            {"image_id": int(image_id), "category_id": 1 + int(image_id) % 80}
+            for image_id in chosen.photos.image_ids
+        ],
+    }
+    (tmp_path / "instances_val2014.json").write_text(json.dumps(content))
+    chosen = evaluate_tagging.tagging_set(config)
+    assert chosen.labels == "instances_val2014.json"
+    np.testing.assert_array_equal(
+        chosen.positive.argmax(axis=1), chosen.photos.image_ids.astype(int) % 80
+    )
+    assert (chosen.positive.sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "tags"),
+    [(1, {"de": ["rot"]}), (5, {"de": ["rot"], "fr": []}), (2, {"fa": ["قرمز"]}), (2, {"de": []})],
+)
+def test_sheets_of_any_number_and_script(photos_folder, tmp_path, count, tags):
+    pictures = sorted(photos_folder.iterdir())[:count]
+    file = tmp_path / "sheet.png"
+    figures.plot_tags(pictures, {code: [names] * count for code, names in tags.items()}, file, 1)
+    with Image.open(file) as image:
+        image.load()

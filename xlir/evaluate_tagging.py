@@ -1,0 +1,224 @@
+"""Evaluation of zero-shot tagging in the languages of a vocabulary, and how its results are shown.
+
+What is true of a photo comes from, in this order: its own name, where the run's data set is the
+emoji; COCO's instance labels, where instances_*.json are beside the photos; else the English
+captions (`input_pipeline.labels`).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from input_pipeline import labels, vocabularies
+from input_pipeline.datasets import CaptionedImages, emoji
+from xlir import data, evaluate, figures, metrics, tagging
+from xlir.encoder import Encoder
+
+# The vocabulary that belongs to a data set.
+VOCABULARIES = {"coco": "coco", "emoji": "emoji", "flickr8k": "flickr8k"}
+# Tags that each photo is given for F1 and precision, and that one in the held-out set gets on
+# average at the level that languages are compared at.
+TOP = 5
+# Languages of the contact sheet.
+SHEET_LANGUAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TaggingSet:
+    """Photos and what is true of them.
+
+    Attributes:
+      name: what results are filed under.
+      photos: the photos.
+      vocabulary: the tags.
+      positive: whether a tag is true of a photo.
+      labels: where that is known from.
+    """
+
+    name: str
+    photos: CaptionedImages
+    vocabulary: vocabularies.Vocabulary
+    positive: Bool[np.ndarray, "photos tags"]
+    labels: str
+
+
+def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -> TaggingSet:
+    """A split of the run's data set with what is true of its photos.
+
+    Args:
+      config: the run's configuration.
+      vocabulary: a name or a file; default: the one that belongs to the data set.
+      split: of the data set.
+
+    Raises:
+      ValueError: no vocabulary belongs to the data set and none is named, it has no English, the
+        split is unknown or none of its photos has a tag; or as `vocabularies.load`.
+      FileNotFoundError: the data set or the vocabulary is not there.
+    """
+    own = VOCABULARIES.get(set_name := data.set_name(config), "")
+    if not (vocabulary or own):
+        raise ValueError(f"no vocabulary belongs to {set_name}: name one with --vocabulary")
+    chosen = vocabularies.load(vocabulary or own)
+    if "en" not in chosen.names:
+        raise ValueError(
+            f"vocabulary {chosen.name} is a list; evaluation needs a table: 'en<TAB>de'"
+        )
+    photos = data.split_photos(config, split)
+    positive, source = _labels(config, chosen, photos, split)
+    if not positive.any():
+        raise ValueError(f"no photo of {set_name}-{split} has a tag of {chosen.name}")
+    name = "emoji" if (set_name, split) == ("emoji", "test") else f"{set_name}-{split}"
+    name += "" if chosen.name == own else f"-{chosen.name}"
+    return TaggingSet(f"{name}-tagging", photos, chosen, positive, source)
+
+
+def _labels(
+    config: ConfigDict, vocabulary: vocabularies.Vocabulary, photos: CaptionedImages, split: str
+) -> tuple[Bool[np.ndarray, "photos tags"], str]:
+    """What is true of the photos, and where that is known from."""
+    if config.data.name == "emoji" and vocabulary.name == "emoji":
+        return np.eye(len(vocabulary.tags), dtype=bool)[emoji.rows(split)], "names"
+    files = labels.instance_files(pathlib.Path(config.data.dir)) if config.data.dir else []
+    if vocabulary.name == "coco" and files:
+        found = labels.instances(files, photos.image_ids, vocabulary.tags)
+        return found, ", ".join(file.name for file in files)
+    return labels.mentioned(photos.captions, vocabulary.tags), "captions"
+
+
+def evaluate_set(
+    data: TaggingSet,
+    taggers: Mapping[str, tagging.Tagger],
+    images: Float[np.ndarray, "photos dim"],
+    reference: tagging.Reference,
+    step: int,
+) -> dict:
+    """Metrics of each language, with the scores and (`cosine`) with plain cosines.
+
+    Args:
+      data: what is true.
+      taggers: language -> its tagger, made with `reference`.
+      images: embeddings of the photos.
+      reference: photos of the run.
+      step: the training step, for the record.
+
+    Returns:
+      The content of a results file. `predicted_tags` are those that a photo gets on average where
+      all languages have one threshold: the level at which a held-out photo gets 5, or the cosine
+      at which one does in English.
+    """
+    level = max(0.0, 1 - TOP / len(data.vocabulary.tags))
+    english = next(iter(taggers.values())).embeddings
+    one_cosine = np.quantile(reference.held_out @ english.T, level)
+    languages = {}
+    for language, tagger in taggers.items():
+        scores, cosines = tagger.scores(images), images @ tagger.embeddings.T
+        predicted = {
+            "one_level": scores >= tagger.threshold(level),
+            "one_cosine": cosines >= one_cosine,
+        }
+        languages[language] = {
+            **metrics.tagging(scores, data.positive, TOP),
+            "cosine": metrics.tagging(cosines, data.positive, TOP),
+            "predicted_tags": {
+                name: float(chosen.sum() / len(images)) for name, chosen in predicted.items()
+            },
+        }
+    zero_shot = [result for language, result in languages.items() if language != "en"]
+    return {
+        "dataset": data.name,
+        "step": step,
+        "images": len(images),
+        "vocabulary": data.vocabulary.name,
+        "tags": len(data.vocabulary.tags),
+        "labels": data.labels,
+        "tags_per_image": float(data.positive.sum() / len(images)),
+        "level": level,
+        "zero_shot_macro": _mean(zero_shot) if zero_shot else None,
+        "languages": languages,
+    }
+
+
+def _mean(results: list) -> object:
+    if isinstance(results[0], dict):
+        return {key: _mean([result[key] for result in results]) for key in results[0]}
+    return float(np.mean(results))
+
+
+def spread(results: dict, threshold: str) -> float:
+    """How much more tags a photo gets in one language than in another, at most; 0 for the same."""
+    counts = [one["predicted_tags"][threshold] for one in results["languages"].values()]
+    return max(counts) / max(min(counts), 1e-9) - 1
+
+
+def table(results: dict) -> str:
+    """The results as a table for the terminal, in percent but for the tags of a photo."""
+    k = next(name for name in results["languages"]["en"] if name.startswith("precision")).split(
+        "@"
+    )[1]
+    columns = ("mAP", f"precision@{k}", f"micro_F1@{k}", f"macro_F1@{k}", "hit@1", "hit@10")
+    head = ("mAP", f"P@{k}", f"F1@{k} micro", "macro", "hit@1", "hit@10", "tags a photo")
+    lines = [
+        f"{results['dataset']}, step {results['step']}, {results['images']} images, "
+        f"{results['tags']} tags, {results['tags_per_image']:.1f} an image by {results['labels']}",
+        f"{'':<10}{head[0]:>6}{head[1]:>7}{head[2]:>12}{head[3]:>7}{head[4]:>7}{head[5]:>8}{head[6]:>14}",
+    ]
+    rows = dict(results["languages"])
+    if results["zero_shot_macro"]:
+        rows["zero-shot"] = results["zero_shot_macro"]
+    for name, result in rows.items():
+        cells = "".join(
+            f"{100 * result[column]:{width}.1f}"
+            for column, width in zip(columns, (6, 7, 12, 7, 7, 8), strict=True)
+        )
+        lines.append(f"{name:<10}{cells}{result['predicted_tags']['one_level']:>14.2f}")
+    calibrated, plain = (spread(results, name) for name in ("one_level", "one_cosine"))
+    lines.append(
+        f"Tags a photo, most against fewest: {calibrated:+.0%} with one level for all languages, "
+        f"{plain:+.0%} with one cosine"
+    )
+    return "\n".join(lines)
+
+
+def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
+    """Evaluates and shows it: results file, table in the terminal, contact sheet."""
+    images = _embed(encoder, data, cache)
+    reference = tagging.reference(encoder, workdir)
+    taggers = {
+        language: tagging.Tagger(encoder, data.vocabulary, language, reference)
+        for language in data.vocabulary.languages()
+    }
+    if jax.process_index():
+        return
+    results = evaluate_set(data, taggers, images, reference, encoder.step)
+    file = evaluate.write(results, workdir)
+    shown = min(tagging.SHEET_PHOTOS, len(images))
+    rows = [place * len(images) // shown for place in range(shown)]
+    tags = {
+        language: [
+            [tag.name for tag in found]
+            for found in tagger.tag(images[rows], top_k=tagging.SHEET_TAGS)
+        ]
+        for language, tagger in taggers.items()
+    }
+    sheet = file.with_suffix(".tags.png")
+    figures.plot_tags([data.photos[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
+    print(f"\n{table(results)}\n\nwritten: {file}\n         {sheet}")
+
+
+def _embed(
+    encoder: Encoder, data: TaggingSet, cache: pathlib.Path
+) -> Float[np.ndarray, "photos dim"]:
+    """Embeddings of the photos; the outputs of a frozen tower come from the cache."""
+    photos = data.photos
+    features = evaluate.frozen_features(
+        encoder, data.name, (), photos, photos.fingerprint, cache, sides=("image",)
+    )
+    if "image" in features:
+        batches = encoder.feature_batches("image", features["image"])
+        return encoder.embed("image", batches, len(photos))
+    return encoder.encode_image(photos)
