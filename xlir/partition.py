@@ -74,7 +74,9 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
 
 def _slices(devices: Sequence[Any]) -> int:
     """How many TPU slices the devices are of. (GPUs have the index of their host there.)"""
-    return len({device.slice_index for device in devices if device.platform == "tpu"} or {0})
+    # Devices that are only described, to compile for, have none.
+    of = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    return max(len(of), 1)
 
 
 def fitting_mesh(options: Sizes) -> Mesh:
