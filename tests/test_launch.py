@@ -160,6 +160,12 @@ def fake(tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
+def heed_signals() -> None:
+    """A test run in the background, or under nohup, ignores some, and so would the script."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launch(repository, fake):
     """Starts launch.sh; returns the process."""
@@ -170,8 +176,7 @@ def launch(repository, fake):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A test run in the background ignores SIGINT, and so would the script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heed_signals,
         )
 
     return start
