@@ -64,9 +64,9 @@ def ours(config, text, image):
 
 def head(features, config, options):
     """The MLP head in PyTorch."""
-    layers, widths = [nn.LayerNorm(features, eps=1e-6)], (features, *options.hidden)
+    layers, widths = [nn.LayerNorm(features)], (features, *options.hidden)
     for wide, narrow in itertools.pairwise(widths):
-        layers += [nn.Linear(wide, narrow), nn.GELU("tanh"), nn.Dropout(options.dropout)]
+        layers += [nn.Linear(wide, narrow), nn.GELU(), nn.Dropout(options.dropout)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], config.embedding_dim))
 
 

@@ -16,7 +16,8 @@ class MLP(nnx.Module):
     """`LayerNorm -> [Dense -> GELU -> Dropout] for each hidden width -> Dense`.
 
     One hidden layer is the usual projection head; `hidden=(2048, 1024)` is the text head of
-    Aggarwal et al. 2021.
+    Aggarwal et al. 2021. GELU and the norm's epsilon are PyTorch's: an export needs its stock
+    layers only.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class MLP(nnx.Module):
         """Maps features to embeddings; with `rngs` in training mode (dropout on)."""
         x = self.input(x)
         for layer in self.layers:
-            x = jax.nn.gelu(x)
+            x = jax.nn.gelu(x, approximate=False)
             if rngs is not None:
                 x = dropout(x, self.dropout, rngs.dropout())
             x = layer(x)
@@ -65,7 +66,7 @@ class NormLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch dim"]:
         """Applies both; sums and results are float32."""
-        x = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-6)
+        x = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-5)
         kernel = self.linear.kernel[...]
         bias = self.offset[...] @ kernel + self.linear.bias[...]
         return product(x, self.scale[...][:, None] * kernel, self.linear.dtype) + bias
