@@ -153,10 +153,19 @@ class HuggingFaceTokenizer:
         described = json.dumps([self.prefix, self._serialized])
         return hashlib.sha256(described.encode()).hexdigest()
 
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of tokens that are no pieces of a text, such as the padding."""
+        added = json.loads(self._serialized)["added_tokens"]
+        return {token["content"]: token["id"] for token in added}
+
+    def save_vocabulary(self, folder: pathlib.Path) -> None:
+        """Writes a tokenizer.json, which knows neither the prefix nor a longest text."""
+        (folder / TOKENIZER_FILE).write_text(self._serialized, encoding="utf8")
+
     def save(self, folder: pathlib.Path) -> None:
         """Writes what `load_tokenizer` needs into a folder, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TOKENIZER_FILE).write_text(self._serialized, encoding="utf8")
+        self.save_vocabulary(folder)
         description = {"kind": self.kind, "prefix": self.prefix}
         (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
 

@@ -127,7 +127,9 @@ class Preprocessing:
         return dataclasses.replace(self, size=size, resize=self.resize * size // self.size)
 
 
-def decode(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "size size 3"]:
+def decode(
+    data: bytes, preprocessing: Preprocessing, *, reduce: bool = True
+) -> UInt8[np.ndarray, "size size 3"]:
     """Decodes an image and resizes it to a square, RGB, values 0 to 255.
 
     It is turned upright as its EXIF orientation says, and laid over white where it is transparent;
@@ -137,11 +139,12 @@ def decode(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "size
     Args:
       data: a file's bytes in any format that Pillow reads.
       preprocessing: size, crop and filter.
+      reduce: decode large JPEGs at a fraction of their size, which takes half the time or less.
 
     Raises:
       ImageError: the data are damaged, truncated, of no known format, or absurdly large.
     """
-    image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize)
+    image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
     if preprocessing.crop == "center":
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             image = _middle(image)
@@ -223,13 +226,15 @@ def _decoded(
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
     """The image, perhaps reduced to a half, a quarter or an eighth, but no side below `enough`.
 
+    Not reduced where `enough` is 0.
+
     Returns:
       The image; the width and height that it has in the file; and where the file's pixels end in
       the reduced image, whose last row and column may be partly filler (left, top, right, bottom).
     """
     image = Image.open(io.BytesIO(data))
     size = image.size
-    reduced = image.draft(None, (enough, enough))
+    reduced = image.draft(None, (enough, enough)) if enough else None
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     ImageOps.exif_transpose(image, in_place=True)

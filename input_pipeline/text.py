@@ -90,10 +90,14 @@ class SentencePieceTokenizer:
         """A hash of everything that the ids depend on."""
         return hashlib.sha256(self._model).hexdigest()
 
+    def save_vocabulary(self, folder: pathlib.Path) -> None:
+        """Writes the SentencePiece model."""
+        (folder / MODEL_FILE).write_bytes(self._model)
+
     def save(self, folder: pathlib.Path) -> None:
         """Writes what `load_tokenizer` needs into a folder, which is created."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self._model)
+        self.save_vocabulary(folder)
         (folder / DESCRIPTION_FILE).write_text(json.dumps({"kind": self.kind}))
 
     @classmethod

@@ -115,52 +115,70 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, workdir: str | os.PathLike, *, checkpoint: str = "best", mesh: Mesh | None = None
+        cls,
+        workdir: str | os.PathLike,
+        *,
+        checkpoint: str = "best",
+        weights: str = "",
+        dtype: str = "",
+        mesh: Mesh | None = None,
     ) -> "Encoder":
         """A trained encoder.
 
         Args:
           workdir: the folder of a training run; nothing else is needed, no network either.
           checkpoint: "best" (by validation) or "latest".
+          weights: "ema", the moving average over training, or "raw"; default: "ema" where the run
+            keeps one.
+          dtype: what to compute in; default: as the configuration says.
           mesh: the devices to lay it on; default: the first one. It need not be the one that the
             checkpoint was saved from.
 
         Raises:
           FileNotFoundError: the folder is not a run's, or holds no checkpoint yet.
-          ValueError: `checkpoint` is neither, or a file of the run is damaged or of another model.
+          ValueError: an argument is none of these, the run keeps no moving average, or a file of
+            the run is damaged or of another model.
         """
         if checkpoint not in ("best", "latest"):
             raise ValueError(f"checkpoint is {checkpoint!r}; known: best, latest")
+        if weights not in ("", "ema", "raw"):
+            raise ValueError(f"weights is {weights!r}; known: ema, raw")
         workdir = pathlib.Path(workdir)
-        encoder = cls.open(workdir, mesh)
+        encoder = cls.open(workdir, mesh, dtype)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             best = checkpoint == "best"
             step = checkpoints.best_step() if best else checkpoints.latest_step()
             if step is None:
                 raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train it first")
-            item = "ema" if "ema" in checkpoints.items(step) else "params"
+            averaged = "ema" in checkpoints.items(step)
+            if weights == "ema" and not averaged:
+                raise ValueError(f"{workdir} keeps no moving average (config.optimizer.ema is 0)")
+            item = "ema" if averaged and weights != "raw" else "params"
             params = checkpoints.restore(step, {item: nnx.to_pure_dict(encoder.params)})[item]
         encoder.replace_params(params)
         encoder.step = step
         return encoder
 
     @classmethod
-    def open(cls, workdir: pathlib.Path, mesh: Mesh | None = None) -> "Encoder":
+    def open(cls, workdir: pathlib.Path, mesh: Mesh | None = None, dtype: str = "") -> "Encoder":
         """The encoder of a run with its towers as saved and untrained heads.
 
         Args:
           workdir: the folder of a training run.
-          mesh: as of `load`.
+          mesh, dtype: as of `load`.
 
         Raises:
-          FileNotFoundError: the folder is not a run's.
+          FileNotFoundError: the folder is not a run's, or lacks a file.
+          ValueError: a file is damaged.
         """
         config = read_config(workdir)
+        if dtype:
+            config.head_dtype = config.text.dtype = config.image.dtype = dtype
         descriptions, loaded = {}, {}
         with partition.on_host():
             for side in SIDES:
                 folder = workdir / f"{side}_tower"
-                descriptions[side] = json.loads((folder / DESCRIPTION_FILE).read_text())
+                descriptions[side] = pretrained.read_json(folder / DESCRIPTION_FILE)
                 create = functools.partial(towers.create, descriptions[side], config[side])
                 # Shapes only: what is about to be overwritten need not be drawn.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
@@ -176,7 +194,7 @@ class Encoder:
         config.json comes last: a folder that has it is whole. Of several processes the first one
         writes.
         """
-        weights = {side: self._tower_weights(side) for side in SIDES}
+        weights = {side: self.weights(f"{side}_tower") for side in SIDES}
         if jax.process_index():
             return
         for side in SIDES:
@@ -294,7 +312,7 @@ class Encoder:
 
     def _describe(self, side: str) -> dict[str, object]:
         digest = hashlib.sha256()
-        for name, array in sorted(self._tower_weights(side).items()):
+        for name, array in sorted(self.weights(f"{side}_tower").items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array))
         options = self.config[side]
@@ -310,11 +328,15 @@ class Encoder:
             }
         return description
 
-    def _tower_weights(self, side: str) -> dict[str, np.ndarray]:
-        """One tower's weights, whole, by dotted path."""
-        tower = getattr(nnx.merge(self.graph, self.params, self.frozen), f"{side}_tower")
-        weights = pretrained.flatten(tower)
-        return {name: partition.fetch(x) for name, x in weights.items()}
+    def weights(self, part: str) -> dict[str, np.ndarray]:
+        """The weights, whole and by dotted path, of "text_tower", "text_head", "image_tower" ..."""
+        module = getattr(nnx.merge(self.graph, self.params, self.frozen), part)
+        return {name: partition.fetch(x) for name, x in pretrained.flatten(module).items()}
+
+    @property
+    def scale(self) -> float:
+        """The inverse temperature, clamped."""
+        return float(nnx.merge(self.graph, self.params, self.frozen).scale)
 
     def _share(self, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " share"]:
         """Which of a batch's rows this process reads.

@@ -10,6 +10,9 @@ Verbs:
   eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set; with
           --task=tagging its tags of a split, with a vocabulary in many languages
   tag     tag IMAGES (files, folders, patterns) with the names of --vocabulary in --language
+  export  write the best checkpoint of --workdir to the folder --to for use without JAX: as
+          sentence-transformers, transformers, torch or onnx (--format); it is loaded afresh and
+          compared with the run before the folder appears
   shardings
           print how the parameters that --config describes lie on --devices; needs no weights
   compile compile the training step for the TPUs of --topology, which need not be there, and say
@@ -23,6 +26,7 @@ Examples:
       --images=PATH/images
   python -m xlir.main eval --workdir=runs/flickr8k --task=tagging
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
+  python -m xlir.main export --workdir=runs/flickr8k --to=exported --format=onnx
   python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
       --config.data.batch_size=16384
 
@@ -52,13 +56,14 @@ _WORKDIR = flags.DEFINE_string(
 _TEST_SET = flags.DEFINE_string(
     "test_set",
     "",
-    "eval: folder of a multilingual test set in XTD10's layout, or 'xtd10', or 'split:NAME' of the "
-    "run's data set; several are joined with commas.",
+    "eval, export: folder of a multilingual test set in XTD10's layout, or 'xtd10', or "
+    "'split:NAME' of the run's data set; several are joined with commas.",
 )
 _IMAGES = flags.DEFINE_string(
     "images",
     "",
-    "eval: folder of the test set's photos; default: the run's data.dir, for XTD10 its data set.",
+    "eval, export: folder of the test set's photos; default: the run's data.dir, for XTD10 its "
+    "data set.",
 )
 _DROP_JUNK = flags.DEFINE_bool(
     "drop_junk", False, "eval: leave out XTD10's six German captions that translate nothing."
@@ -84,6 +89,19 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "tag: file for the tags as JSON lines; -: print them instead of the table."
 )
 _SHEET = flags.DEFINE_string("sheet", None, "tag: file for a picture of the first images, PNG.")
+_TO = flags.DEFINE_string("to", None, "export: the folder to write; it must not be there yet.")
+_FORMAT = flags.DEFINE_string(
+    "format",
+    None,
+    "export: sentence-transformers, transformers, torch or onnx; default: sentence-transformers "
+    "where it can hold the model, else torch.",
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    ("ema", "raw"),
+    "export: the moving average over training or the last weights; default: ema where it is kept.",
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
 )
@@ -105,9 +123,9 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
-    "workdir": ("train", "eval", "tag"),
-    "test_set": ("eval",),
-    "images": ("eval",),
+    "workdir": ("train", "eval", "tag", "export"),
+    "test_set": ("eval", "export"),
+    "images": ("eval", "export"),
     "drop_junk": ("eval",),
     "task": ("eval",),
     "vocabulary": ("tag", "eval"),
@@ -116,6 +134,9 @@ FLAGS = {
     "threshold": ("tag",),
     "output": ("tag",),
     "sheet": ("tag",),
+    "to": ("export",),
+    "format": ("export",),
+    "weights": ("export",),
     "devices": ("shardings",),
     "topology": ("compile",),
     "distributed": ("train", "eval"),
@@ -129,6 +150,7 @@ NEEDED = {
     "prepare": ("config",),
     "eval": ("workdir",),
     "tag": ("workdir", "vocabulary"),
+    "export": ("workdir", "to"),
     "shardings": ("config",),
     "compile": ("topology", "config"),
 }
@@ -258,11 +280,27 @@ def _tag(*images: str) -> None:
     )
 
 
+def _export() -> None:
+    _start_jax()
+    from xlir import export
+
+    report = export.export(
+        pathlib.Path(_WORKDIR.value),
+        pathlib.Path(_TO.value),
+        _FORMAT.value or "",
+        weights=_WEIGHTS.value or "",
+        test_set=_TEST_SET.value,
+        images=_IMAGES.value,
+    )
+    print(f"{report}\nwritten: {_TO.value}")
+
+
 _RUN = {
     "train": _train,
     "prepare": _prepare,
     "eval": _evaluate,
     "tag": _tag,
+    "export": _export,
     "shardings": _shardings,
     "compile": _compile,
 }
@@ -303,7 +341,7 @@ def _join() -> None:
 
 def _check_flags(verb: str) -> None:
     """Refuses flags that are of another verb, or lack others."""
-    if verb in ("eval", "tag") and _CONFIG.value is not None:
+    if verb in ("eval", "tag", "export") and _CONFIG.value is not None:
         raise UsageError(f"{verb} takes the configuration from --workdir, not from --config")
     for name, verbs in FLAGS.items():
         if verb not in verbs and flags.FLAGS[name].value not in (None, "", False):

@@ -38,6 +38,16 @@ class Stage(NamedTuple):
     channels: int
 
 
+class BlockShape(NamedTuple):
+    """One block; the expansion is the widening inside."""
+
+    features: int
+    output: int
+    kernel_size: int
+    stride: int
+    expansion: int
+
+
 VARIANTS = {"lite0": Variant(1.0, 1.0, 224), "lite2": Variant(1.1, 1.2, 260)}
 STAGES = (
     Stage(1, 3, 1, 1, 16),
@@ -75,22 +85,13 @@ class EfficientNet(nnx.Module):
     def __init__(self, variant: str, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         if variant not in VARIANTS:
             raise ValueError(f"no EfficientNet {variant!r}; known: {', '.join(VARIANTS)}")
-        width, depth, self.image_size = VARIANTS[variant]
+        self.image_size = VARIANTS[variant].image_size
         self.dim = HEAD_CHANNELS
         self.dtype = dtype
         self.stem = Stem(STEM_CHANNELS, rngs=rngs)
-        blocks, channels = [], STEM_CHANNELS
-        for index, stage in enumerate(STAGES):
-            scaled = 0 < index < len(STAGES) - 1
-            for repeat in range(math.ceil(stage.repeats * depth) if scaled else stage.repeats):
-                stride = stage.stride if repeat == 0 else 1
-                output = _scaled_channels(stage.channels, width)
-                blocks.append(
-                    Block(channels, output, stage.kernel_size, stride, stage.expansion, rngs=rngs)
-                )
-                channels = output
-        self.blocks = nnx.List(blocks)
-        self.head = Pointwise(channels, HEAD_CHANNELS, rngs=rngs)
+        shapes = block_shapes(variant)
+        self.blocks = nnx.List([Block(*shape, rngs=rngs) for shape in shapes])
+        self.head = Pointwise(shapes[-1].output, HEAD_CHANNELS, rngs=rngs)
 
     def __call__(
         self,
@@ -190,6 +191,20 @@ class Stem(nnx.Module):
         kernel = self.kernel.astype(x.dtype).reshape(27, -1)
         y = patches.reshape(-1, 27) @ kernel
         return y.reshape(*patches.shape[:-1], -1) + self.bias.astype(x.dtype)
+
+
+def block_shapes(variant: str) -> list[BlockShape]:
+    """The blocks of a variant."""
+    width, depth, _ = VARIANTS[variant]
+    shapes, channels = [], STEM_CHANNELS
+    for index, stage in enumerate(STAGES):
+        scaled = 0 < index < len(STAGES) - 1
+        output = _scaled_channels(stage.channels, width)
+        for repeat in range(math.ceil(stage.repeats * depth) if scaled else stage.repeats):
+            stride = stage.stride if repeat == 0 else 1
+            shapes.append(BlockShape(channels, output, stage.kernel_size, stride, stage.expansion))
+            channels = output
+    return shapes
 
 
 def from_package(variant: str, *, dtype: DTypeLike = jnp.float32) -> EfficientNet:

@@ -6,6 +6,7 @@ embeddings and over the outputs of three residual n-gram CNNs. 16 languages, a S
 vocabulary of 128,000 pieces, 512-dimensional sentence embeddings.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ CHUNKS = 17
 ROWS = 17 * 7530
 EMBEDDING_DIM = 512
 BRANCH_DIM = 256
+HIDDEN_DIM = 320
 # Order of each n-gram branch, and how many of its pieces lie left of the centre.
 BRANCHES = ((2, 0), (3, 1), (5, 2))
 EPSILON = 1e-12
@@ -55,9 +57,10 @@ class Muse(nnx.Module):
             NGramBranch(order, left, dtype=dtype, rngs=rngs) for order, left in BRANCHES
         )
         self.norm = _norm(features, rngs=rngs)
-        self.pool = _linear(features, 512, dtype=dtype, rngs=rngs)
-        self.hidden = ResidualBlock(512, 320, 320, jax.nn.relu, dtype=dtype, rngs=rngs)
-        self.output = ResidualBlock(320, 512, self.dim, jnp.tanh, dtype=dtype, rngs=rngs)
+        self.pool = _linear(features, EMBEDDING_DIM, dtype=dtype, rngs=rngs)
+        block = functools.partial(ResidualBlock, dtype=dtype, rngs=rngs)
+        self.hidden = block(EMBEDDING_DIM, HIDDEN_DIM, HIDDEN_DIM, jax.nn.relu)
+        self.output = block(HIDDEN_DIM, EMBEDDING_DIM, self.dim, jnp.tanh)
 
     def __call__(
         self,

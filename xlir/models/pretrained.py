@@ -92,7 +92,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
       FileNotFoundError: there is none.
       ValueError: it is not a JSON object.
     """
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
     """
     name = "preprocessor_config.json"
     newer = folder / "processor_config.json"
-    return _read_json(newer if newer.is_file() and not (folder / name).is_file() else folder / name)
+    return read_json(newer if newer.is_file() and not (folder / name).is_file() else folder / name)
 
 
 def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index} lists no tensors (weight_map)")
     weights: dict[str, np.ndarray] = {}
@@ -158,7 +158,13 @@ def _read_safetensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(f"{file}: not a safetensors file: {error}") from error
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
@@ -211,10 +217,11 @@ def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def save(weights: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Writes weights, by their names in `flatten`, to a safetensors file."""
+    """Writes weights by name to a safetensors file."""
     # safetensors writes the buffer whatever the strides.
-    contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    safetensors.numpy.save_file(contiguous, path)
+    contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
+    # transformers refuses a file that does not say what it was written for.
+    safetensors.numpy.save_file(contiguous, path, {"format": "pt"})
 
 
 def load(module: nnx.Module, path: str | os.PathLike) -> None:

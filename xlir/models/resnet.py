@@ -55,6 +55,13 @@ class Shape(NamedTuple):
     stride: int
 
 
+class BlockShape(NamedTuple):
+    """The convolutions of a block, and the projection beside them where the input does not fit."""
+
+    convolutions: list[Shape]
+    shortcut: Shape | None
+
+
 class ResNet(nnx.Module):
     """Images to globally average-pooled features of the last block; no classifier.
 
@@ -82,14 +89,14 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        stages = _stages(config)
-        self.dim = stages[-1][-1][-1].output
+        stem, blocks = shapes(config)
+        self.dim = blocks[-1].convolutions[-1].output
         self.image_size = IMAGE_SIZE
         self.mean, self.std = tuple(mean), tuple(std)
         self.dtype = dtype
         self.remat = remat
-        self.stem = Convolution(_stem(config), rngs=rngs)
-        self.blocks = nnx.List([Block(shapes, rngs=rngs) for stage in stages for shapes in stage])
+        self.stem = Convolution(stem, rngs=rngs)
+        self.blocks = nnx.List([Block(shape, rngs=rngs) for shape in blocks])
 
     def __call__(
         self,
@@ -112,10 +119,9 @@ class ResNet(nnx.Module):
 class Block(nnx.Module):
     """Convolutions with ReLU between them, and a skip; projected where the shape changes."""
 
-    def __init__(self, shapes: Sequence[Shape], *, rngs: nnx.Rngs):
-        self.convolutions = nnx.List([Convolution(shape, rngs=rngs) for shape in shapes])
-        shortcut = _shortcut(shapes)
-        self.shortcut = None if shortcut is None else Convolution(shortcut, rngs=rngs)
+    def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
+        self.convolutions = nnx.List([Convolution(s, rngs=rngs) for s in shape.convolutions])
+        self.shortcut = None if shape.shortcut is None else Convolution(shape.shortcut, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Height and width are divided by the stride, rounded up."""
@@ -186,22 +192,52 @@ def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.n
     return renamed | rest
 
 
+def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `rename`: weights under the names of transformers' ResNetModel.
+
+    Batch normalisation stays folded in: the one that is written changes nothing but the bias.
+    """
+    left, restored = dict(weights), {}
+    for ours, theirs in _names(config):
+        kernel, bias = left.pop(f"{ours}.kernel"), left.pop(f"{ours}.bias")
+        kernel = kernel if kernel.ndim == 4 else kernel[None, None]
+        restored |= {
+            f"{theirs}.convolution.weight": kernel.transpose(3, 2, 0, 1),
+            f"{theirs}.normalization.weight": np.ones_like(bias),
+            f"{theirs}.normalization.bias": bias,
+            f"{theirs}.normalization.running_mean": np.zeros_like(bias),
+            f"{theirs}.normalization.running_var": np.full_like(bias, 1 - BATCH_NORM_EPSILON),
+            f"{theirs}.normalization.num_batches_tracked": np.int64(0),
+        }
+    return restored | left
+
+
 def _names(config: Mapping) -> Iterator[tuple[str, str]]:
     """Each convolution's name here and in the checkpoint, which counts blocks by stage."""
     yield "stem", "embedder.embedder"
     index = 0
     for stage, blocks in enumerate(_stages(config)):
-        for layer, shapes in enumerate(blocks):
+        for layer, block in enumerate(blocks):
             ours, theirs = f"blocks.{index}", f"encoder.stages.{stage}.layers.{layer}"
-            for number in range(len(shapes)):
+            for number in range(len(block.convolutions)):
                 yield f"{ours}.convolutions.{number}", f"{theirs}.layer.{number}"
-            if _shortcut(shapes) is not None:
+            if block.shortcut is not None:
                 yield f"{ours}.shortcut", f"{theirs}.shortcut"
             index += 1
 
 
-def _stages(config: Mapping) -> list[list[list[Shape]]]:
-    """The convolutions of each block of each stage, shortcuts left out."""
+def shapes(config: Mapping) -> tuple[Shape, list[BlockShape]]:
+    """The stem and the blocks that a config.json describes.
+
+    Raises:
+      ValueError: the config is of another model, or asks for what is not implemented.
+    """
+    stem = Shape(3, _checked(config)["embedding_size"], 7, 2)
+    return stem, [block for stage in _stages(config) for block in stage]
+
+
+def _stages(config: Mapping) -> list[list[BlockShape]]:
+    """The blocks of each stage."""
     config = _checked(config)
     features, stages = config["embedding_size"], []
     for stage, (output, depth) in enumerate(
@@ -210,7 +246,8 @@ def _stages(config: Mapping) -> list[list[list[Shape]]]:
         blocks = []
         for layer in range(depth):
             halves = layer == 0 and (stage > 0 or config["downsample_in_first_stage"])
-            blocks.append(_block(config, features, output, 2 if halves else 1))
+            convolutions = _block(config, features, output, 2 if halves else 1)
+            blocks.append(BlockShape(convolutions, _shortcut(convolutions)))
             features = output
         stages.append(blocks)
     return stages
@@ -226,10 +263,6 @@ def _block(config: Mapping, features: int, output: int, stride: int) -> list[Sha
         Shape(hidden, hidden, 3, second),
         Shape(hidden, output, 1, 1),
     ]
-
-
-def _stem(config: Mapping) -> Shape:
-    return Shape(3, _checked(config)["embedding_size"], 7, 2)
 
 
 def _shortcut(shapes: Sequence[Shape]) -> Shape | None:

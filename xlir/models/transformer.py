@@ -483,6 +483,38 @@ def rename_text(
     return renamed | left
 
 
+def restore_text(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `rename_text`: a tower's weights under the names of `transformers`.
+
+    What was folded into the position table stays there: the table of token types is zero.
+
+    Args:
+      weights: of a `TextTransformer`, by name.
+      config: content of the config.json that goes with them.
+    """
+    distilbert, left = config["model_type"] == "distilbert", dict(weights)
+    restored = restore_layers(
+        left,
+        text_shape(config)[0],
+        "transformer.layer.{}." if distilbert else "encoder.layer.{}.",
+        _DISTILBERT_LAYER if distilbert else _BERT_LAYER,
+        "layers.stacked.",
+    )
+    restored["embeddings.word_embeddings.weight"] = left.pop("embedding")
+    restored["embeddings.LayerNorm.weight"] = left.pop("embedding_norm.scale")
+    restored["embeddings.LayerNorm.bias"] = left.pop("embedding_norm.bias")
+    position = left.pop("position")
+    unused = np.zeros((position_offset(config), position.shape[1]), position.dtype)
+    restored["embeddings.position_embeddings.weight"] = np.concatenate([unused, position])
+    if not distilbert:
+        types = np.zeros((config.get("type_vocab_size", 2), position.shape[1]), position.dtype)
+        restored["embeddings.token_type_embeddings.weight"] = types
+    if "pooler.kernel" in left:
+        restored["pooler.dense.weight"] = left.pop("pooler.kernel").T
+        restored["pooler.dense.bias"] = left.pop("pooler.bias")
+    return restored | left
+
+
 def rename_layers(
     left: dict[str, np.ndarray],
     depth: int,
@@ -513,6 +545,25 @@ def rename_layers(
                 [np.concatenate(layer, axis=-1) for layer in layers]
             )
     return renamed
+
+
+def restore_layers(
+    left: dict[str, np.ndarray],
+    depth: int,
+    prefix: str,
+    table: Mapping[str, tuple[str, ...]],
+    ours: str,
+) -> dict[str, np.ndarray]:
+    """The inverse of `rename_layers`: takes the stack's weights out of `left`, by layer."""
+    restored = {}
+    for module, theirs in table.items():
+        for ending, suffix in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
+            stacked = left.pop(f"{ours}{module}.{ending}", None)
+            for layer in range(depth if stacked is not None else 0):
+                parts = np.split(stacked[layer], len(theirs), axis=-1)
+                for name, part in zip(theirs, parts, strict=True):
+                    restored[f"{prefix.format(layer)}{name}.{suffix}"] = part.T
+    return restored
 
 
 def _dense(

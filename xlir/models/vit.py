@@ -15,7 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from xlir.models.layers import LayerNorm, Linear
-from xlir.models.transformer import FeedForward, Layers, Shape, attend, rename_layers
+from xlir.models.transformer import (
+    FeedForward,
+    Layers,
+    Shape,
+    attend,
+    rename_layers,
+    restore_layers,
+)
 
 _BASE = {
     "hidden_size": 768,
@@ -133,14 +140,14 @@ class ViT(nnx.Module):
     ):
         config = vision_config(config)
         siglip = config["model_type"] == "siglip_vision_model"
-        self.pooling = pooling or _default_pooling(config)
+        self.pooling = pooling or default_pooling(config)
         fitting = {"siglip_vision_model": ("attention", "mean"), "vit": ("cls", "pooler", "mean")}
         known = fitting.get(config["model_type"], ("cls", "mean"))
         if self.pooling not in known:
             raise ValueError(
                 f"pooling is {pooling!r}; of {config['model_type']} it can be {', '.join(known)}"
             )
-        depth, shape = _shape(config)
+        depth, shape = vision_shape(config)
         self.dim, self.image_size, self.patch = (
             shape.hidden,
             config["image_size"],
@@ -287,11 +294,12 @@ def vision_config(config: Mapping) -> dict:
     return config
 
 
-def _default_pooling(config: Mapping) -> str:
+def default_pooling(config: Mapping) -> str:
+    """The pooling that a completed vision config's kind was trained with."""
     return "attention" if config["model_type"] == "siglip_vision_model" else "cls"
 
 
-def _shape(config: Mapping) -> tuple[int, Shape]:
+def vision_shape(config: Mapping) -> tuple[int, Shape]:
     """Depth and layer shape that a completed vision config describes."""
     inner, gated = config["intermediate_size"], bool(config.get("use_swiglu_ffn"))
     if config["model_type"] == "dinov2":
@@ -377,19 +385,14 @@ def rename(
     Whatever else is not known keeps its name, for the merge to complain about.
     """
     config = vision_config(config)
-    depth, shape = _shape(config)
+    depth, _ = vision_shape(config)
     left = {}
     for name, value in weights.items():
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         if not name.startswith(_IGNORED):
             left[name] = value
-    tables = {
-        "vit": ("encoder.layer.{}.", _VIT_LAYER),
-        "dinov2": ("encoder.layer.{}.", _DINOV2_GATED_LAYER if shape.gated else _DINOV2_LAYER),
-    }
-    prefix, table = tables.get(config["model_type"], ("encoder.layers.{}.", _CLIP_LAYER))
-    renamed = rename_layers(left, depth, prefix, table, "layers.stacked.")
+    renamed = rename_layers(left, depth, *_layer_table(config), "layers.stacked.")
     for ours, index in (("attention_scale", 1), ("mlp_scale", 2)):
         names = [f"encoder.layer.{layer}.layer_scale{index}.lambda1" for layer in range(depth)]
         if all(name in left for name in names):
@@ -401,10 +404,69 @@ def rename(
                 value = left.pop(f"{theirs}.{suffix}", None)
                 if value is not None:
                     renamed |= _module_entry(ours, suffix, value)
-    pooling = pooling or _default_pooling(config)
+    pooling = pooling or default_pooling(config)
     modules = {"pooler": "pooler.", "attention": "attention_pool."}
     unused = tuple(prefix for used_by, prefix in modules.items() if used_by != pooling)
     return {name: array for name, array in renamed.items() if not name.startswith(unused)} | left
+
+
+def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `rename`: a tower's weights under the names of `transformers`.
+
+    The class token keeps the position that was added to it, whose row in the table is zero.
+
+    Args:
+      weights: of a `ViT`, by name.
+      config: content of the config.json that goes with them.
+    """
+    config = vision_config(config)
+    kind, depth = config["model_type"], vision_shape(config)[0]
+    left, flat = dict(weights), kind in ("clip_vision_model", "siglip_vision_model")
+    restored = restore_layers(left, depth, *_layer_table(config), "layers.stacked.")
+    for ours, index in (("attention_scale", 1), ("mlp_scale", 2)):
+        stacked = left.pop(f"layers.stacked.{ours}", ())
+        for layer, scale in enumerate(stacked):
+            restored[f"encoder.layer.{layer}.layer_scale{index}.lambda1"] = scale
+    restored |= _restore_embeddings(left, flat) | _restore_attention_pool(left)
+    for ours, names in _MODULES.items():
+        theirs = names[-1] if flat else names[0]
+        for ending in ("kernel", "scale", "bias"):
+            value = left.pop(f"{ours}.{ending}", None)
+            if value is None:
+                continue
+            if ending == "kernel":
+                value = value.T
+            if ours == "patches" and ending == "kernel":
+                side = config["patch_size"]
+                value = value.reshape(-1, side, side, 3).transpose(0, 3, 1, 2)
+            restored[f"{theirs}.{'bias' if ending == 'bias' else 'weight'}"] = value
+    if kind == "dinov2":  # of pre-training
+        restored["embeddings.mask_token"] = np.zeros((1, config["hidden_size"]), np.float32)
+    return restored | left
+
+
+def _layer_table(config: Mapping) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The prefix of a layer's tensors in a checkpoint, and their names by ours."""
+    gated = bool(config.get("use_swiglu_ffn"))
+    tables = {
+        "vit": ("encoder.layer.{}.", _VIT_LAYER),
+        "dinov2": ("encoder.layer.{}.", _DINOV2_GATED_LAYER if gated else _DINOV2_LAYER),
+    }
+    return tables.get(config["model_type"], ("encoder.layers.{}.", _CLIP_LAYER))
+
+
+def _restore_embeddings(left: dict[str, np.ndarray], flat: bool) -> dict[str, np.ndarray]:
+    """Position table and class token, in CLIP's and SigLIP's form (`flat`) or the others'."""
+    position, token = left.pop("position"), left.pop("class_token", None)
+    if token is not None:
+        position = np.concatenate([np.zeros_like(token)[None], position])
+    if flat:
+        classes = {} if token is None else {"embeddings.class_embedding": token}
+        return {"embeddings.position_embedding.weight": position} | classes
+    return {
+        "embeddings.position_embeddings": position[None],
+        "embeddings.cls_token": token[None, None],
+    }
 
 
 def _module_entry(module: str, suffix: str, value: np.ndarray) -> dict[str, np.ndarray]:
@@ -446,4 +508,20 @@ def _rename_attention_pool(left: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         "attention_pool.query.bias": bias[:dim],
         "attention_pool.key_value.kernel": weight[dim:].T,
         "attention_pool.key_value.bias": bias[dim:],
+    }
+
+
+def _restore_attention_pool(left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """SigLIP's query and joint projection."""
+    if "attention_pool.probe" not in left:
+        return {}
+
+    def joined(part: str) -> np.ndarray:
+        names = ("query", "key_value")
+        return np.concatenate([left.pop(f"attention_pool.{name}.{part}") for name in names], -1)
+
+    return {
+        "head.probe": left.pop("attention_pool.probe")[None, None],
+        "head.attention.in_proj_weight": joined("kernel").T,
+        "head.attention.in_proj_bias": joined("bias"),
     }

@@ -1,0 +1,116 @@
+"""Export to PyTorch and ONNX.
+
+Each format is a folder that needs neither this package nor JAX. It appears under its name once it
+has been loaded afresh and has given the run's own embeddings for real captions and photos.
+"""
+
+import logging
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+from xlir import data
+from xlir.encoder import Encoder
+from xlir.export import card, huggingface, plain, verification
+
+log = logging.getLogger(__name__)
+
+
+class Format(NamedTuple):
+    """A format.
+
+    Attributes:
+      write: writes an encoder into an empty folder.
+      unfit: what of an encoder the format can't hold; empty where it can.
+      needs: packages of the extra `export` that loading it takes.
+    """
+
+    write: Callable[[Encoder, pathlib.Path], None]
+    unfit: Callable[[Encoder], str]
+    needs: tuple[str, ...]
+
+
+# In the order in which they are preferred where none is asked for.
+FORMATS = {
+    "sentence-transformers": Format(
+        huggingface.write_sentence_transformers,
+        huggingface.unfit_for_sentence_transformers,
+        ("torch", "sentence_transformers"),
+    ),
+    "torch": Format(plain.write_torch, lambda encoder: "", ("torch",)),
+    "transformers": Format(
+        huggingface.write_transformers,
+        huggingface.unfit_for_transformers,
+        ("torch", "transformers"),
+    ),
+    "onnx": Format(
+        plain.write_onnx, lambda encoder: "", ("torch", "onnx", "onnxscript", "onnxruntime")
+    ),
+}
+
+
+def _check_target(to: pathlib.Path) -> None:
+    """Raises where the folder holds something, or can't be made."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
+    parent = next(folder for folder in to.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"--to={to}: can't write to {parent}")
+
+
+def _fitting(encoder: Encoder) -> str:
+    """The format to take where none is asked for."""
+    return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
+
+
+def export(
+    workdir: pathlib.Path,
+    to: pathlib.Path,
+    format: str = "",
+    *,
+    weights: str = "",
+    test_set: str = "",
+    images: str = "",
+) -> verification.Report:
+    """Exports the best checkpoint of a run.
+
+    Args:
+      workdir: the run's folder.
+      to: the folder to write, which must not be there, or be empty.
+      format: a key of `FORMATS`; default: sentence-transformers where it can hold the model, else
+        torch.
+      weights: "ema" or "raw"; default: the moving average where the run keeps one.
+      test_set, images: what it is checked on, as of `data.test_sets`; default: the run's own.
+
+    Raises:
+      FileExistsError: `to` holds something.
+      ValueError: the format can't hold the model, or what was written gives something else.
+      FileNotFoundError: the run, its test set or a package is missing.
+    """
+    if format and format not in FORMATS:
+        raise ValueError(f"--format={format} is not known; known: {', '.join(FORMATS)}")
+    _check_target(to)
+    encoder = Encoder.load(workdir, weights=weights, dtype="float32")
+    format = format or _fitting(encoder)
+    if reason := FORMATS[format].unfit(encoder):
+        others = [name for name, other in FORMATS.items() if not other.unfit(encoder)]
+        raise ValueError(f"{reason}; formats that hold this model: {', '.join(others)}")
+    verification.check_packages(FORMATS[format].needs)
+    pairs = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
+    # Beside the target: a rename can't cross file systems.
+    unfinished = to.parent / f".{to.name}.partial-{secrets.token_hex(4)}"
+    try:
+        unfinished.mkdir(parents=True)
+        log.info("writing %s (%s)", to, format)
+        FORMATS[format].write(encoder, unfinished)
+        report = verification.verify(encoder, unfinished, format, pairs)
+        card.write(encoder, workdir, unfinished, format, report)
+        if to.is_dir():
+            to.rmdir()
+        unfinished.rename(to)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return report

@@ -1,0 +1,199 @@
+"""A run's encoder as plain numbers: what `pytorch/` builds its modules from, and their weights."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from xlir.encoder import SIDES, Encoder
+from xlir.models import efficientnet, muse, resnet, transformer, vit
+
+
+class HeadLayer(NamedTuple):
+    """A layer of a head: "norm", "dense" or "gelu".
+
+    Attributes:
+      weight: of a norm [features], of a dense layer [dim, features].
+      bias: [dim], or None.
+    """
+
+    kind: str
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+
+def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
+    """The layers of a side's head; all of them are stock layers of PyTorch."""
+    kind, weights = encoder.config[side].head, encoder.weights(f"{side}_head")
+    if kind == "none":
+        return []
+    if kind == "center":
+        mean = weights["mean"]
+        return [HeadLayer("dense", np.eye(len(mean), dtype=np.float32), -mean)]
+    if kind == "linear":
+        return [HeadLayer("dense", weights["kernel"].T)]
+    names = ["input.linear", *(f"layers.{i}" for i in range(len(encoder.config[side].hidden)))]
+    layers = [HeadLayer("norm", weights["input.scale"], weights["input.offset"])]
+    for name in names:
+        layers += [HeadLayer("dense", weights[f"{name}.kernel"].T, weights[f"{name}.bias"])]
+        layers += [HeadLayer("gelu")]
+    return layers[:-1]
+
+
+def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
+    """A tower's weights by our names; a ViT's positions are those of the size it is used at."""
+    weights = encoder.weights(f"{side}_tower")
+    description = encoder.descriptions[side]
+    if description["kind"] == "vit":
+        config = vit.vision_config(description["config"])
+        old = config["image_size"] // config["patch_size"]
+        new = description["preprocessing"]["size"] // config["patch_size"]
+        if new != old:
+            resize, dim = vit.bicubic_weights(old, new), weights["position"].shape[1]
+            grid = weights["position"].reshape(old, old, dim)
+            resized = np.einsum("ri,cj,ijd->rcd", resize, resize, grid)
+            weights["position"] = resized.reshape(-1, dim)
+    return weights
+
+
+def describe(encoder: Encoder) -> dict:
+    """The content of an exported config.json."""
+    preprocessing = encoder.descriptions["image"]["preprocessing"]
+    tokenizer = {"kind": encoder.tokenizer.kind, "max_length": encoder.config.text.max_length}
+    if encoder.config.text.prefix:
+        tokenizer["prefix"] = encoder.config.text.prefix
+    return {
+        "embedding_dim": encoder.config.embedding_dim,
+        "logit_scale": encoder.scale,
+        "text": {"tower": _text_tower(encoder), "head": _described_head(encoder, "text")},
+        "image": {"tower": _image_tower(encoder), "head": _described_head(encoder, "image")},
+        "tokenizer": tokenizer,
+        "preprocessing": {
+            field: preprocessing[field] for field in ("size", "resize", "resample", "crop")
+        },
+    }
+
+
+def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """All weights under the names of `pytorch/`, each in its shape there.
+
+    Args:
+      encoder: the run's.
+      shapes: of the PyTorch model's parameters and buffers, by name.
+
+    Raises:
+      ValueError: the two do not have the same weights.
+    """
+    renamed: dict[str, np.ndarray] = {}
+    for side in SIDES:
+        for name, value in tower_weights(encoder, side).items():
+            prefix, stacked, suffix = name.partition("layers.stacked.")
+            rows = enumerate(value) if stacked else ((None, value),)
+            for layer, row in rows:
+                ours = f"{prefix}layers.{layer}.{suffix}" if stacked else name
+                theirs, fitted = _fitted(f"{side}_tower.{ours}", row, shapes)
+                renamed[theirs] = fitted
+        for index, layer in enumerate(head_layers(encoder, side)):
+            for part in ("weight", "bias"):
+                if (value := getattr(layer, part)) is not None:
+                    renamed[f"{side}_head.{index}.{part}"] = value
+    differing = {name for name in renamed if renamed[name].shape != shapes.get(name)}
+    if differing := sorted(differing | (set(shapes) - set(renamed))):
+        raise ValueError(f"weights do not fit the PyTorch model: {', '.join(differing[:5])} ...")
+    return renamed
+
+
+def _fitted(
+    name: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, np.ndarray]:
+    """A weight's name and layout in PyTorch: outputs first, then inputs, then positions."""
+    path, _, leaf = name.rpartition(".")
+    if name in shapes:
+        return name, value
+    if leaf in ("kernel", "scale"):
+        name = f"{path}.weight"
+    elif leaf == "embedding":
+        name = f"{name}.weight"
+    if leaf == "kernel" and name in shapes:
+        if value.ndim == 3 and len(shapes[name]) == 4:  # of each channel by itself
+            value = value[..., None, :]
+        value = np.moveaxis(value, (-1, -2), (0, 1)).reshape(shapes[name])
+    return name, value
+
+
+def _described_head(encoder: Encoder, side: str) -> list[list]:
+    described: list[list] = []
+    for layer in head_layers(encoder, side):
+        if layer.kind == "norm":
+            described.append(["norm", len(layer.weight)])
+        elif layer.kind == "dense":
+            dim, features = layer.weight.shape
+            described.append(["dense", features, dim, layer.bias is not None])
+        else:
+            described.append([layer.kind])
+    return described
+
+
+def _text_tower(encoder: Encoder) -> dict:
+    description = encoder.descriptions["text"]
+    if description["kind"] == "muse":
+        return {
+            "kind": "muse",
+            "vocabulary": muse.ROWS,
+            "width": muse.EMBEDDING_DIM,
+            "branch": muse.BRANCH_DIM,
+            "branches": muse.BRANCHES,
+            "chunks": muse.CHUNKS,
+            "hidden": muse.HIDDEN_DIM,
+            "dim": muse.Muse.dim,
+        }
+    depth, shape = transformer.text_shape(description["config"])
+    weights = encoder.weights("text_tower")
+    return {
+        "kind": "transformer",
+        "vocabulary": len(weights["embedding"]),
+        "positions": len(weights["position"]),
+        "depth": depth,
+        "shape": _layer_shape(shape),
+        "pooling": description["pooling"],
+    }
+
+
+def _image_tower(encoder: Encoder) -> dict:
+    description = encoder.descriptions["image"]
+    kind, preprocessing = description["kind"], description["preprocessing"]
+    colours = {"mean": preprocessing["mean"], "std": preprocessing["std"]}
+    if kind == "efficientnet":
+        mean, std = efficientnet.PIXEL_MEAN, efficientnet.PIXEL_STD
+        return {
+            "kind": kind,
+            "stem": efficientnet.STEM_CHANNELS,
+            "blocks": efficientnet.block_shapes(description["variant"]),
+            "head": efficientnet.HEAD_CHANNELS,
+            "mean": (mean,) * 3,
+            "std": (std,) * 3,
+        }
+    if kind == "resnet":
+        stem, blocks = resnet.shapes(description["config"])
+        return {"kind": kind, "stem": stem, "blocks": [b._asdict() for b in blocks], **colours}
+    config = vit.vision_config(description["config"])
+    depth, shape = vit.vision_shape(config)
+    weights = encoder.weights("image_tower")
+    return {
+        "kind": kind,
+        "size": preprocessing["size"],
+        "patch": config["patch_size"],
+        "depth": depth,
+        "shape": _layer_shape(shape),
+        "pooling": description["pooling"] or vit.default_pooling(config),
+        "class_token": "class_token" in weights,
+        "input_norm": "input_norm.scale" in weights,
+        "patch_bias": "patches.bias" in weights,
+        **colours,
+    }
+
+
+def _layer_shape(shape: transformer.Shape) -> dict:
+    """Without dropout, which is for training."""
+    fields = shape._asdict()
+    return {name: value for name, value in fields.items() if not name.endswith("dropout")}

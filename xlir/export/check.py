@@ -1,0 +1,148 @@
+"""Loads an exported folder afresh and runs it, in a process of its own without JAX.
+
+python check.py FORMAT FOLDER INPUTS OUTPUT: INPUTS holds texts.json and images/, OUTPUT is a .npz
+file for token ids, pixels (0 to 255), the towers' features and the embeddings.
+"""
+
+import importlib
+import io
+import json
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Imports of them fail, as where they are not installed.
+ABSENT = ("jax", "jaxlib", "flax", "xlir", "input_pipeline", "configs")
+
+
+def run_torch(folder, texts, images):
+    """Plain PyTorch."""
+    import torch
+
+    sys.path.insert(0, str(folder))
+    package = importlib.import_module("dual_encoder")
+    model = package.load(folder)
+    tokens, pixels = model.tokenizer(texts), np.stack([model.reader(image) for image in images])
+    inputs = importlib.import_module("dual_encoder.inputs")
+    with torch.inference_mode():
+        ids, mask = map(torch.from_numpy, inputs.pad(tokens))
+        features = model.text_tower(ids, mask), model.image_tower(torch.from_numpy(pixels))
+    embeddings = model.encode_text(texts), model.encode_image(images)
+    return tokens, pixels, features, embeddings
+
+
+def run_onnx(folder, texts, images):
+    """ONNX Runtime."""
+    import onnxruntime
+
+    sys.path.insert(0, str(folder))
+    inputs = importlib.import_module("inputs")
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    tokens = inputs.load_tokenizer(folder, **config["tokenizer"])(texts)
+    reader = inputs.ImageReader(**config["preprocessing"])
+    pixels = np.stack([reader(image) for image in images])
+    outputs = []
+    ids, mask = inputs.pad(tokens)
+    for side, feed in (
+        ("text", {"input_ids": ids, "attention_mask": mask.astype(np.int64)}),
+        ("image", {"pixels": pixels}),
+    ):
+        session = onnxruntime.InferenceSession(folder / f"{side}.onnx")
+        outputs.append(session.run(["features", "embeddings"], feed))
+    features, embeddings = zip(*outputs, strict=True)
+    return tokens, pixels, features, embeddings
+
+
+def run_sentence_transformers(folder, texts, images):
+    """SentenceTransformer, of stock modules only."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    images = [opened(image) for image in images]
+    prefix = model.prompts.get(model.default_prompt_name or "", "")
+    features, seen = [], {}
+    for side, batch in (("text", [prefix + text for text in texts]), ("image", images)):
+        modules = list(model[0].sub_modules[side])
+        seen[side] = x = modules[0].preprocess(batch)
+        x = {**x, "modality": side}
+        with torch.inference_mode():
+            for module in modules:
+                if type(module).__name__ in ("LayerNorm", "Dense"):
+                    break
+                x = module(x)
+        features.append(x["sentence_embedding"].numpy())
+    embeddings = model.encode(texts), model.encode(images)
+    processor = model[0].sub_modules["image"][0].processor
+    return unpadded(seen["text"]), levels(seen["image"], processor), features, embeddings
+
+
+def run_transformers(folder, texts, images):
+    """VisionTextDualEncoderModel."""
+    import torch
+    import transformers
+
+    model = transformers.VisionTextDualEncoderModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    image = processor([opened(image) for image in images], return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(**text, pixel_values=image["pixel_values"])
+    features = outputs.text_model_output.pooler_output, outputs.vision_model_output.pooler_output
+    embeddings = outputs.text_embeds, outputs.image_embeds
+    return unpadded(text), levels(image, processor), features, embeddings
+
+
+def opened(data):
+    """An upright image in RGB, over white where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def unpadded(batch):
+    """The ids of each text."""
+    pairs = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
+    return [ids[mask != 0] for ids, mask in pairs]
+
+
+def levels(batch, processor):
+    """A processor's pixels, [batch, size, size, 3], from 0 to 255."""
+    pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
+    return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255
+
+
+RUN = {
+    "torch": run_torch,
+    "onnx": run_onnx,
+    "sentence-transformers": run_sentence_transformers,
+    "transformers": run_transformers,
+}
+
+
+def main():
+    """Runs the folder on the inputs."""
+    format, folder, inputs, output = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
+    sys.modules.update(dict.fromkeys(ABSENT))
+    texts = json.loads((inputs / "texts.json").read_text(encoding="utf8"))
+    images = [file.read_bytes() for file in sorted((inputs / "images").iterdir())]
+    tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
+    np.savez(
+        output,
+        tokens=np.concatenate(tokens),
+        lengths=[len(ids) for ids in tokens],
+        pixels=np.asarray(pixels, np.float32),
+        text_features=np.asarray(features[0]),
+        image_features=np.asarray(features[1]),
+        text_embeddings=np.asarray(embeddings[0]),
+        image_embeddings=np.asarray(embeddings[1]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Towers as checkpoints in Hugging Face's layout, and what is put together from two of them.
+
+Everything is written as JSON and safetensors: what reads it has to be there for the check only.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.images import RESAMPLING
+from xlir.encoder import Encoder
+from xlir.export.architecture import head_layers, tower_weights
+from xlir.models import pretrained, resnet, transformer, vit
+
+# sentence-transformers' modules, by what they are here.
+_MODULES = "sentence_transformers.base.modules"
+TYPES = {
+    "Router": f"{_MODULES}.router.Router",
+    "Transformer": f"{_MODULES}.transformer.Transformer",
+    "Dense": f"{_MODULES}.dense.Dense",
+    "Normalize": f"{_MODULES}.normalize.Normalize",
+    "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
+}
+# How a model's output becomes one vector: the output's name, and the pooling over its tokens.
+_TOKENS = "last_hidden_state"
+_OUTPUTS = {
+    ("transformer", "mean"): (_TOKENS, "mean"),
+    ("transformer", "cls"): (_TOKENS, "cls"),
+    ("transformer", "pooler"): ("pooler_output", None),
+    ("resnet", ""): ("pooler_output", "mean"),
+    ("vit", "cls"): (_TOKENS, "cls"),
+    ("vit", "pooler"): ("pooler_output", None),
+    ("dinov2", "cls"): (_TOKENS, "cls"),
+    ("clip_vision_model", "cls"): ("pooler_output", None),
+    ("siglip_vision_model", "attention"): ("pooler_output", None),
+    ("siglip_vision_model", "mean"): (_TOKENS, "mean"),
+}
+# Those without a pooler of their own that could be left out.
+_POOLERS = ("bert", "roberta", "xlm-roberta", "vit")
+PAD_TOKENS = ("<pad>", "[PAD]")
+WEIGHTS_FILE = "model.safetensors"
+
+
+def unfit_for_sentence_transformers(encoder: Encoder) -> str:
+    """What of an encoder sentence-transformers can't hold; empty where it can."""
+    for side in ("text", "image"):
+        kind = _kind(encoder, side)
+        if kind in ("muse", "efficientnet"):
+            return f"no module of sentence-transformers is the {side} tower {kind!r}"
+        if _output(encoder, side) is None:
+            return (
+                f"the image tower's pooling {_pooling(encoder, side)!r} of {kind} leaves the class "
+                "token out"
+            )
+    return ""
+
+
+def unfit_for_transformers(encoder: Encoder) -> str:
+    """What of an encoder VisionTextDualEncoderModel can't hold; empty where it can."""
+    for side, known in (
+        ("text", {"transformer": "pooler"}),
+        (
+            "image",
+            {
+                "vit": "pooler",
+                "dinov2": "cls",
+                "clip_vision_model": "cls",
+                "siglip_vision_model": "attention",
+            },
+        ),
+    ):
+        kind, pooling = _kind(encoder, side), _pooling(encoder, side)
+        if kind not in known:
+            return f"VisionTextDualEncoderModel has no {side} tower {kind!r}"
+        if pooling != known[kind]:
+            return f"VisionTextDualEncoderModel pools {kind} by {known[kind]!r}, not by {pooling!r}"
+        if encoder.config[side].head != "linear":
+            return (
+                "VisionTextDualEncoderModel has linear heads, not config."
+                f"{side}.head={encoder.config[side].head!r}"
+            )
+    return ""
+
+
+def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
+    """A Router with a route for each side, then normalisation."""
+    types: dict[str, str] = {}
+    routes: dict[str, list[str]] = {}
+    for side in ("text", "image"):
+        routes[side] = []
+        for index, (kind, write) in enumerate(_modules(encoder, side)):
+            name = f"{side}_{index}_{kind}"
+            (folder / name).mkdir()
+            write(folder / name)
+            types[name] = TYPES[kind]
+            routes[side].append(name)
+    _json(
+        folder / "router_config.json",
+        {
+            "types": types,
+            "structure": routes,
+            "parameters": {
+                "default_route": "text",
+                "allow_empty_key": True,
+                "route_mappings": {f"(None, '{side}')": side for side in routes},
+            },
+        },
+    )
+    (folder / "1_Normalize").mkdir()
+    _json(folder / "1_Normalize" / "config.json", {})
+    modules = (("Router", ""), ("Normalize", "1_Normalize"))
+    _json(
+        folder / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": path, "type": TYPES[kind]}
+            for index, (kind, path) in enumerate(modules)
+        ],
+    )
+    prefix = encoder.config.text.prefix
+    _json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            # It is for images' captions as for queries: every text gets it.
+            "prompts": {"text": prefix} if prefix else {},
+            "default_prompt_name": "text" if prefix else None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
+    """A VisionTextDualEncoderModel with its processor."""
+    weights = {}
+    for side, name in (("text", "text"), ("image", "vision")):
+        tower = _published(encoder, side)
+        weights |= {f"{name}_model.{weight}": value for weight, value in tower.items()}
+    for side, name in (("text", "text"), ("image", "visual")):
+        weights[f"{name}_projection.weight"] = head_layers(encoder, side)[0].weight
+    weights["logit_scale"] = np.log(np.float32(encoder.scale))
+    pretrained.save(weights, folder / WEIGHTS_FILE)
+    _json(
+        folder / "config.json",
+        {
+            "architectures": ["VisionTextDualEncoderModel"],
+            "model_type": "vision-text-dual-encoder",
+            "projection_dim": encoder.config.embedding_dim,
+            "logit_scale_init_value": float(np.log(encoder.scale)),
+            "text_config": _config(encoder, "text"),
+            "vision_config": _config(encoder, "image"),
+        },
+    )
+    _write_tokenizer(encoder, folder)
+    processor = {"processor_class": "VisionTextDualEncoderProcessor"}
+    _json(folder / "preprocessor_config.json", _image_processor(encoder) | processor)
+
+
+def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
+    """The modules of one route: their types, and what writes each into its folder."""
+    output, pooling = _output(encoder, side)
+    dim = encoder.feature_dims[side]
+    modules = [("Transformer", lambda folder: _write_tower(encoder, side, folder, output, pooling))]
+    if pooling:
+        config = {"embedding_dimension": dim, "pooling_mode": pooling, "include_prompt": True}
+        modules.append(("Pooling", lambda folder: _json(folder / "config.json", config)))
+    layers = head_layers(encoder, side)
+    for index, layer in enumerate(layers):
+        if layer.kind == "norm":
+            modules.append(("LayerNorm", lambda folder, layer=layer: _write_norm(folder, layer)))
+        elif layer.kind == "dense":
+            gelu = index + 1 < len(layers) and layers[index + 1].kind == "gelu"
+            modules.append(
+                ("Dense", lambda folder, layer=layer, gelu=gelu: _write_dense(folder, layer, gelu))
+            )
+    return modules
+
+
+def _write_tower(
+    encoder: Encoder, side: str, folder: pathlib.Path, output: str, pooling: str | None
+) -> None:
+    """A checkpoint, with what makes it a module of sentence-transformers."""
+    config = _config(encoder, side)
+    _json(folder / "config.json", config)
+    pretrained.save(_published(encoder, side), folder / WEIGHTS_FILE)
+    modality = "text"
+    options: dict[str, Any] = {}
+    if side == "text":
+        _write_tokenizer(encoder, folder)
+    else:
+        modality = "image"
+        _json(folder / "preprocessor_config.json", _image_processor(encoder))
+        # As in training; torchvision's resize differs in the last bit.
+        options["processor_kwargs"] = {"backend": "pil"}
+    if config["model_type"] in _POOLERS and output != "pooler_output":
+        options["model_kwargs"] = {"add_pooling_layer": False}
+    _json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": {modality: {"method": "forward", "method_output_name": output}},
+            "module_output_name": "token_embeddings" if pooling else "sentence_embedding",
+            **options,
+        },
+    )
+
+
+def _write_norm(folder: pathlib.Path, layer) -> None:
+    _json(folder / "config.json", {"dimension": len(layer.weight)})
+    pretrained.save({"norm.weight": layer.weight, "norm.bias": layer.bias}, folder / WEIGHTS_FILE)
+
+
+def _write_dense(folder: pathlib.Path, layer, gelu: bool) -> None:
+    dim, features = layer.weight.shape
+    activation = "activation.GELU" if gelu else "linear.Identity"
+    _json(
+        folder / "config.json",
+        {
+            "in_features": features,
+            "out_features": dim,
+            "bias": layer.bias is not None,
+            "activation_function": f"torch.nn.modules.{activation}",
+            "module_input_name": "sentence_embedding",
+            "module_output_name": "sentence_embedding",
+        },
+    )
+    bias = {} if layer.bias is None else {"linear.bias": layer.bias}
+    pretrained.save({"linear.weight": layer.weight} | bias, folder / WEIGHTS_FILE)
+
+
+def _kind(encoder: Encoder, side: str) -> str:
+    """A tower's kind; of vision transformers the model type."""
+    description = encoder.descriptions[side]
+    if description["kind"] == "vit":
+        return vit.vision_config(description["config"])["model_type"]
+    return description["kind"]
+
+
+def _pooling(encoder: Encoder, side: str) -> str:
+    description = encoder.descriptions[side]
+    if description["kind"] == "vit" and not description["pooling"]:
+        return vit.default_pooling(vit.vision_config(description["config"]))
+    return "" if description["kind"] == "resnet" else description.get("pooling", "")
+
+
+def _output(encoder: Encoder, side: str) -> tuple[str, str | None] | None:
+    return _OUTPUTS.get((_kind(encoder, side), _pooling(encoder, side)))
+
+
+def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
+    """A tower's weights by the names of `transformers`."""
+    weights, config = tower_weights(encoder, side), _config(encoder, side)
+    restore = {
+        "transformer": transformer.restore_text,
+        "vit": vit.restore,
+        "resnet": resnet.restore,
+    }[encoder.descriptions[side]["kind"]]
+    return restore(weights, config)
+
+
+def _config(encoder: Encoder, side: str) -> dict[str, Any]:
+    """The config.json of a tower: the checkpoint's that it began as, and what has changed."""
+    description = encoder.descriptions[side]
+    config = dict(description["config"]) | {"dtype": "float32"}
+    for name in ("architectures", "torch_dtype", "_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    if side == "text":
+        weights = encoder.weights("text_tower")
+        config["vocab_size"] = len(weights["embedding"])
+        if "roberta" in config["model_type"]:
+            # Positions count from the padding token's id.
+            config["pad_token_id"] = _pad_token(encoder)[1]
+        offset = transformer.position_offset(config)
+        config["max_position_embeddings"] = len(weights["position"]) + offset
+        return config
+    if description["kind"] == "vit":
+        config = vit.vision_config(config) | {"dtype": "float32"}
+        config["image_size"] = description["preprocessing"]["size"]
+        if _pooling(encoder, side) == "mean":
+            config["vision_use_head"] = False
+    return config
+
+
+def _image_processor(encoder: Encoder) -> dict[str, Any]:
+    """The preprocessor_config.json that does what a run's preprocessing does."""
+    options: Mapping[str, Any] = encoder.descriptions["image"]["preprocessing"]
+    size, resize = options["size"], options["resize"]
+    processor: dict[str, Any] = {
+        "do_resize": True,
+        "resample": int(RESAMPLING[options["resample"]]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(options["mean"]),
+        "image_std": list(options["std"]),
+        "do_convert_rgb": True,
+    }
+    if options["crop"] == "squash" and resize == size:
+        return processor | {
+            "image_processor_type": "ViTImageProcessor",
+            "size": {"height": size, "width": size},
+        }
+    squash = options["crop"] == "squash"
+    return processor | {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": resize, "width": resize} if squash else {"shortest_edge": resize},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+    }
+
+
+def _pad_token(encoder: Encoder) -> tuple[str, int]:
+    """The padding token and its id; of a tokenizer without one another special token.
+
+    Masked positions have no effect, whatever stands there.
+    """
+    special = encoder.tokenizer.special_tokens()
+    chosen = next((token for token in PAD_TOKENS if token in special), next(iter(special)))
+    return chosen, special[chosen]
+
+
+def _write_tokenizer(encoder: Encoder, folder: pathlib.Path) -> None:
+    encoder.tokenizer.save_vocabulary(folder)
+    _json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": encoder.config.text.max_length,
+            "pad_token": _pad_token(encoder)[0],
+            "padding_side": "right",
+            "truncation_side": "right",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _json(file: pathlib.Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")

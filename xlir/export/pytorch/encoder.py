@@ -1,0 +1,103 @@
+"""The dual encoder: raw texts and images in, embeddings out."""
+
+import json
+import pathlib
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .convolutional import EfficientNet, ResNet
+from .inputs import ImageReader, load_tokenizer, pad
+from .muse import Muse
+from .transformer import TextTransformer, ViT
+
+TOWERS = {
+    "transformer": TextTransformer,
+    "muse": Muse,
+    "vit": ViT,
+    "resnet": ResNet,
+    "efficientnet": EfficientNet,
+}
+BATCH = 32
+
+
+class DualEncoder(nn.Module):
+    """Two towers and two heads; embeddings are of unit length, dot products are cosines.
+
+    Attributes:
+      tokenizer: texts -> a list of token ids each.
+      reader: image -> uint8 [size, size, 3].
+      logit_scale: the inverse temperature that the model was trained with.
+    """
+
+    def __init__(self, config, tokenizer=None, reader=None):
+        super().__init__()
+        self.tokenizer, self.reader = tokenizer, reader
+        self.logit_scale = config["logit_scale"]
+        for side in ("text", "image"):
+            tower = dict(config[side]["tower"])
+            setattr(self, f"{side}_tower", TOWERS[tower.pop("kind")](**tower))
+            setattr(self, f"{side}_head", head(config[side]["head"]))
+
+    @torch.inference_mode()
+    def encode_text(self, texts):
+        """Embeddings [texts, dim] of strings."""
+        batches = []
+        for start in range(0, len(texts), BATCH):
+            ids, mask = map(torch.from_numpy, pad(self.tokenizer(texts[start : start + BATCH])))
+            batches.append(self.embed_text(ids.to(self.device), mask.to(self.device)))
+        return torch.cat(batches)
+
+    @torch.inference_mode()
+    def encode_image(self, images):
+        """Embeddings [images, dim] of paths, encoded bytes or PIL images."""
+        batches = []
+        for start in range(0, len(images), BATCH):
+            pixels = np.stack([self.reader(image) for image in images[start : start + BATCH]])
+            batches.append(self.embed_image(torch.from_numpy(pixels).to(self.device)))
+        return torch.cat(batches)
+
+    def embed_text(self, ids, mask):
+        """Embeddings of token ids, int [batch, length]; the mask, bool, is False for padding."""
+        return unit(self.text_head(self.text_tower(ids, mask)))
+
+    def embed_image(self, pixels):
+        """Embeddings of RGB pixels, uint8 [batch, size, size, 3]."""
+        return unit(self.image_head(self.image_tower(pixels)))
+
+    @property
+    def device(self):
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+
+def head(layers):
+    """What maps a tower's output into the shared space, from its description in config.json."""
+    modules = []
+    for name, *arguments in layers:
+        if name == "norm":
+            modules.append(nn.LayerNorm(*arguments))
+        elif name == "dense":
+            features, dim, bias = arguments
+            modules.append(nn.Linear(features, dim, bias=bias))
+        else:
+            modules.append({"gelu": nn.GELU}[name]())
+    return nn.Sequential(*modules)
+
+
+def unit(x):
+    """Each row over its length."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def load(folder):
+    """The model of an exported folder, for inference."""
+    folder = pathlib.Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    tokenizer = load_tokenizer(folder, **config["tokenizer"])
+    model = DualEncoder(config, tokenizer, ImageReader(**config["preprocessing"]))
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return model.eval()

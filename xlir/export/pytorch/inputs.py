@@ -1,0 +1,97 @@
+"""Texts to token ids, images to pixels."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def load_tokenizer(folder, kind, max_length, prefix=""):
+    """The tokenizer of an exported folder; its library is needed only where it is used."""
+    if kind == "sentencepiece":
+        return SentencePiece(folder / "sentencepiece.model", max_length)
+    return FastTokenizer(folder / "tokenizer.json", max_length, prefix)
+
+
+class FastTokenizer:
+    """A tokenizer.json; texts are cut to `max_length` tokens and start with `prefix`."""
+
+    def __init__(self, file, max_length, prefix):
+        import tokenizers
+
+        self.tokenizer, self.prefix = tokenizers.Tokenizer.from_file(str(file)), prefix
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_length)
+
+    def __call__(self, texts):
+        """A list of ids for each text."""
+        return [e.ids for e in self.tokenizer.encode_batch([self.prefix + text for text in texts])]
+
+
+class SentencePiece:
+    """mUSE's tokenizer: each unknown character, and a text without pieces, is one UNK."""
+
+    def __init__(self, file, max_length):
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self.keep = max_length - 2
+
+    def __call__(self, texts):
+        """A list of ids for each text."""
+        model, unknown = self.model, self.model.unk_id()
+        rows = []
+        for ids, pieces in zip(model.encode(texts), model.encode(texts, out_type=str), strict=True):
+            spread = []
+            for id, piece in zip(ids, pieces, strict=True):
+                spread += [id] * (len(piece) if id == unknown else 1)
+            rows.append([model.bos_id(), *(spread or [unknown])[: self.keep], model.eos_id()])
+        return rows
+
+
+def pad(rows):
+    """Ids, int64 [batch, length], and a mask, bool, that is False where a row is padding."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask
+
+
+class ImageReader:
+    """Decodes an image and resizes it to a square, as the model was trained.
+
+    Upright as its EXIF orientation says, over white where it is transparent. `resize` is what the
+    shorter side ("center") or both sides ("squash") are resized to, before the middle is cut out.
+    """
+
+    def __init__(self, size, resize, resample, crop):
+        self.size, self.resize, self.crop = size, resize, crop
+        self.resample = Image.Resampling[resample.upper()]
+
+    def __call__(self, image):
+        """Pixels, uint8 [size, size, 3], of a path, encoded bytes or a PIL image."""
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, (str, os.PathLike)):
+            image = Image.open(image)
+        image = rgb(ImageOps.exif_transpose(image))
+        width = height = self.resize
+        if self.crop == "center" and image.width <= image.height:
+            height = int(self.resize * image.height / image.width)
+        elif self.crop == "center":
+            width = int(self.resize * image.width / image.height)
+        image = image.resize((width, height), self.resample)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return np.array(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def rgb(image):
+    """The image in 8-bit RGB."""
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

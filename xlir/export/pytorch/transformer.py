@@ -1,0 +1,186 @@
+"""Text transformers (BERT, DistilBERT, XLM-R) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
+
+A text's token type and XLM-R's offset of positions are in the position table; a class token's
+position is in the token.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class TextTransformer(nn.Module):
+    """Token ids to one vector: pooling is "mean", "cls", or "pooler" (dense and tanh over it)."""
+
+    def __init__(self, vocabulary, positions, depth, shape, pooling):
+        super().__init__()
+        hidden = shape["hidden"]
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.position = nn.Parameter(torch.zeros(positions, hidden))
+        self.embedding_norm = nn.LayerNorm(hidden, shape["epsilon"])
+        self.layers = nn.ModuleList(Layer(**shape) for _ in range(depth))
+        self.pooler = nn.Linear(hidden, hidden) if pooling == "pooler" else None
+        self.pooling = pooling
+
+    def forward(self, ids, mask):
+        """[batch, length] ids and mask to [batch, hidden]."""
+        x = self.embedding(ids) + self.position[: ids.shape[1]]
+        x = self.embedding_norm(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+        if self.pooling == "mean":
+            weight = mask[..., None].to(x.dtype)
+            return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+        x = x[:, 0]
+        return x if self.pooler is None else torch.tanh(self.pooler(x))
+
+
+class ViT(nn.Module):
+    """Pixels to one vector: pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
+
+    def __init__(
+        self, size, patch, depth, shape, pooling, class_token, input_norm, patch_bias, mean, std
+    ):
+        super().__init__()
+        hidden, norm = shape["hidden"], functools.partial(nn.LayerNorm, eps=shape["epsilon"])
+        self.side, self.patch, self.pooling = size // patch, patch, pooling
+        self.patches = nn.Linear(3 * patch**2, hidden, bias=patch_bias)
+        self.position = nn.Parameter(torch.zeros(self.side**2, hidden))
+        self.class_token = nn.Parameter(torch.zeros(hidden)) if class_token else None
+        self.input_norm = norm(hidden) if input_norm else None
+        self.layers = nn.ModuleList(Layer(**shape) for _ in range(depth))
+        self.norm = norm(hidden)
+        self.pooler = nn.Linear(hidden, hidden) if pooling == "pooler" else None
+        self.attention_pool = AttentionPool(**shape) if pooling == "attention" else None
+        self.normalize = Normalize(mean, std)
+
+    def forward(self, pixels):
+        """uint8 [batch, size, size, 3] to [batch, hidden]."""
+        side, patch = self.side, self.patch
+        x = self.normalize(pixels)[:, : side * patch, : side * patch]
+        x = x.reshape(-1, side, patch, side, patch, 3).transpose(2, 3)
+        x = self.patches(x.reshape(-1, side**2, 3 * patch**2)) + self.position
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = x if self.input_norm is None else self.input_norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        if self.attention_pool is not None:
+            return self.attention_pool(x)
+        if self.pooling == "mean":
+            return x[:, 0 if self.class_token is None else 1 :].mean(1)
+        return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward block, each with a residual connection and a norm."""
+
+    def __init__(
+        self, hidden, heads, inner, activation, epsilon, pre_norm, qkv_bias, layer_scale, gated
+    ):
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.attention = Attention(hidden, heads, qkv_bias)
+        self.attention_norm = nn.LayerNorm(hidden, epsilon)
+        self.mlp = FeedForward(hidden, inner, activation, gated)
+        self.mlp_norm = nn.LayerNorm(hidden, epsilon)
+        self.attention_scale = nn.Parameter(torch.ones(hidden)) if layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(hidden)) if layer_scale else None
+
+    def forward(self, x, mask=None):
+        """[batch, length, hidden] to the same."""
+        attention = functools.partial(self.attention, mask=mask)
+        x = self.block(x, attention, self.attention_norm, self.attention_scale)
+        return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
+
+    def block(self, x, function, norm, scale):
+        """One of the two."""
+        y = function(norm(x) if self.pre_norm else x)
+        y = y if scale is None else y * scale
+        return x + y if self.pre_norm else norm(x + y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; none attends where the mask is False."""
+
+    def __init__(self, hidden, heads, bias):
+        super().__init__()
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=bias)
+        self.output = nn.Linear(hidden, hidden)
+        self.heads = heads
+
+    def forward(self, x, mask=None):
+        """[batch, length, hidden] to the same."""
+        query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        mask = None if mask is None else mask[:, None, None, :]
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.output(x.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Dense, activation, dense; gated, the first is two, and one of them the gate."""
+
+    def __init__(self, hidden, inner, activation, gated):
+        super().__init__()
+        self.inner = nn.Linear(hidden, 2 * inner if gated else inner)
+        self.outer = nn.Linear(inner, hidden)
+        self.activation, self.gated = ACTIVATIONS[activation], gated
+
+    def forward(self, x):
+        """[..., hidden] to the same."""
+        if not self.gated:
+            return self.outer(self.activation(self.inner(x)))
+        gate, x = self.inner(x).chunk(2, dim=-1)
+        return self.outer(self.activation(gate) * x)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: one learned query attends to all patches, then a feed-forward block."""
+
+    def __init__(self, hidden, heads, inner, activation, epsilon, **_):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(hidden))
+        self.query = nn.Linear(hidden, hidden)
+        self.key_value = nn.Linear(hidden, 2 * hidden)
+        self.output = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden, epsilon)
+        self.mlp = FeedForward(hidden, inner, activation, gated=False)
+        self.heads = heads
+
+    def forward(self, x):
+        """[batch, length, hidden] to [batch, hidden]."""
+        query = split(self.query(self.probe).expand(len(x), 1, -1), self.heads)
+        key, value = (split(part, self.heads) for part in self.key_value(x).chunk(2, dim=-1))
+        x = F.scaled_dot_product_attention(query, key, value)
+        x = self.output(x.transpose(1, 2).flatten(2)[:, 0])
+        return x + self.mlp(self.norm(x))
+
+
+class Normalize(nn.Module):
+    """Pixels 0 to 255 to the scale that a tower was trained at."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, pixels):
+        """uint8 to float32, of the same shape; the last axis is red, green, blue."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def split(x, heads):
+    """[batch, length, hidden] to [batch, heads, length, hidden / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

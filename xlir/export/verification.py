@@ -1,0 +1,237 @@
+"""Does an exported folder give what the run gives? Real captions and photos through both."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from input_pipeline import images as image_io
+from xlir import metrics
+from xlir.data import RetrievalSet
+from xlir.encoder import SIDES, Encoder
+
+log = logging.getLogger(__name__)
+
+# Largest difference of an embedding's coordinates, which are of vectors of length one.
+TOLERANCE = 1e-4
+# Largest difference of a pixel, in levels of 255.
+PIXEL_TOLERANCE = 0.01
+IMAGES, TEXTS = 32, 64
+RECALL_AT = (1, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Captions and their photos.
+
+    Attributes:
+      name: the test set that they are of.
+      languages: of the captions.
+      texts: captions.
+      image_of: the row of each caption's photo.
+      images: encoded photos.
+    """
+
+    name: str
+    languages: list[str]
+    texts: list[str]
+    image_of: Int[np.ndarray, " texts"]
+    images: list[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How far an exported model is from the run's.
+
+    Attributes:
+      examples: what went through both.
+      tokens: captions whose token ids differ.
+      pixels: the largest difference of a pixel, in levels of 255.
+      towers: largest difference of the towers' features over their largest value, by side.
+      embeddings: largest difference of the embeddings, by side.
+      cosine: the smallest cosine of an embedding with its counterpart, by side.
+      recall: Recall@K, text to image, of the run's and of the exported embeddings.
+    """
+
+    examples: Examples
+    tokens: int
+    pixels: float
+    towers: Mapping[str, float]
+    embeddings: Mapping[str, float]
+    cosine: Mapping[str, float]
+    recall: tuple[list[float], list[float]]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is rounding."""
+        return max(self.embeddings.values()) <= TOLERANCE and self.recall[0] == self.recall[1]
+
+    def __str__(self) -> str:
+        at = "/".join(map(str, RECALL_AT))
+        ours, theirs = ("/".join(f"{100 * r:.1f}" for r in side) for side in self.recall)
+        lines = [
+            f"checked on {len(self.examples.texts)} captions in "
+            f"{', '.join(self.examples.languages)} and {len(self.examples.images)} photos of "
+            f"{self.examples.name}:",
+            f"  tokens      {len(self.examples.texts) - self.tokens} of "
+            f"{len(self.examples.texts)} captions equal",
+            f"  pixels      differ by {self.pixels:.1g} levels of 255 at most",
+        ]
+        for side in SIDES:
+            lines.append(
+                f"  {side:<6}      tower {self.towers[side]:.1e}, embedding "
+                f"{self.embeddings[side]:.1e} at most, cosine {self.cosine[side]:.7f} at least"
+            )
+        return "\n".join([*lines, f"  Recall@{at} {ours}, exported {theirs}"])
+
+    def first_difference(self) -> str:
+        """The first stage that differs, from raw input to embedding."""
+        if self.tokens:
+            return f"the tokens of {self.tokens} captions"
+        if self.pixels > PIXEL_TOLERANCE:
+            return f"pixels, by up to {self.pixels:.3g} levels of 255"
+        for what, differences in (("tower", self.towers), ("head", self.embeddings)):
+            for side in SIDES:
+                if differences[side] > TOLERANCE:
+                    return f"the {side} {what}, by up to {differences[side]:.1e}"
+        return "Recall, which a tie decides: the photos of the test set are nearly alike to it"
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Raises FileNotFoundError where a package is missing."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise FileNotFoundError(f"{', '.join(missing)} not installed: pip install 'xlir[export]'")
+
+
+def examples(chosen: RetrievalSet) -> Examples:
+    """Photos of a set, evenly spaced, and two captions of each: languages take turns."""
+    count = min(len(chosen.images), IMAGES)
+    rows = [row * len(chosen.images) // count for row in range(count)]
+    languages, texts, image_of = sorted(chosen.captions), [], []
+    for place, row in enumerate(rows):
+        captions = [
+            (language, text)
+            for language in languages
+            for text in np.flatnonzero(chosen.image_of[language] == row)
+        ]
+        # Each photo goes on in the list where the one before stopped.
+        for number in range(min(TEXTS // IMAGES, len(captions))):
+            language, text = captions[(place * (TEXTS // IMAGES) + number) % len(captions)]
+            texts.append(chosen.captions[language][text])
+            image_of.append(place)
+    images = [chosen.images[row] for row in rows]
+    encoded = [x if isinstance(x, bytes) else pathlib.Path(x).read_bytes() for x in images]
+    return Examples(chosen.name, languages, texts, np.array(image_of), encoded)
+
+
+def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples) -> Report:
+    """Compares an exported folder with the run that it came from.
+
+    Args:
+      encoder: the run's, in float32.
+      folder: the exported folder.
+      format: its format.
+      pairs: what goes through both.
+
+    Raises:
+      ValueError: the folder can't be loaded or gives something else; the message names the first
+        stage that differs.
+    """
+    theirs = _run(folder, format, pairs)
+    ours = _reference(encoder, pairs)
+    report = _compare(ours, theirs, pairs)
+    if not report.agrees:
+        raise ValueError(
+            f"the exported model is not the run's, nothing is kept: {report.first_difference()} "
+            f"(embeddings differ by {max(report.embeddings.values()):.1e}, tolerance {TOLERANCE})"
+        )
+    return report
+
+
+def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
+    """What the run gives."""
+    tokens = encoder.tokenizer(pairs.texts, max_length=encoder.config.text.max_length)
+    # Whole: large JPEGs are else decoded at a fraction of their size, which others don't do.
+    pixels = [image_io.decode(x, encoder.preprocessing, reduce=False) for x in pairs.images]
+    outputs = {
+        "tokens": np.concatenate(tokens),
+        "lengths": np.array([len(ids) for ids in tokens]),
+        "pixels": np.stack(pixels).astype(np.float32),
+    }
+    for side, batches, inputs in (
+        ("text", encoder.text_batches, pairs.texts),
+        ("image", encoder.image_batches, pixels),
+    ):
+        outputs[f"{side}_features"] = encoder.features(side, batches(inputs), len(inputs))
+        outputs[f"{side}_embeddings"] = encoder.embed(side, batches(inputs), len(inputs))
+    return outputs
+
+
+def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.ndarray]:
+    """What the folder gives, in a new process."""
+    with tempfile.TemporaryDirectory() as name:
+        inputs, output = pathlib.Path(name), pathlib.Path(name) / "output.npz"
+        (inputs / "texts.json").write_text(json.dumps(pairs.texts), encoding="utf8")
+        (inputs / "images").mkdir()
+        for row, image in enumerate(pairs.images):
+            (inputs / "images" / f"{row:03d}").write_bytes(image)
+        script = pathlib.Path(__file__).with_name("check.py")
+        process = subprocess.run(
+            # Not from this folder, whose modules have names of their own.
+            [sys.executable, "-P", str(script), format, str(folder), name, str(output)],
+            env=os.environ
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "TRANSFORMERS_VERBOSITY": "error",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise ValueError(f"the exported model can't be run, nothing is kept: {reason}")
+        with np.load(output) as arrays:
+            return dict(arrays)
+
+
+def _compare(ours: Mapping, theirs: Mapping, pairs: Examples) -> Report:
+    def tokens(outputs: Mapping) -> list[list[int]]:
+        ends = np.cumsum(outputs["lengths"])[:-1]
+        return [ids.tolist() for ids in np.split(outputs["tokens"], ends)]
+
+    def largest(name: str) -> float:
+        return float(np.abs(ours[name] - theirs[name]).max())
+
+    equal = sum(a == b for a, b in zip(tokens(ours), tokens(theirs), strict=True))
+    features = {side: f"{side}_features" for side in SIDES}
+    embeddings = {side: f"{side}_embeddings" for side in SIDES}
+    return Report(
+        examples=pairs,
+        tokens=len(pairs.texts) - equal,
+        pixels=largest("pixels"),
+        towers={s: largest(x) / float(np.abs(ours[x]).max()) for s, x in features.items()},
+        embeddings={side: largest(name) for side, name in embeddings.items()},
+        cosine={s: float((ours[x] * theirs[x]).sum(1).min()) for s, x in embeddings.items()},
+        recall=(_recall(ours, pairs), _recall(theirs, pairs)),
+    )
+
+
+def _recall(outputs: Mapping[str, Float[np.ndarray, "rows dim"]], pairs: Examples) -> list[float]:
+    ranks = metrics.retrieval_ranks(
+        outputs["text_embeddings"],
+        outputs["image_embeddings"],
+        pairs.image_of,
+        np.arange(len(pairs.images)),
+    )
+    return [ranks.recall_at(k) for k in RECALL_AT]
