@@ -5,7 +5,6 @@ has been loaded afresh and has given the run's own embeddings for real captions 
 """
 
 import logging
-import os
 import pathlib
 import secrets
 import shutil
@@ -52,13 +51,16 @@ FORMATS = {
 }
 
 
-def _check_target(to: pathlib.Path) -> None:
-    """Raises where the folder holds something, or can't be made."""
+def _unfinished(to: pathlib.Path) -> pathlib.Path:
+    """A new folder beside the target, which holds nothing; a rename can't cross file systems."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
-    parent = next(folder for folder in to.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(f"--to={to}: can't write to {parent}")
+    folder = to.absolute().parent / f".{to.name}.partial-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"--to={to}: can't write to {folder.parent}: {error.strerror}") from error
+    return folder
 
 
 def _fitting(encoder: Encoder) -> str:
@@ -92,18 +94,17 @@ def export(
     """
     if format and format not in FORMATS:
         raise ValueError(f"--format={format} is not known; known: {', '.join(FORMATS)}")
-    _check_target(to)
-    encoder = Encoder.load(workdir, weights=weights, dtype="float32")
-    format = format or _fitting(encoder)
-    if reason := FORMATS[format].unfit(encoder):
-        others = [name for name, other in FORMATS.items() if not other.unfit(encoder)]
-        raise ValueError(f"{reason}; formats that hold this model: {', '.join(others)}")
-    verification.check_packages(FORMATS[format].needs)
-    pairs = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
-    # Beside the target: a rename can't cross file systems.
-    unfinished = to.parent / f".{to.name}.partial-{secrets.token_hex(4)}"
+    unfinished = _unfinished(to)
     try:
-        unfinished.mkdir(parents=True)
+        encoder = Encoder.load(workdir, weights=weights, dtype="float32")
+        format = format or _fitting(encoder)
+        if reason := FORMATS[format].unfit(encoder):
+            others = [name for name, other in FORMATS.items() if not other.unfit(encoder)]
+            raise ValueError(
+                f"--format={format} can't hold this model: {reason}. What can: {', '.join(others)}"
+            )
+        verification.check_packages(FORMATS[format].needs)
+        pairs = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, unfinished)
         report = verification.verify(encoder, unfinished, format, pairs)

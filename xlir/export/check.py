@@ -43,15 +43,15 @@ def run_onnx(folder, texts, images):
     tokens = inputs.load_tokenizer(folder, **config["tokenizer"])(texts)
     reader = inputs.ImageReader(**config["preprocessing"])
     pixels = np.stack([reader(image) for image in images])
-    outputs = []
+    results = []
     ids, mask = inputs.pad(tokens)
     for side, feed in (
         ("text", {"input_ids": ids, "attention_mask": mask.astype(np.int64)}),
         ("image", {"pixels": pixels}),
     ):
         session = onnxruntime.InferenceSession(folder / f"{side}.onnx")
-        outputs.append(session.run(["features", "embeddings"], feed))
-    features, embeddings = zip(*outputs, strict=True)
+        results.append(session.run(["features", "embeddings"], feed))
+    features, embeddings = zip(*results, strict=True)
     return tokens, pixels, features, embeddings
 
 
@@ -90,9 +90,9 @@ def run_transformers(folder, texts, images):
     text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     image = processor([opened(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
-        outputs = model(**text, pixel_values=image["pixel_values"])
-    features = outputs.text_model_output.pooler_output, outputs.vision_model_output.pooler_output
-    embeddings = outputs.text_embeds, outputs.image_embeds
+        out = model(**text, pixel_values=image["pixel_values"])
+    features = out.text_model_output.pooler_output, out.vision_model_output.pooler_output
+    embeddings = out.text_embeds, out.image_embeds
     return unpadded(text), levels(image, processor), features, embeddings
 
 
@@ -125,23 +125,27 @@ RUN = {
 }
 
 
+def outputs(format, folder, texts, images):
+    """What a folder gives for texts and encoded images, stage by stage."""
+    tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
+    return {
+        "tokens": np.concatenate(tokens),
+        "lengths": np.array([len(ids) for ids in tokens]),
+        "pixels": np.asarray(pixels, np.float32),
+        "text_features": np.asarray(features[0]),
+        "image_features": np.asarray(features[1]),
+        "text_embeddings": np.asarray(embeddings[0]),
+        "image_embeddings": np.asarray(embeddings[1]),
+    }
+
+
 def main():
     """Runs the folder on the inputs."""
     format, folder, inputs, output = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
     sys.modules.update(dict.fromkeys(ABSENT))
     texts = json.loads((inputs / "texts.json").read_text(encoding="utf8"))
     images = [file.read_bytes() for file in sorted((inputs / "images").iterdir())]
-    tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
-    np.savez(
-        output,
-        tokens=np.concatenate(tokens),
-        lengths=[len(ids) for ids in tokens],
-        pixels=np.asarray(pixels, np.float32),
-        text_features=np.asarray(features[0]),
-        image_features=np.asarray(features[1]),
-        text_embeddings=np.asarray(embeddings[0]),
-        image_embeddings=np.asarray(embeddings[1]),
-    )
+    np.savez(output, **outputs(format, folder, texts, images))
 
 
 if __name__ == "__main__":

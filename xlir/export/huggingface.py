@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.images import RESAMPLING
-from xlir.encoder import Encoder
+from xlir.encoder import SIDES, Encoder
 from xlir.export.architecture import head_layers, tower_weights
 from xlir.models import pretrained, resnet, transformer, vit
 
@@ -39,7 +39,15 @@ _OUTPUTS = {
     ("siglip_vision_model", "attention"): ("pooler_output", None),
     ("siglip_vision_model", "mean"): (_TOKENS, "mean"),
 }
-# Those without a pooler of their own that could be left out.
+# What VisionTextDualEncoderModel takes for a tower's output.
+_POOLED = {
+    "transformer": "pooler",
+    "vit": "pooler",
+    "dinov2": "cls",
+    "clip_vision_model": "cls",
+    "siglip_vision_model": "attention",
+}
+# Those that have a pooler which can be left out.
 _POOLERS = ("bert", "roberta", "xlm-roberta", "vit")
 PAD_TOKENS = ("<pad>", "[PAD]")
 WEIGHTS_FILE = "model.safetensors"
@@ -47,50 +55,36 @@ WEIGHTS_FILE = "model.safetensors"
 
 def unfit_for_sentence_transformers(encoder: Encoder) -> str:
     """What of an encoder sentence-transformers can't hold; empty where it can."""
-    for side in ("text", "image"):
+    reasons = []
+    for side in SIDES:
         kind = _kind(encoder, side)
         if kind in ("muse", "efficientnet"):
-            return f"no module of sentence-transformers is the {side} tower {kind!r}"
-        if _output(encoder, side) is None:
-            return (
-                f"the image tower's pooling {_pooling(encoder, side)!r} of {kind} leaves the class "
-                "token out"
-            )
-    return ""
+            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+        elif _output(encoder, side) is None:
+            reasons.append(f"its mean over {kind} takes the class token in")
+    return "; ".join(reasons)
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
     """What of an encoder VisionTextDualEncoderModel can't hold; empty where it can."""
-    for side, known in (
-        ("text", {"transformer": "pooler"}),
-        (
-            "image",
-            {
-                "vit": "pooler",
-                "dinov2": "cls",
-                "clip_vision_model": "cls",
-                "siglip_vision_model": "attention",
-            },
-        ),
-    ):
+    reasons = []
+    for side in SIDES:
         kind, pooling = _kind(encoder, side), _pooling(encoder, side)
-        if kind not in known:
-            return f"VisionTextDualEncoderModel has no {side} tower {kind!r}"
-        if pooling != known[kind]:
-            return f"VisionTextDualEncoderModel pools {kind} by {known[kind]!r}, not by {pooling!r}"
-        if encoder.config[side].head != "linear":
-            return (
-                "VisionTextDualEncoderModel has linear heads, not config."
-                f"{side}.head={encoder.config[side].head!r}"
-            )
-    return ""
+        head = encoder.config[side].head
+        if kind not in _POOLED:
+            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+        elif pooling != _POOLED[kind]:
+            reasons.append(f"its {side} pooling is {_POOLED[kind]!r}, not {pooling!r}")
+        if head != "linear":
+            reasons.append(f"its {side} head is a matrix without bias, not {head!r}")
+    return "; ".join(reasons)
 
 
 def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
     """A Router with a route for each side, then normalisation."""
     types: dict[str, str] = {}
     routes: dict[str, list[str]] = {}
-    for side in ("text", "image"):
+    for side in SIDES:
         routes[side] = []
         for index, (kind, write) in enumerate(_modules(encoder, side)):
             name = f"{side}_{index}_{kind}"

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from input_pipeline import images as image_io
 from xlir import metrics
@@ -98,12 +99,12 @@ class Report:
         if self.tokens:
             return f"the tokens of {self.tokens} captions"
         if self.pixels > PIXEL_TOLERANCE:
-            return f"pixels, by up to {self.pixels:.3g} levels of 255"
+            return f"pixels (by {self.pixels:.3g} levels of 255 at most)"
         for what, differences in (("tower", self.towers), ("head", self.embeddings)):
             for side in SIDES:
                 if differences[side] > TOLERANCE:
-                    return f"the {side} {what}, by up to {differences[side]:.1e}"
-        return "Recall, which a tie decides: the photos of the test set are nearly alike to it"
+                    return f"outputs of the {side} {what} (by {differences[side]:.1e} at most)"
+        return f"Recall@K ({self.recall[0]} and {self.recall[1]}: near ties)"
 
 
 def check_packages(names: Sequence[str]) -> None:
@@ -151,8 +152,8 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
     report = _compare(ours, theirs, pairs)
     if not report.agrees:
         raise ValueError(
-            f"the exported model is not the run's, nothing is kept: {report.first_difference()} "
-            f"(embeddings differ by {max(report.embeddings.values()):.1e}, tolerance {TOLERANCE})"
+            f"the exported model is not the run's: {report.first_difference()} differ; "
+            f"embeddings by {max(report.embeddings.values()):.1e} (tolerance {TOLERANCE})"
         )
     return report
 
@@ -199,8 +200,9 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             text=True,
         )
         if process.returncode:
-            reason = (process.stderr.strip().splitlines() or ["it was killed"])[-1]
-            raise ValueError(f"the exported model can't be run, nothing is kept: {reason}")
+            # What follows the last frame of the traceback.
+            reason = " ".join(re.split(r"(?m)^ {2,}.*\n", process.stderr)[-1].split())
+            raise ValueError(f"the exported model can't be run: {reason or 'it was killed'}")
         with np.load(output) as arrays:
             return dict(arrays)
 
@@ -227,7 +229,7 @@ def _compare(ours: Mapping, theirs: Mapping, pairs: Examples) -> Report:
     )
 
 
-def _recall(outputs: Mapping[str, Float[np.ndarray, "rows dim"]], pairs: Examples) -> list[float]:
+def _recall(outputs: Mapping[str, np.ndarray], pairs: Examples) -> list[float]:
     ranks = metrics.retrieval_ranks(
         outputs["text_embeddings"],
         outputs["image_embeddings"],

@@ -147,6 +147,8 @@ class ViT(nnx.Module):
             raise ValueError(
                 f"pooling is {pooling!r}; of {config['model_type']} it can be {', '.join(known)}"
             )
+        if self.pooling == "attention" and config.get("vision_use_head") is False:
+            raise ValueError("this SigLIP tower has no attention pooling head: set pooling to mean")
         depth, shape = vision_shape(config)
         self.dim, self.image_size, self.patch = (
             shape.hidden,
@@ -285,8 +287,6 @@ def vision_config(config: Mapping) -> dict:
             config[side] = config[side][0]
     if config.get("num_channels", 3) != 3:
         raise ValueError(f"images of {config['num_channels']} channels are not supported, only 3")
-    if model_type == "siglip_vision_model" and config.get("vision_use_head") is False:
-        raise ValueError("SigLIP towers without their attention pooling head are not supported")
     if config.get("pooler_act", "tanh") != "tanh":
         raise ValueError(f"pooler_act {config['pooler_act']!r} is not supported, only tanh")
     if (config.get("pooler_output_size") or config["hidden_size"]) != config["hidden_size"]:

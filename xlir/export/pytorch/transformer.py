@@ -72,7 +72,7 @@ class ViT(nn.Module):
         x = x.reshape(-1, side, patch, side, patch, 3).transpose(2, 3)
         x = self.patches(x.reshape(-1, side**2, 3 * patch**2)) + self.position
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         x = x if self.input_norm is None else self.input_norm(x)
         for layer in self.layers:
             x = layer(x)
@@ -161,7 +161,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x):
         """[batch, length, hidden] to [batch, hidden]."""
-        query = split(self.query(self.probe).expand(len(x), 1, -1), self.heads)
+        query = split(self.query(self.probe).expand(x.shape[0], 1, -1), self.heads)
         key, value = (split(part, self.heads) for part in self.key_value(x).chunk(2, dim=-1))
         x = F.scaled_dot_product_attention(query, key, value)
         x = self.output(x.transpose(1, 2).flatten(2)[:, 0])

@@ -1,0 +1,296 @@
+"""Every tower and head, with random weights, through every format that can hold it."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")
+
+from configs import base
+from input_pipeline.huggingface import byte_tokenizer
+from input_pipeline.images import Preprocessing
+from xlir import export
+from xlir.data import RetrievalSet
+from xlir.encoder import Encoder
+from xlir.export import architecture, check, huggingface, verification
+from xlir.models import dual_encoder, pretrained, resnet, towers, transformer, vit
+
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = LAYERS | {"vocab_size": 260, "intermediate_size": 48, "max_position_embeddings": 66}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 260}
+VISION = LAYERS | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+DINOV2 = VISION | {"model_type": "dinov2", "mlp_ratio": 2}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
+MLP = {"head": "mlp", "hidden": (24, 20)}
+# Kind of tower, its config, pooling, and fields of the configuration.
+TEXTS = {
+    "BERT": ("transformer", TEXT | {"model_type": "bert"}, "mean", MLP),
+    "BERT's pooler": ("transformer", TEXT | {"model_type": "bert"}, "pooler", {}),
+    "XLM-R": ("transformer", TEXT | {"model_type": "xlm-roberta", "pad_token_id": 1}, "cls", {}),
+    "XLM-R with a prefix": (
+        "transformer",
+        TEXT | {"model_type": "xlm-roberta", "pad_token_id": 1, "hidden_act": "relu"},
+        "mean",
+        {"prefix": "query: "},
+    ),
+    "DistilBERT": (
+        "transformer",
+        DISTILBERT | {"model_type": "distilbert", "max_position_embeddings": 64},
+        "mean",
+        {},
+    ),
+}
+IMAGES = {
+    "ViT": ("vit", VISION | {"model_type": "vit"}, "cls", {"head": "center"}),
+    "ViT's pooler": ("vit", VISION | {"model_type": "vit", "qkv_bias": False}, "pooler", {}),
+    "ViT's mean": ("vit", VISION | {"model_type": "vit"}, "mean", MLP),
+    "ViT of another size": ("vit", VISION | {"model_type": "vit"}, "cls", {"size": 51}),
+    "CLIP": ("vit", VISION | {"model_type": "clip_vision_model"}, "", {"head": "none"}),
+    "DINOv2": ("vit", DINOV2, "", {}),
+    "DINOv2 gated": ("vit", DINOV2 | {"use_swiglu_ffn": True}, "", {}),
+    "SigLIP": ("vit", VISION | {"model_type": "siglip_vision_model"}, "", {}),
+    "SigLIP's mean": ("vit", VISION | {"model_type": "siglip_vision_model"}, "mean", {}),
+    "ResNet": ("resnet", RESNET, "", {}),
+    "ResNet of basic blocks": ("resnet", RESNET | {"layer_type": "basic"}, "", MLP),
+    "EfficientNet": ("efficientnet", "lite0", "", {"head": "mlp", "hidden": (24,)}),
+}
+# Towers that go together, and the formats that hold them; tracing takes long, four are enough.
+CASES = [
+    ("BERT", "ViT", "sentence-transformers torch"),
+    ("BERT's pooler", "ViT's pooler", "sentence-transformers transformers torch"),
+    ("XLM-R with a prefix", "ViT's mean", "torch onnx"),
+    ("XLM-R", "ViT of another size", "sentence-transformers torch"),
+    ("XLM-R with a prefix", "CLIP", "sentence-transformers torch"),
+    ("BERT's pooler", "DINOv2", "sentence-transformers transformers torch"),
+    ("DistilBERT", "DINOv2 gated", "sentence-transformers torch onnx"),
+    ("BERT's pooler", "SigLIP", "sentence-transformers transformers torch onnx"),
+    ("XLM-R", "SigLIP's mean", "sentence-transformers torch"),
+    ("BERT", "ResNet", "sentence-transformers torch"),
+    ("BERT", "ResNet of basic blocks", "sentence-transformers torch onnx"),
+]
+CAPTIONS = [
+    "A red circle, left.",
+    "Kreis",
+    "빨간 사과",
+    "",
+    "Ein sehr langer Satz über einen schwarzen Strich, der oben im Bild zu sehen ist.",
+    "🍎 naïve\ttext  with  spaces ",
+]
+
+
+def random_encoder(text: str, image: str) -> Encoder:
+    """An encoder in which no parameter is zero or one."""
+    config, descriptions = base.get_config(), {}
+    config.head_dtype = config.text.dtype = config.image.dtype = "float32"
+    config.embedding_dim, config.text.max_length = 32, 40
+    for side, (kind, shape, pooling, fields) in (("text", TEXTS[text]), ("image", IMAGES[image])):
+        config[side].tower = kind
+        config[side].head = "linear"
+        config[side].update(fields)
+        described = {"kind": kind, "config": shape, "pooling": pooling}
+        descriptions[side] = (
+            {"kind": kind, "variant": shape} if kind == "efficientnet" else described
+        )
+    descriptions["image"]["preprocessing"] = preprocessing(config.image.size or 32)
+
+    def create():
+        rngs = nnx.Rngs(0)
+        parts = [towers.create(descriptions[s], config[s], rngs=rngs) for s in descriptions]
+        return dual_encoder.DualEncoder(config, *parts, rngs=rngs)
+
+    model = nnx.eval_shape(create)
+    generator = np.random.default_rng(0)
+    weights = {}
+    for name, value in pretrained.flatten(model).items():
+        if value.ndim < 2 and name.endswith("scale"):
+            weights[name] = generator.uniform(0.5, 1.5, value.shape)
+        else:
+            fan_in = np.prod(value.shape[-3:-1] if value.ndim > 2 else value.shape[:1])
+            weights[name] = generator.normal(size=value.shape) / max(fan_in, 4) ** 0.5
+    pretrained.merge(model, {n: np.asarray(x, np.float32) for n, x in weights.items()})
+    return Encoder(config, model, byte_tokenizer(config.text.prefix), descriptions)
+
+
+def preprocessing(size: int) -> dict:
+    """Resize the shorter side, cut, and other colours for each channel."""
+
+    crop = {"crop": "center", "resize": size + 5} if size == 32 else {"resample": "bilinear"}
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    return dataclasses.asdict(Preprocessing(size=size, mean=mean, std=std, **crop))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The check in this process, which saves the import of torch and its friends."""
+
+    def run(folder, format, pairs):
+        return check.outputs(format, folder, pairs.texts, pairs.images)
+
+    monkeypatch.setattr(verification, "_run", run)
+    # Each folder's modules have the same names.
+
+    before = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - before[0]:
+        if name.split(".")[0] in ("dual_encoder", "inputs"):
+            del sys.modules[name]
+    sys.path[:] = before[1]
+
+
+@pytest.fixture(scope="module")
+def pairs(photos) -> verification.Examples:
+    files = sorted((photos / "images").iterdir())[: len(CAPTIONS)]
+    images = [file.read_bytes() for file in files]
+    rows = np.arange(len(CAPTIONS))
+    return verification.Examples("shapes", ["en", "de"], CAPTIONS, rows, images)
+
+
+@pytest.mark.parametrize(("text", "image", "formats"), CASES)
+def test_exported_towers_and_heads_are_the_runs(
+    text, image, formats, pairs, tmp_path, in_process, monkeypatch
+):
+    encoder = random_encoder(text, image)
+    fitting = [name for name, format in export.FORMATS.items() if not format.unfit(encoder)]
+    assert {*fitting} == {*formats.split(), "torch", "onnx"}
+    ours = verification._reference(encoder, pairs)
+    monkeypatch.setattr(verification, "_reference", lambda encoder, pairs: ours)
+    monkeypatch.setattr(verification, "TOLERANCE", 2e-6)
+    for format in formats.split():
+        (tmp_path / format).mkdir()
+        export.FORMATS[format].write(encoder, tmp_path / format)
+        report = verification.verify(encoder, tmp_path / format, format, pairs)
+        assert not report.tokens
+        assert report.pixels <= 1e-4
+        assert max(report.towers.values()) <= 1e-5
+    # Embeddings differ, or a tower that ignores its input would pass.
+    for side in ("text", "image"):
+        embeddings = ours[f"{side}_embeddings"]
+        assert np.abs(embeddings - embeddings[0]).max(axis=1)[1:].min() > 1e-4
+
+
+@pytest.mark.parametrize("text", [name for name in TEXTS])
+def test_restored_text_towers_are_renamed_to_the_same(text):
+    encoder = random_encoder(text, "ResNet")
+    config, pooling = huggingface._config(encoder, "text"), encoder.descriptions["text"]["pooling"]
+    weights = encoder.weights("text_tower")
+    published = transformer.restore_text(weights, config)
+    same(transformer.rename_text(published, config, pooling), weights)
+
+
+@pytest.mark.parametrize("image", [name for name in IMAGES if name != "EfficientNet"])
+def test_restored_image_towers_are_renamed_to_the_same(image):
+    encoder = random_encoder("BERT", image)
+    config = huggingface._config(encoder, "image")
+    weights = architecture.tower_weights(encoder, "image")
+    if encoder.descriptions["image"]["kind"] == "resnet":
+        renamed = resnet.rename(resnet.restore(weights, config), config)
+    else:
+        pooling = encoder.descriptions["image"]["pooling"]
+        renamed = vit.rename(vit.restore(weights, config), config, pooling)
+    # 1 - 1e-5 + 1e-5 in float32 is off by its last bit.
+    same(renamed, weights, rtol=1e-6)
+
+
+def same(ours: dict, theirs: dict, rtol: float = 0.0) -> None:
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=rtol, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def bert_and_vit(pairs):
+    """An encoder, and what it gives."""
+    encoder = random_encoder("BERT", "ViT")
+    return encoder, verification._reference(encoder, pairs)
+
+
+def damaged_json(name: str, change):
+    """Changes a JSON file of a folder."""
+
+    def damage(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return damage
+
+
+def damaged_weight(name: str):
+    """Changes a weight of a folder's model by a hundredth."""
+
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights[name] = weights[name] * np.float32(1.01)
+        pretrained.save(weights, folder / "model.safetensors")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            damaged_json("config.json", lambda c: c["tokenizer"].update(max_length=20)),
+            "the tokens of 3 captions differ",
+        ),
+        (
+            damaged_json("config.json", lambda c: c["preprocessing"].update(resample="nearest")),
+            "pixels .by .* levels of 255 at most. differ",
+        ),
+        (damaged_weight("text_tower.layers.1.mlp.inner.weight"), "outputs of the text tower"),
+        (damaged_weight("image_tower.patches.weight"), "outputs of the image tower"),
+        (damaged_weight("text_head.1.weight"), "outputs of the text head"),
+        (damaged_weight("image_head.0.bias"), "outputs of the image head"),
+    ],
+)
+def test_a_difference_is_named_by_its_stage(
+    damage, message, bert_and_vit, pairs, tmp_path, in_process, monkeypatch
+):
+    encoder, ours = bert_and_vit
+    monkeypatch.setattr(verification, "_reference", lambda encoder, pairs: ours)
+    export.FORMATS["torch"].write(encoder, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        verification.verify(encoder, tmp_path, "torch", pairs)
+
+
+def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
+    encoder = random_encoder("BERT", "ResNet")
+    export.FORMATS["torch"].write(encoder, tmp_path)
+    source = tmp_path / "dual_encoder" / "muse.py"
+    source.write_text("import jax\n" + source.read_text())
+    with pytest.raises(ValueError, match="can't be run: ModuleNotFoundError: import of jax"):
+        verification.verify(encoder, tmp_path, "torch", pairs)
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "image", "reason"),
+    [
+        ("sentence-transformers", "BERT", "EfficientNet", "it has no image tower 'efficientnet'"),
+        ("sentence-transformers", "BERT", "ViT's mean", "its mean over vit takes the class token"),
+        ("transformers", "BERT", "ViT's pooler", "its text pooling is 'pooler', not 'mean'"),
+        ("transformers", "BERT", "ViT's pooler", "its text head is a matrix .* not 'mlp'"),
+        ("transformers", "BERT's pooler", "ResNet", "it has no image tower 'resnet'"),
+    ],
+)
+def test_what_a_format_can_not_hold_is_named(format, text, image, reason):
+
+    assert re.search(reason, export.FORMATS[format].unfit(random_encoder(text, image)))
+
+
+def test_examples_take_languages_in_turn():
+    captions = {language: [f"{language}{i}" for i in range(100)] for language in ("de", "en", "tr")}
+    rows = {language: np.arange(100) for language in captions}
+    chosen = RetrievalSet("s", [bytes([i]) for i in range(100)], captions, rows, "")
+    examples = verification.examples(chosen)
+    assert (len(examples.texts), len(examples.images)) == (64, 32)
+    assert {text[:2] for text in examples.texts[:3]} == {"de", "en", "tr"}
+    for text, row in zip(examples.texts, examples.image_of, strict=True):
+        assert examples.images[row] == bytes([int(text[2:])])
+    assert len(set(examples.texts)) == 64
