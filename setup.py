@@ -42,6 +42,14 @@ EXTRAS = {
         "emoji==2.16.0",  # their names in 14 languages
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
+    # PyTorch from PyPI comes with CUDA, gigabytes of it; a CPU build that is there first is kept.
+    "export": [
+        "torch>=2.13.0",  # the modules that are written, the check of what was written
+        "sentence-transformers>=6.2.0",  # that format's check
+        "onnx>=1.23.2",  # graphs
+        "onnxscript>=0.7.2",  # torch traces into it
+        "onnxruntime>=1.32.0",  # the graphs' check
+    ],
     "test": [
         "pytest>=9.2.0",
         "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
@@ -62,6 +70,7 @@ setup(
     package_data={
         "input_pipeline.datasets": ["xtd10_names.txt"],
         "input_pipeline.vocabularies": ["*.tsv"],
+        "xlir.export": ["examples/*.py"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

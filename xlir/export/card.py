@@ -92,7 +92,11 @@ def write(
         _metadata(languages, format),
         "# Dual encoder for cross-lingual image retrieval\n",
         "Texts in many languages and images in one space: search images with a text, or tag them. "
-        "Trained with xlir on English captions only; in other languages it is zero-shot.\n",
+        + (
+            "Trained with xlir on English captions only; in other languages it is zero-shot.\n"
+            if config.data.name
+            else "Published weights, imported by xlir.\n"
+        ),
         "## Use\n",
         _use(encoder, format),
         "\n## Model\n",
@@ -136,7 +140,7 @@ def _use(encoder: Encoder, format: str) -> str:
 def _table(encoder: Encoder) -> str:
     sides = (encoder.config.text, encoder.config.image)
     rows = {
-        "tower": [side.tower for side in sides],
+        "tower": [_name(side.tower) for side in sides],
         "pooling": [side.pooling or "as published" for side in sides],
         "trained": ["no" if side.frozen else "yes" for side in sides],
         "head": [side.head for side in sides],
@@ -176,11 +180,17 @@ def _terms(encoder: Encoder) -> str:
     config = encoder.config
     lines = []
     for side in ("text", "image"):
-        name = config[side].tower
+        name = _name(config[side].tower)
         known = TOWER_TERMS.get(name, f"{name}: see the terms of that checkpoint")
         lines.append(f"- {side} tower: {known}")
-    name = config.data.name
-    known = DATA_TERMS.get(name, f"{name or 'unknown'}: see the terms of that set")
-    lines.append(f"- training data: {known}")
+    if config.data.name:
+        name = _name(config.data.dir)
+        known = DATA_TERMS.get(config.data.name, f"{name}: see the terms of that set")
+        lines.append(f"- training data: {known}")
     lines.append("- model code of the `torch` and `onnx` formats: Apache-2.0")
     return "\n".join(lines) + "\n"
+
+
+def _name(path: str) -> str:
+    """An id as it is; of a folder its name, as the rest of the path is nobody's business."""
+    return pathlib.PurePath(path).name if pathlib.PurePath(path).is_absolute() else path
