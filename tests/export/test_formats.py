@@ -1,6 +1,7 @@
 """Every tower and head, with random weights, through every format that can hold it."""
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import ExifTags, Image
 from safetensors.numpy import load_file
 
 pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")
@@ -143,10 +145,29 @@ def in_process(monkeypatch):
     sys.path[:] = before[1]
 
 
+def encoded(mode: str, size: tuple[int, int], format: str, **options) -> bytes:
+    """A smooth random image."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    coarse = np.random.default_rng(0).integers(0, 256, (7, 9, channels), np.uint8)
+    image = Image.fromarray(coarse.squeeze(), mode).resize(size)
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def pairs(photos) -> verification.Examples:
-    files = sorted((photos / "images").iterdir())[: len(CAPTIONS)]
-    images = [file.read_bytes() for file in files]
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    images = [
+        (photos / "images" / "00.jpg").read_bytes(),
+        # So large that training reads it reduced, which an exported model does not.
+        encoded("RGB", (600, 450), "JPEG"),
+        encoded("RGB", (70, 90), "JPEG", exif=turned),
+        encoded("RGBA", (64, 48), "PNG"),
+        encoded("L", (64, 64), "PNG"),
+        encoded("CMYK", (50, 80), "JPEG"),
+    ]
     rows = np.arange(len(CAPTIONS))
     return verification.Examples("shapes", ["en", "de"], CAPTIONS, rows, images)
 

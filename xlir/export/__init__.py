@@ -107,6 +107,7 @@ def export(
         pairs = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, unfinished)
+        log.info("checking it in a process of its own")
         report = verification.verify(encoder, unfinished, format, pairs)
         card.write(encoder, workdir, unfinished, format, report)
         if to.is_dir():
