@@ -74,7 +74,7 @@ def test_only_an_affine_head_has_a_bias(name, parameters):
 def test_an_unknown_head_is_refused():
     config = base.get_config()
     config.text.head = "affin"
-    with pytest.raises(ValueError, match="head is 'affin'; known: none, .*affine, mlp, plain_mlp"):
+    with pytest.raises(ValueError, match=r"is 'affin'; known: none, .*affine, mlp, plain_mlp"):
         dual_encoder._head("text", config, 12, nnx.Rngs(0))
 
 
