@@ -10,6 +10,8 @@ Verbs:
   eval    evaluate the best checkpoint of --workdir on its own test sets or on --test_set; with
           --task=tagging its tags of a split, with a vocabulary in many languages
   tag     tag IMAGES (files, folders, patterns) with the names of --vocabulary in --language
+  import  make --workdir out of a published model of PyTorch, M-CLIP or open_clip with a text
+          encoder of Hugging Face's, in the folders --text and --image, to use as a run's
   shardings
           print how the parameters that --config describes lie on --devices; needs no weights
   compile compile the training step for the TPUs of --topology, which need not be there, and say
@@ -23,6 +25,8 @@ Examples:
       --images=PATH/images
   python -m xlir.main eval --workdir=runs/flickr8k --task=tagging
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
+  python -m xlir.main import --text=PATH/M-CLIP --image=PATH/clip-vit-large-patch14 \\
+      --workdir=runs/m-clip
   python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
       --config.data.batch_size=16384
 
@@ -84,6 +88,10 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "tag: file for the tags as JSON lines; -: print them instead of the table."
 )
 _SHEET = flags.DEFINE_string("sheet", None, "tag: file for a picture of the first images, PNG.")
+_TEXT = flags.DEFINE_string("text", None, "import: folder of the published text encoder.")
+_IMAGE = flags.DEFINE_string(
+    "image", None, "import: folder of the published image encoder; default: that of --text."
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
 )
@@ -105,7 +113,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
-    "workdir": ("train", "eval", "tag"),
+    "workdir": ("train", "eval", "tag", "import"),
     "test_set": ("eval",),
     "images": ("eval",),
     "drop_junk": ("eval",),
@@ -116,6 +124,8 @@ FLAGS = {
     "threshold": ("tag",),
     "output": ("tag",),
     "sheet": ("tag",),
+    "text": ("import",),
+    "image": ("import",),
     "devices": ("shardings",),
     "topology": ("compile",),
     "distributed": ("train", "eval"),
@@ -129,6 +139,7 @@ NEEDED = {
     "prepare": ("config",),
     "eval": ("workdir",),
     "tag": ("workdir", "vocabulary"),
+    "import": ("text", "workdir"),
     "shardings": ("config",),
     "compile": ("topology", "config"),
 }
@@ -258,11 +269,22 @@ def _tag(*images: str) -> None:
     )
 
 
+def _import() -> None:
+    # Nothing is computed; and transformers warns of M-CLIP's type, which it does not know.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from xlir import published
+
+    workdir = pathlib.Path(_WORKDIR.value)
+    published.import_model(_TEXT.value, _IMAGE.value or _TEXT.value, workdir)
+
+
 _RUN = {
     "train": _train,
     "prepare": _prepare,
     "eval": _evaluate,
     "tag": _tag,
+    "import": _import,
     "shardings": _shardings,
     "compile": _compile,
 }
