@@ -151,7 +151,9 @@ def _tower() -> ConfigDict:
     # a third more time.
     config.remat = False
     # "mlp", "linear", "none", or "center": no layer, but the mean over the training set taken off,
-    # for a space that stays fixed. The widths of the MLP's hidden layers; dropout after each.
+    # for a space that stays fixed. Published models have "affine" (linear with a bias) and
+    # "plain_mlp" (without norm and biases). The widths of the MLP's hidden layers; dropout after
+    # each.
     config.head = "mlp"
     config.hidden = (1024,)
     config.dropout = 0.1

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
-CROPS = ("squash", "center")
+CROPS = ("squash", "center", "center_rounded")
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves this many times the pixels per side that
 # it is resized to: half the time or less for a photo of 6 megapixels or more. At 224 pixels it is
@@ -63,6 +63,8 @@ class Preprocessing:
         before the middle is cut out; 0 for the size itself.
       resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as Pillow does.
       crop: "squash" resizes both sides; "center" keeps the proportions and cuts the longer side.
+        Of an odd margin transformers rounds the half down; torchvision, and so open_clip, rounds it
+        to an even number: "center_rounded".
       mean, std: the tower was trained on (pixels / 255 - mean) / std, red, green and blue. It does
         that itself, `decode` does not.
 
@@ -145,7 +147,7 @@ def decode(
       ImageError: the data are damaged, truncated, of no known format, or absurdly large.
     """
     image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
-    if preprocessing.crop == "center":
+    if preprocessing.crop != "squash":
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             image = _middle(image)
             size, box = image.size, None
@@ -154,7 +156,8 @@ def decode(
         width = height = preprocessing.resize
     # Resized as a whole: what `resize` makes of the crop's part differs by up to 3 levels.
     image = image.resize((width, height), RESAMPLING[preprocessing.resample], box=box)
-    left, top = (width - preprocessing.size) // 2, (height - preprocessing.size) // 2
+    half = round if preprocessing.crop == "center_rounded" else math.floor
+    left, top = (half((side - preprocessing.size) / 2) for side in (width, height))
     return np.array(image.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
 
 

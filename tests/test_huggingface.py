@@ -150,6 +150,18 @@ def test_a_prefix_stands_before_every_text(pair):
     assert prefixed.fingerprint() != plain.fingerprint()
 
 
+def test_cleaned_texts_have_straight_quotes_and_single_spaces(pair, tmp_path):
+    plain = pair[0]
+    ours = plain.cleaned()
+    same = [("“Zwei  Hunde”\n", '"Zwei Hunde"'), (" l’herbe\u3000\t", "l'herbe"), ("\n", "")]
+    for text, expected in same:
+        assert rows_of(ours([text])) == rows_of(plain([expected])), text
+    assert rows_of(ours(CORPUS)) == rows_of(plain(CORPUS))
+    assert ours.fingerprint() != plain.fingerprint()
+    ours.save(tmp_path)
+    assert rows_of(load_tokenizer(tmp_path)(["“Ball”"])) == rows_of(plain(['"Ball"']))
+
+
 @pytest.mark.parametrize("prefix", ["", "query: "])
 def test_save_and_load(pair, tmp_path, prefix):
     ours = HuggingFaceTokenizer(pair[1].to_str(), prefix)

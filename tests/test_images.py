@@ -105,6 +105,16 @@ def test_crops():
     assert squashed[15, 15].tolist() == [0, 255, 0]
 
 
+@pytest.mark.parametrize("margin", range(6))
+def test_half_of_an_odd_margin(margin):
+    """transformers' (size - crop) // 2, and torchvision's round((size - crop) / 2)."""
+    pixels = np.empty((8, 8 + margin, 3), np.uint8)
+    pixels[:] = np.arange(8 + margin)[:, None]
+    data = encoded(Image.fromarray(pixels), "PNG")
+    for crop, left in (("center", margin // 2), ("center_rounded", round(margin / 2))):
+        assert images.decode(data, Preprocessing(8, crop=crop))[0, 0, 0] == left
+
+
 def test_resampling_at_the_same_size_changes_nothing():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     data = encoded(Image.fromarray(pixels), "PNG")

@@ -230,6 +230,11 @@ def _check_coco(config: ConfigDict) -> None:
 def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     """The prepared data set; looked for once in a process, COCO's JSON takes seconds to read."""
     name, folder = config.data.name, config.data.dir
+    if not name:
+        raise ValueError(
+            f"no data set is named (config.data.name is empty; known: {', '.join(NAMES)}); a test "
+            "set of its own needs none: eval --test_set=FOLDER --images=FOLDER"
+        )
     if name not in NAMES:
         raise ValueError(f"config.data.name is {name!r}; known: {', '.join(NAMES)}")
     if name == "coco":

@@ -13,6 +13,8 @@ Verbs:
   export  write the best checkpoint of --workdir to the folder --to for use without JAX: as
           sentence-transformers, transformers, torch or onnx (--format); it is loaded afresh and
           compared with the run before the folder appears
+  import  make --workdir out of a published model of PyTorch, M-CLIP or open_clip with a text
+          encoder of Hugging Face's, in the folders --text and --image, to use as a run's
   shardings
           print how the parameters that --config describes lie on --devices; needs no weights
   compile compile the training step for the TPUs of --topology, which need not be there, and say
@@ -27,6 +29,8 @@ Examples:
   python -m xlir.main eval --workdir=runs/flickr8k --task=tagging
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
   python -m xlir.main export --workdir=runs/flickr8k --to=exported --format=onnx
+  python -m xlir.main import --text=PATH/M-CLIP --image=PATH/clip-vit-large-patch14 \\
+      --workdir=runs/m-clip
   python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
       --config.data.batch_size=16384
 
@@ -102,6 +106,10 @@ _WEIGHTS = flags.DEFINE_enum(
     ("ema", "raw"),
     "export: the moving average over training or the last weights; default: ema where it is kept.",
 )
+_TEXT = flags.DEFINE_string("text", None, "import: folder of the published text encoder.")
+_IMAGE = flags.DEFINE_string(
+    "image", None, "import: folder of the published image encoder; default: that of --text."
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
 )
@@ -123,7 +131,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
-    "workdir": ("train", "eval", "tag", "export"),
+    "workdir": ("train", "eval", "tag", "export", "import"),
     "test_set": ("eval", "export"),
     "images": ("eval", "export"),
     "drop_junk": ("eval",),
@@ -137,6 +145,8 @@ FLAGS = {
     "to": ("export",),
     "format": ("export",),
     "weights": ("export",),
+    "text": ("import",),
+    "image": ("import",),
     "devices": ("shardings",),
     "topology": ("compile",),
     "distributed": ("train", "eval"),
@@ -151,6 +161,7 @@ NEEDED = {
     "eval": ("workdir",),
     "tag": ("workdir", "vocabulary"),
     "export": ("workdir", "to"),
+    "import": ("text", "workdir"),
     "shardings": ("config",),
     "compile": ("topology", "config"),
 }
@@ -295,12 +306,23 @@ def _export() -> None:
     print(f"{report}\nwritten: {_TO.value}")
 
 
+def _import() -> None:
+    # Nothing is computed; and transformers warns of M-CLIP's type, which it does not know.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from xlir import published
+
+    workdir = pathlib.Path(_WORKDIR.value)
+    published.import_model(_TEXT.value, _IMAGE.value or _TEXT.value, workdir)
+
+
 _RUN = {
     "train": _train,
     "prepare": _prepare,
     "eval": _evaluate,
     "tag": _tag,
     "export": _export,
+    "import": _import,
     "shardings": _shardings,
     "compile": _compile,
 }

@@ -41,6 +41,18 @@ TEXTS = {
         "mean",
         {"prefix": "query: "},
     ),
+    "M-CLIP": (
+        "transformer",
+        TEXT | {"model_type": "xlm-roberta", "pad_token_id": 1},
+        "mean",
+        {"head": "affine"},
+    ),
+    "open_clip": (
+        "transformer",
+        TEXT | {"model_type": "xlm-roberta", "pad_token_id": 1},
+        "mean",
+        {"head": "plain_mlp", "hidden": (24,)},
+    ),
     "DistilBERT": (
         "transformer",
         DISTILBERT | {"model_type": "distilbert", "max_position_embeddings": 64},
@@ -60,6 +72,12 @@ IMAGES = {
     "SigLIP's mean": ("vit", VISION | {"model_type": "siglip_vision_model"}, "mean", {}),
     "ResNet": ("resnet", RESNET, "", {}),
     "ResNet of basic blocks": ("resnet", RESNET | {"layer_type": "basic"}, "", MLP),
+    "open_clip": (
+        "vit",
+        VISION | {"model_type": "clip_vision_model", "hidden_act": "gelu"},
+        "",
+        {"crop": "center_rounded"},
+    ),
     "EfficientNet": ("efficientnet", "lite0", "", {"head": "mlp", "hidden": (24,)}),
 }
 # Towers that go together, and the formats that hold them; tracing takes long, four are enough.
@@ -74,6 +92,8 @@ CASES = [
     ("BERT's pooler", "SigLIP", "sentence-transformers transformers torch onnx"),
     ("XLM-R", "SigLIP's mean", "sentence-transformers torch"),
     ("BERT", "ResNet", "sentence-transformers torch"),
+    ("M-CLIP", "CLIP", "sentence-transformers torch"),
+    ("open_clip", "open_clip", "torch"),
     ("BERT", "ResNet of basic blocks", "sentence-transformers torch onnx"),
 ]
 CAPTIONS = [
@@ -99,7 +119,7 @@ def random_encoder(text: str, image: str) -> Encoder:
         descriptions[side] = (
             {"kind": kind, "variant": shape} if kind == "efficientnet" else described
         )
-    descriptions["image"]["preprocessing"] = preprocessing(config.image.size or 32)
+    descriptions["image"]["preprocessing"] = preprocessing(config.image)
 
     def create():
         rngs = nnx.Rngs(0)
@@ -119,12 +139,13 @@ def random_encoder(text: str, image: str) -> Encoder:
     return Encoder(config, model, byte_tokenizer(config.text.prefix), descriptions)
 
 
-def preprocessing(size: int) -> dict:
+def preprocessing(options) -> dict:
     """Resize the shorter side, cut, and other colours for each channel."""
-
-    crop = {"crop": "center", "resize": size + 5} if size == 32 else {"resample": "bilinear"}
+    size = options.size or 32
+    crop = {"crop": options.crop or "center", "resize": size + 5}
+    fields = {"resample": "bilinear"} if options.size else crop
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    return dataclasses.asdict(Preprocessing(size=size, mean=mean, std=std, **crop))
+    return dataclasses.asdict(Preprocessing(size=size, mean=mean, std=std, **fields))
 
 
 @pytest.fixture
@@ -298,6 +319,7 @@ def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
         ("transformers", "BERT", "ViT's pooler", "its text pooling is 'pooler', not 'mean'"),
         ("transformers", "BERT", "ViT's pooler", "its text head is a matrix .* not 'mlp'"),
         ("transformers", "BERT's pooler", "ResNet", "it has no image tower 'resnet'"),
+        ("sentence-transformers", "open_clip", "open_clip", "processors cut odd margins otherwise"),
     ],
 )
 def test_what_a_format_can_not_hold_is_named(format, text, image, reason):

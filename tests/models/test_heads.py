@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xlir.models import heads
+from configs import base
+from xlir.models import dual_encoder, heads
 
 
 def both(hidden=(24, 20)):
@@ -47,6 +48,34 @@ def test_values_and_gradients_equal_layer_norm_and_dense(hidden):
         (mine["input"]["linear"]["bias"], first["bias"]),
     ):
         np.testing.assert_allclose(a[...], b[...], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [(), (24,), (24, 20)])
+def test_a_plain_mlp_is_matrices_and_gelu(hidden):
+    head = heads.MLP(12, 8, hidden=hidden, plain=True, rngs=nnx.Rngs(0))
+    matrices = [layer.kernel[...] for layer in (head.input, *head.layers)]
+    assert len(jax.tree.leaves(nnx.state(head))) == len(matrices), "nothing else is learned"
+    x = expected = jax.random.normal(jax.random.key(0), (16, 12))
+    for matrix in matrices[:-1]:
+        expected = jax.nn.gelu(expected @ matrix, approximate=False)
+    np.testing.assert_allclose(head(x), expected @ matrices[-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("linear", {"kernel"}), ("affine", {"kernel", "bias"})]
+)
+def test_only_an_affine_head_has_a_bias(name, parameters):
+    config = base.get_config()
+    config.embedding_dim, config.text.head = 8, name
+    head = dual_encoder._head("text", config, 12, nnx.Rngs(0))
+    assert set(nnx.to_pure_dict(nnx.state(head))) == parameters
+
+
+def test_an_unknown_head_is_refused():
+    config = base.get_config()
+    config.text.head = "affin"
+    with pytest.raises(ValueError, match=r"is 'affin'; known: none, .*affine, mlp, plain_mlp"):
+        dual_encoder._head("text", config, 12, nnx.Rngs(0))
 
 
 def test_without_keys_there_is_no_dropout():

@@ -30,13 +30,15 @@ def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
     if kind == "center":
         mean = weights["mean"]
         return [HeadLayer("dense", np.eye(len(mean), dtype=np.float32), -mean)]
-    if kind == "linear":
-        return [HeadLayer("dense", weights["kernel"].T)]
-    names = ["input.linear", *(f"layers.{i}" for i in range(len(encoder.config[side].hidden)))]
-    layers = [HeadLayer("norm", weights["input.scale"], weights["input.offset"])]
-    for name in names:
-        layers += [HeadLayer("dense", weights[f"{name}.kernel"].T, weights[f"{name}.bias"])]
-        layers += [HeadLayer("gelu")]
+    if kind in ("linear", "affine"):
+        return [HeadLayer("dense", weights["kernel"].T, weights.get("bias"))]
+    layers, first = [], "input"
+    if kind == "mlp":
+        first = "input.linear"
+        layers = [HeadLayer("norm", weights["input.scale"], weights["input.offset"])]
+    for name in (first, *(f"layers.{i}" for i in range(len(encoder.config[side].hidden)))):
+        bias = weights.get(f"{name}.bias")
+        layers += [HeadLayer("dense", weights[f"{name}.kernel"].T, bias), HeadLayer("gelu")]
     return layers[:-1]
 
 

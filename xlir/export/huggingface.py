@@ -62,7 +62,7 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
             reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
         elif _output(encoder, side) is None:
             reasons.append(f"its mean over {kind} takes the class token in")
-    return "; ".join(reasons)
+    return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
@@ -77,7 +77,13 @@ def unfit_for_transformers(encoder: Encoder) -> str:
             reasons.append(f"its {side} pooling is {_POOLED[kind]!r}, not {pooling!r}")
         if head != "linear":
             reasons.append(f"its {side} head is a matrix without bias, not {head!r}")
-    return "; ".join(reasons)
+    return "; ".join(reasons + _unfit_preprocessing(encoder))
+
+
+def _unfit_preprocessing(encoder: Encoder) -> list[str]:
+    if encoder.preprocessing.crop == "center_rounded":
+        return ["transformers' image processors cut odd margins otherwise than torchvision"]
+    return []
 
 
 def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:

@@ -108,10 +108,17 @@ def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.M
         if not options.frozen:
             raise ValueError(f"config.{side}.head is 'center', which needs a frozen tower")
         return heads.Center(features, dim)
-    if options.head == "linear":
-        return Linear(features, dim, dtype=dtype, rngs=rngs)
-    if options.head == "mlp":
+    if options.head in ("linear", "affine"):
+        return Linear(features, dim, use_bias=options.head == "affine", dtype=dtype, rngs=rngs)
+    if options.head in ("mlp", "plain_mlp"):
         return heads.MLP(
-            features, dim, hidden=options.hidden, dropout=options.dropout, dtype=dtype, rngs=rngs
+            features,
+            dim,
+            hidden=options.hidden,
+            dropout=options.dropout,
+            plain=options.head == "plain_mlp",
+            dtype=dtype,
+            rngs=rngs,
         )
-    raise ValueError(f"config.{side}.head is {options.head!r}; known: none, center, linear, mlp")
+    known = "none, center, linear, affine, mlp, plain_mlp"
+    raise ValueError(f"config.{side}.head is {options.head!r}; known: {known}")

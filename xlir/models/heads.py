@@ -17,7 +17,7 @@ class MLP(nnx.Module):
 
     One hidden layer is the usual projection head; `hidden=(2048, 1024)` is the text head of
     Aggarwal et al. 2021. GELU and the norm's epsilon are PyTorch's: an export needs its stock
-    layers only.
+    layers only. A plain one has neither norm nor biases: open_clip's text projection.
     """
 
     def __init__(
@@ -27,13 +27,14 @@ class MLP(nnx.Module):
         *,
         hidden: Sequence[int],
         dropout: float = 0.0,
+        plain: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         first, *others = (*hidden, dim)
-        self.input = NormLinear(features, first, dtype=dtype, rngs=rngs)
+        self.input = (Linear if plain else NormLinear)(features, first, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            Linear(wide, narrow, use_bias=True, dtype=dtype, rngs=rngs)
+            Linear(wide, narrow, use_bias=not plain, dtype=dtype, rngs=rngs)
             for wide, narrow in itertools.pairwise((first, *others))
         )
         self.dropout = dropout

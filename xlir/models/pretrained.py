@@ -107,10 +107,12 @@ def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
     return read_json(newer if newer.is_file() and not (folder / name).is_file() else folder / name)
 
 
-def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_checkpoint(
+    folder: pathlib.Path, files: Sequence[str] = WEIGHT_FILES
+) -> dict[str, np.ndarray]:
     """The tensors of a Hugging Face checkpoint by their names in it.
 
-    The first that exists of WEIGHT_FILES is read. No code of the checkpoint runs: its pickles are
+    The first of the files that exists is read. No code of the checkpoint runs: its pickles are
     read by `read_torch_pickle`.
 
     Raises:
@@ -118,12 +120,12 @@ def read_checkpoint(folder: pathlib.Path) -> dict[str, np.ndarray]:
       ValueError: a file is damaged, or a shard lacks a tensor that the index lists.
       pickle.UnpicklingError: a pickle names something that no state dict needs.
     """
-    for name in WEIGHT_FILES:
+    for name in files:
         if (folder / name).is_file():
             if name.endswith(".index.json"):
                 return _read_shards(folder / name)
             return _read_weights(folder / name)
-    raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(files)}")
 
 
 def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:

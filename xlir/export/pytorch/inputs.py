@@ -1,6 +1,7 @@
 """Texts to token ids, images to pixels."""
 
 import io
+import math
 import os
 
 import numpy as np
@@ -63,7 +64,8 @@ class ImageReader:
     """Decodes an image and resizes it to a square, as the model was trained.
 
     Upright as its EXIF orientation says, over white where it is transparent. `resize` is what the
-    shorter side ("center") or both sides ("squash") are resized to, before the middle is cut out.
+    shorter side ("center") or both sides ("squash") are resized to, before the middle is cut out;
+    half of an odd margin is rounded down, or to an even number ("center_rounded").
     """
 
     def __init__(self, size, resize, resample, crop):
@@ -78,12 +80,13 @@ class ImageReader:
             image = Image.open(image)
         image = rgb(ImageOps.exif_transpose(image))
         width = height = self.resize
-        if self.crop == "center" and image.width <= image.height:
+        if self.crop != "squash" and image.width <= image.height:
             height = int(self.resize * image.height / image.width)
-        elif self.crop == "center":
+        elif self.crop != "squash":
             width = int(self.resize * image.width / image.height)
         image = image.resize((width, height), self.resample)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
+        half = round if self.crop == "center_rounded" else math.floor
+        left, top = (half((side - self.size) / 2) for side in (width, height))
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
 

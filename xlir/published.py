@@ -1,0 +1,380 @@
+"""Published dual encoders of PyTorch: from their files to a run's folder, to be evaluated here.
+
+Two layouts are known. M-CLIP (Carlsson et al. 2022) is a folder of a multilingual text encoder,
+whose images are encoded by a CLIP model in a folder of its own. open_clip's models (Ilharco et al.
+2021) with a text encoder of Hugging Face's are both sides in one folder.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import pathlib
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import base
+from input_pipeline import images
+from input_pipeline.huggingface import HuggingFaceTokenizer
+from xlir import partition
+from xlir.checkpoint import Checkpoints
+from xlir.encoder import SIDES, Encoder
+from xlir.models import dual_encoder, pretrained, towers, transformer, vit
+
+log = logging.getLogger(__name__)
+
+# What a config.json may say (model_type) of a folder that is not open_clip's.
+HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": ("clip", "clip_vision_model")}
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# Where its config says nothing.
+OPEN_CLIP_LENGTH = 77
+# What an open_clip model's vision_cfg may say: what is used, what only training uses, and values
+# that change nothing. Whatever else it says is refused.
+VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
+TRAINING_FIELDS = ("patch_dropout", "output_tokens")
+VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
+
+Weights = dict[str, np.ndarray]
+
+
+class Published(NamedTuple):
+    """A folder's content; `layout` is "open_clip" or the model_type of its config.json."""
+
+    folder: pathlib.Path
+    layout: str
+    config: dict[str, Any]
+    weights: Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a model under our names.
+
+    Attributes:
+      options: fields of config.text or config.image.
+      description: of the tower.
+      tower, head: weights.
+      dim: width of the embeddings.
+    """
+
+    options: dict[str, Any]
+    description: towers.Description
+    tower: Weights
+    head: Weights
+    dim: int
+
+
+def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
+    """Makes a run's folder, with a checkpoint of step 0, out of a published model.
+
+    Args:
+      text: the folder of the text encoder: M-CLIP's or open_clip's.
+      image: the folder of the image encoder: CLIP's in Hugging Face's layout or open_clip's. May
+        be the same.
+      workdir: the folder to make. It appears when it is whole.
+
+    Raises:
+      FileNotFoundError: a folder or one of its files is missing.
+      FileExistsError: the workdir holds something.
+      ValueError: the layout is unknown, a file is damaged, or parts do not fit together.
+    """
+    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+        raise FileExistsError(f"{workdir} is there already: name a new folder with --workdir")
+    of_text = _read("text", text)
+    of_image = of_text if image == text else _read("image", image)
+    _check_layout("text", of_text)
+    _check_layout("image", of_image)
+    with _blamed_on(of_text):
+        text_side, tokenizer = _text_side(of_text)
+    with _blamed_on(of_image):
+        image_side = _image_side(of_image)
+    if text_side.dim != image_side.dim:
+        raise ValueError(
+            f"{of_text.folder} embeds texts in {text_side.dim} dimensions and {of_image.folder} "
+            f"images in {image_side.dim}: they are not of one model"
+        )
+    config = base.get_config()
+    config.embedding_dim = text_side.dim
+    config.text.update(text_side.options, tower=text)
+    config.image.update(image_side.options, tower=image)
+    _set_scale(config, of_image.weights | of_text.weights)
+    model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
+    descriptions = {"text": text_side.description, "image": image_side.description}
+    _write(Encoder(config, model, tokenizer, descriptions), workdir)
+    log.info("%s: texts of %s, images of %s, %d dimensions", workdir, text, image, text_side.dim)
+
+
+def _read(flag: str, name: str) -> Published:
+    folder = pathlib.Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--{flag}: there is no folder {folder}; hf download ID --local-dir FOLDER gets one"
+        )
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        config, files = pretrained.read_json(folder / OPEN_CLIP_CONFIG), OPEN_CLIP_WEIGHTS
+        layout = "open_clip"
+    else:
+        config, files = pretrained.read_config(folder), pretrained.WEIGHT_FILES
+        layout = str(config.get("model_type"))
+    try:
+        return Published(folder, layout, config, pretrained.read_checkpoint(folder, files))
+    except pickle.UnpicklingError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_layout(flag: str, published: Published) -> None:
+    if published.layout not in ("open_clip", *HUGGING_FACE_LAYOUTS[flag]):
+        raise ValueError(
+            f"--{flag}: {published.folder} has no {OPEN_CLIP_CONFIG}, and the model_type in its "
+            f"config.json is {published.layout!r}; known: {', '.join(HUGGING_FACE_LAYOUTS[flag])}"
+        )
+
+
+@contextlib.contextmanager
+def _blamed_on(published: Published) -> Iterator[None]:
+    """Errors name the folder."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{published.folder}: its configuration lacks {error}") from error
+    except (ValueError, FileNotFoundError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        prefix = "" if str(published.folder) in str(error) else f"{published.folder}: "
+        raise kind(f"{prefix}{error}") from error
+
+
+def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
+    is_open_clip = published.layout == "open_clip"
+    side = _open_clip_text(published) if is_open_clip else _m_clip_text(published)
+    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, side.description["config"])
+    return side, tokenizer.cleaned() if is_open_clip else tokenizer
+
+
+def _m_clip_text(published: Published) -> Side:
+    weights = dict(published.weights)
+    kernel, bias = _taken(weights, "LinearTransformation.weight", "LinearTransformation.bias")
+    return _transformer(
+        published.config["modelBase"],
+        {name.removeprefix("transformer."): array for name, array in weights.items()},
+        {"head": "affine"},
+        {"kernel": kernel.T, "bias": bias},
+        len(kernel),
+    )
+
+
+def _open_clip_text(published: Published) -> Side:
+    model = published.config["model_cfg"]
+    text = model["text_cfg"]
+    if not text.get("hf_model_name"):
+        raise ValueError("its texts are encoded by CLIP's own encoder; known: Hugging Face's")
+    supported = {
+        "hf_pooler_type": (None, "mean_pooler"),
+        "pooler_type": (None, "mean_pooler"),  # the same, before
+        "tokenizer_mode": (None, ""),
+        "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}),
+    }
+    for field, values in supported.items():
+        if text.get(field) not in values:
+            raise ValueError(f"text_cfg.{field} {text[field]!r} is not supported")
+    weights = {
+        name: array
+        for name, array in published.weights.items()
+        if not name.startswith(("visual.", "logit_"))
+    }
+    if "text.proj.0.weight" in weights:
+        first, last = _taken(weights, "text.proj.0.weight", "text.proj.2.weight")
+        options = {"head": "plain_mlp", "hidden": (len(first),)}
+        head = {"input.kernel": first.T, "layers.0.kernel": last.T}
+    elif "text.proj.weight" in weights:
+        options, head = {"head": "linear"}, {"kernel": weights.pop("text.proj.weight").T}
+    else:
+        options, head = {"head": "none"}, {}
+    return _transformer(
+        text["hf_model_name"],
+        {name.removeprefix("text.transformer."): array for name, array in weights.items()},
+        {"max_length": text.get("context_length", OPEN_CLIP_LENGTH), **options},
+        head,
+        model["embed_dim"],
+    )
+
+
+def _transformer(
+    name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
+) -> Side:
+    """The text side whose tower was trained from a published model, and has its architecture."""
+    known = transformer.ARCHITECTURES
+    architecture = known.get(name) or known.get(f"FacebookAI/{name}")
+    if architecture is None:
+        try:
+            architecture = pretrained.read_config(pretrained.checkpoint_folder(name))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"needs the config.json of {name}: {error}") from error
+    positions = architecture["max_position_embeddings"] - transformer.position_offset(architecture)
+    length = min(positions, options.get("max_length", positions))
+    return Side(
+        options={**options, "pooling": "mean", "max_length": length},
+        description={"kind": "transformer", "config": dict(architecture), "pooling": "mean"},
+        tower=transformer.rename_text(weights, architecture, "mean"),
+        head=head,
+        dim=dim,
+    )
+
+
+def _image_side(published: Published) -> Side:
+    weights = dict(published.weights)
+    if published.layout == "open_clip":
+        weights, config = _hugging_face_names(weights), _vision_config(published)
+        preprocessing = _preprocessing(published.config, config["image_size"])
+    else:
+        config = published.config
+        preprocessing = images.Preprocessing.from_config(
+            pretrained.read_preprocessing(published.folder)
+        )
+    (projection,) = _taken(weights, "visual_projection.weight")
+    return Side(
+        options={"head": "linear"},
+        description={
+            "kind": "vit",
+            "config": dict(config),
+            "pooling": "",
+            "preprocessing": dataclasses.asdict(preprocessing),
+        },
+        tower=vit.rename(weights, config),
+        head={"kernel": projection.T},
+        dim=len(projection),
+    )
+
+
+def _vision_config(published: Published) -> dict[str, Any]:
+    """An open_clip model's image tower as the config.json of a CLIP vision model."""
+    model = published.config["model_cfg"]
+    vision = model["vision_cfg"]
+    for field, value in vision.items():
+        known = field in VISION_FIELDS + TRAINING_FIELDS or value == VISION_VALUES.get(field)
+        if value and not known:
+            raise ValueError(f"an image tower with vision_cfg.{field} {value!r} is not supported")
+    if not isinstance(vision["layers"], int):
+        raise ValueError("a ResNet for an image tower (vision_cfg.layers) is not supported")
+    size, width = vision.get("image_size", 224), vision["width"]
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": width // vision.get("head_width", 64),
+        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "image_size": size[0] if isinstance(size, list) and len(set(size)) == 1 else size,
+        "patch_size": vision["patch_size"],
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _preprocessing(config: Mapping, size: int) -> images.Preprocessing:
+    """That of open_clip's evaluation: the model's own size, whatever preprocess_cfg says."""
+    given = config.get("preprocess_cfg") or {}
+    crops = {"shortest": "center_rounded", "squash": "squash"}
+    mode = given.get("resize_mode") or "shortest"
+    if mode not in crops:
+        raise ValueError(f"preprocess_cfg.resize_mode {mode!r} is not supported")
+    return images.Preprocessing(
+        size=size,
+        resample="bilinear" if given.get("interpolation") == "bilinear" else "bicubic",
+        crop=crops[mode],
+        mean=given.get("mean") or images.CLIP["image_mean"],
+        std=given.get("std") or images.CLIP["image_std"],
+    )
+
+
+_OPEN_CLIP_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
+    "ln_pre.": "pre_layrnorm.",  # sic
+    "ln_post.": "post_layernorm.",
+    "transformer.resblocks.": "encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+
+
+def _hugging_face_names(weights: Weights) -> Weights:
+    """open_clip's tensors of the image side under the names of a CLIP model of Hugging Face's."""
+    renamed = {}
+    for name, array in weights.items():
+        if not name.startswith("visual."):
+            continue
+        if name == "visual.proj":
+            renamed["visual_projection.weight"] = array.T
+            continue
+        name = name.removeprefix("visual.")
+        for theirs, ours in _OPEN_CLIP_NAMES.items():
+            name = name.replace(theirs, ours)
+        module, joint, suffix = name.partition("in_proj_")
+        if joint:
+            parts = dict(zip("qkv", np.split(array, 3), strict=True))
+            renamed |= {f"{module}{part}_proj.{suffix}": parts[part] for part in parts}
+        else:
+            renamed[name] = array
+    return renamed
+
+
+def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
+    """The temperature, and the bias of a model that was trained with the sigmoid loss."""
+    if "logit_scale" in weights:
+        config.loss.temperature = math.exp(-weights["logit_scale"].astype(np.float64).item())
+    if "logit_bias" in weights:
+        config.loss.name, config.loss.bias = "sigmoid", weights["logit_bias"].item()
+
+
+def _model(
+    config: ConfigDict, sides: Mapping[str, Side], published: tuple[Published, Published]
+) -> dual_encoder.DualEncoder:
+    """The model with all of its weights, each used once."""
+    loaded = {}
+    with partition.on_host():
+        for side, folder in zip(SIDES, published, strict=True):
+            description, options = sides[side].description, config[side]
+            with _blamed_on(folder):
+                loaded[side] = nnx.eval_shape(
+                    lambda d=description, o=options: towers.create(d, o, rngs=nnx.Rngs(0))
+                )
+                _merge(loaded[side], sides[side].tower)
+        rngs = nnx.Rngs(config.seed)
+        model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
+        for side, folder in zip(SIDES, published, strict=True):
+            with _blamed_on(folder):
+                _merge(getattr(model, f"{side}_head"), sides[side].head)
+    return model
+
+
+def _merge(module: nnx.Module, weights: Weights) -> None:
+    pretrained.merge(module, {k: np.asarray(x, np.float32) for k, x in weights.items()})
+
+
+def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
+    """Writes the folder beside its place and moves it there: it is whole, or not there."""
+    workdir = workdir.resolve()
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
+        unfinished = pathlib.Path(scratch) / "run"
+        encoder.save(unfinished)
+        with Checkpoints(unfinished) as checkpoints:
+            checkpoints.save(0, {"params": nnx.to_pure_dict(encoder.params)})
+        unfinished.rename(workdir)
+
+
+def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
+    """Takes tensors out of a checkpoint."""
+    if missing := [name for name in names if name not in weights]:
+        raise ValueError(f"its weights lack {', '.join(missing)}")
+    return [weights.pop(name) for name in names]
