@@ -613,3 +613,21 @@ def test_open_clip_in_one_folder(command, open_clip, tmp_path):
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert line == f"xlir: {run} is there already: name a new folder with --workdir"
+
+
+def test_what_is_imported_can_be_exported(m_clip, clip, photos, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs pip install 'xlir[export]'")
+    from xlir import export
+
+    run, to = tmp_path / "run", tmp_path / "exported"
+    published.import_model(str(m_clip[0]), str(clip[0]), run)
+    with pytest.raises(ValueError, match="no data set is named"):
+        export.export(run, to)
+    test_set, images = str(photos / "multilingual_test"), str(photos / "images")
+    report = export.export(run, to, test_set=test_set, images=images)
+    assert (to / "modules.json").is_file()
+    assert not report.tokens
+    card = (to / "README.md").read_text()
+    assert "Published weights, imported by xlir" in card
+    # Names of folders, but not where they were.
+    assert str(m_clip[0].parent) not in card
