@@ -1,6 +1,7 @@
 """`export` as a user runs it: what is written, what is printed, and what is refused."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -191,3 +192,17 @@ def test_exported_results_are_the_runs(transformers_run, tmp_path):
     card = (tmp_path / "exported" / "README.md").read_text()
     for language, scores in results["languages"].items():
         assert f"| {language} | {100 * scores['text_to_image']['R@1']:.1f} |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_e5_and_efficientnet(format, command, tiny, tmp_path):
+    folder = os.environ.get("XLIR_E5_SMALL")
+    if not folder:
+        pytest.skip("set XLIR_E5_SMALL to a folder of multilingual-e5-small")
+    run, (_, *flags) = tmp_path / "run", tiny
+    e5 = ["--config=configs/flickr8k.py:e5", f"--config.text.tower={folder}"]
+    command(*e5, *flags, "--config.image.tower=efficientnet-lite2", f"--workdir={run}")
+    report = export.export(run, tmp_path / "exported", format)
+    assert report.agrees
+    assert max(report.embeddings.values()) <= 2e-6
