@@ -33,6 +33,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
@@ -242,6 +243,11 @@ def embed_names(
     prompts = [
         template.format(name) for of_tag in names for name in of_tag for template in templates
     ]
+    if language == "fr":
+        # Une photo d'arbre.
+        prompts = [
+            re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in prompts
+        ]
     flat = encoder.encode_text(prompts)
     starts = np.cumsum([0] + [len(of_tag) * len(templates) for of_tag in names[:-1]])
     sums = np.add.reduceat(flat, starts, axis=0)
