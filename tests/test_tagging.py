@@ -71,12 +71,32 @@ def test_a_language_without_prompts_has_bare_names(vocabulary):
     assert tagger.tags == ["dog", "cat", "tree", "car"]
 
 
+def test_french_prompts_elide():
+    found = tagging.embed_names(FakeEncoder(), [("arbre",), ("œil",), ("moto",)], "fr")
+    texts = ["une photo d'arbre", "une photo d'œil", "une photo de moto"]
+    sums = FakeEncoder().encode_text(["arbre", "œil", "moto"]) + FakeEncoder().encode_text(texts)
+    np.testing.assert_allclose(found, sums / np.linalg.norm(sums, axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_levels_are_of_the_margins_and_keep_the_ends():
+    rng = np.random.default_rng(5)
+    margins = rng.exponential(size=(100, 500)) ** 2
+    levels, of_level = tagging._level_curve(margins)
+    assert (np.diff(levels) > 0).all()
+    assert (np.diff(of_level) >= 0).all()
+    assert (of_level[0], of_level[-1]) == (margins.min(), margins.max())
+    for level in (0.5, 0.9, 0.99, 0.999):
+        above = (margins >= np.interp(level, levels, of_level)).mean()
+        assert above == pytest.approx(1 - level, rel=0.1)
+
+
 @pytest.mark.parametrize("language", ["en", "xx"])
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
 def test_a_level_means_the_same_share_of_held_out_pairs(vocabulary, reference, language, level):
     tagger = tagging.Tagger(FakeEncoder(), vocabulary, language, reference)
     above = tagger.margins(reference.held_out) >= tagger.threshold(level)
-    assert above.mean() == pytest.approx(1 - level, abs=0.002)
+    # A mean of quantiles, and of 800 pairs only.
+    assert above.mean() == pytest.approx(1 - level, abs=0.01)
     levels = tagger.levels(np.linspace(-2, 2, 50))
     assert (np.diff(levels) >= 0).all()
     assert (levels[0], levels[-1]) == (0, 1)

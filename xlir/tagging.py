@@ -68,8 +68,8 @@ TEMPLATES = {
 }
 # Neighbours that make a neighbourhood, as published.
 NEIGHBOURS = 10
-# An image's best tags, which a tag has to stand out of. With fewer than these the number of tags
-# says little of the image, with more it is at the mercy of the few held-out photos of a small set.
+# An image's best tags, which a tag has to stand out of. With fewer, all images get the same number
+# of tags; with more, the number hangs on which few photos a small set holds out.
 BEST_TAGS = 20
 # Photos of each split that are looked at: more change little, and take minutes.
 REFERENCE_PHOTOS = 2048
@@ -257,7 +257,7 @@ def embed_names(
 def _neighbourhood(
     cosines: Float[np.ndarray, "rows others"], count: int = NEIGHBOURS
 ) -> Float[np.ndarray, " rows"]:
-    """The mean cosine of each row's nearest others."""
+    """The mean of each row's `count` highest."""
     count = min(count, cosines.shape[1])
     return np.partition(cosines, -count, axis=1)[:, -count:].mean(axis=1)
 
