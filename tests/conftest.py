@@ -89,8 +89,14 @@ def write_photos(folder: pathlib.Path) -> None:
 def command(photos):
     """Runs `python -m xlir.main` as a user would, on one device; returns the finished process."""
 
-    def run(*arguments: str, script: str = "", check: bool = True, **environment: str):
-        """`script` runs first, in the same process."""
+    def run(
+        *arguments: str,
+        script: str = "",
+        check: bool = True,
+        timeout: int = 300,
+        **environment: str,
+    ):
+        """`script` runs first, in the same process; `timeout` is in seconds."""
         start = ["-m", "xlir.main"] if not script else ["-c", f"{script}\n{RUN_MAIN}"]
         process = subprocess.run(
             [sys.executable, *start, *arguments],
@@ -98,7 +104,7 @@ def command(photos):
             env={**os.environ, "XLA_FLAGS": "", **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         if check:
             assert process.returncode == 0, process.stdout + process.stderr

@@ -248,7 +248,7 @@ def test_coco_from_its_archives_trains_resumes_and_is_evaluated(
     arguments += ["--config.steps=20"]
     killed = command(*arguments, script=KILL, check=False)
     assert killed.returncode == -9, killed.stderr
-    assert "training on 257 photos" in killed.stderr
+    assert "257 training photos" in killed.stderr
     assert "removed 0 photos of XTD10 (0 of train2014, 0 of val2014)" in killed.stderr
     resumed = command(*arguments)
     assert "resuming from step 10" in resumed.stderr

@@ -137,7 +137,7 @@ def test_a_trace_of_chosen_steps(command, tiny, tmp_path):
 def test_test_photos_are_kept_out_of_training(command, tiny, tmp_path):
     process = command(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
     # 38 photos of split train, 4 of which are in the test set.
-    assert "training on 34 photos with 68 captions; 4 photos of the test set removed" in (
+    assert "34 training photos with 68 captions; 4 photos of the test set removed" in (
         process.stderr
     )
 

@@ -121,7 +121,7 @@ def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
 
     photos = datasets.CaptionedImages(builder, config.data.train, exclude=is_test_photo)
     log.info(
-        "training on %d photos with %d captions; %d photos of the test set removed",
+        "%d training photos with %d captions; %d photos of the test set removed",
         *(len(photos), sum(map(len, photos.captions)), len(photos.excluded)),
     )
     origins = collections.Counter(map(datasets.xtd10.origin, photos.excluded))

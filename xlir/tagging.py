@@ -14,8 +14,14 @@ local scaling (Conneau et al. 2018, section 2.3), with training photos for the t
 a large vocabulary it takes away the pull of names that are near to everything, and of those that
 the run was trained on.
 
-Scores of different languages lie differently. A level, 0 to 1, means the same in all of them: the
-share of all pairs of a held-out photo (of the validation split) and a tag that score lower.
+Whether an image has a tag is decided by the tag's margin: how far it stands out of the image's
+twenty best, once the tag's own neighbourhood is taken away. Within an image, margins and scores
+order tags alike. Between images, scores are left with differences that margins are not: they tell
+of two photos which one rather has a tag, but with a threshold some get many tags and others none
+(measured in docs/results.md).
+
+Margins of different languages lie differently. A level, 0 to 1, means the same in all of them: the
+share of all pairs of a held-out photo (of the validation split) and a tag with a lower margin.
 """
 
 import collections
@@ -27,6 +33,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
@@ -61,6 +68,9 @@ TEMPLATES = {
 }
 # Neighbours that make a neighbourhood, as published.
 NEIGHBOURS = 10
+# An image's best tags, which a tag has to stand out of. With fewer, all images get the same number
+# of tags; with more, the number hangs on which few photos a small set holds out.
+BEST_TAGS = 20
 # Photos of each split that are looked at: more change little, and take minutes.
 REFERENCE_PHOTOS = 2048
 # Images of a contact sheet, and tags of each in a language.
@@ -118,7 +128,7 @@ class Tag:
     Attributes:
       tag: what identifies it.
       name: its first name in the language.
-      level: 0 to 1, the share of held-out pairs that score lower; None without held-out photos.
+      level: 0 to 1, the share of held-out pairs with a lower margin; None without held-out photos.
       cosine: of image and tag, -1 to 1.
     """
 
@@ -156,10 +166,10 @@ class Tagger:
         names = vocabulary.names_in(language)
         self.tags, self.names = vocabulary.tags, [first for first, *_ in names]
         self.embeddings = embed_names(encoder, names, language)
-        self._offset, self._held_out = None, None
+        self._offset, self._curve = None, None
         if reference is not None:
             self._offset = _neighbourhood(self.embeddings @ reference.training.T) / 2
-            self._held_out = np.sort(self.scores(reference.held_out), axis=None)
+            self._curve = _level_curve(self.margins(reference.held_out))
 
     def scores(self, images: Float[np.ndarray, "images dim"]) -> Float[np.ndarray, "images tags"]:
         """Scores of embedded images of unit length; comparable within a language."""
@@ -168,21 +178,27 @@ class Tagger:
             return cosines
         return cosines - self._offset - _neighbourhood(cosines)[:, None] / 2
 
-    def levels(self, scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Scores -> levels, 0 to 1, which are comparable between languages."""
-        return np.searchsorted(self._held_out, scores) / len(self._held_out)
+    def margins(self, images: Float[np.ndarray, "images dim"]) -> Float[np.ndarray, "images tags"]:
+        """How far each tag stands out of the image's best; needs reference photos."""
+        relative = images @ self.embeddings.T - self._offset
+        return relative - _neighbourhood(relative, BEST_TAGS)[:, None]
+
+    def levels(self, margins: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Margins -> levels, 0 to 1, which are comparable between languages."""
+        levels, of_level = self._curve
+        return np.interp(margins, of_level, levels)
 
     def threshold(self, level: float) -> float:
-        """The score at a level.
+        """The margin at a level.
 
         Raises:
           ValueError: there are no held-out photos, or the level is not between 0 and 1.
         """
-        if self._held_out is None:
+        if self._curve is None:
             raise ValueError("a threshold needs the run's data set, which is not at hand")
         if not 0 <= level <= 1:
             raise ValueError(f"the threshold is {level}; it is a share, between 0 and 1")
-        return float(np.quantile(self._held_out, level))
+        return float(np.interp(level, *self._curve))
 
     def tag(
         self,
@@ -197,15 +213,16 @@ class Tagger:
           top_k: at most so many of each image; None for all.
           threshold: a level; tags below it are left out. None leaves out none.
         """
-        scores, cosines = self.scores(images), images @ self.embeddings.T
+        cosines = images @ self.embeddings.T
+        calibrated = self._curve is not None
+        # Without margins, cosines: the order in an image is that of its scores.
+        values = self.margins(images) if calibrated else cosines
         least = -np.inf if threshold is None else self.threshold(threshold)
         found = []
-        for row, score in enumerate(scores):
-            best = np.argsort(-score, kind="stable")[:top_k]
-            best = best[score[best] >= least]
-            levels = [None] * len(best)
-            if self._held_out is not None:
-                levels = self.levels(score[best]).tolist()
+        for row, value in enumerate(values):
+            best = np.argsort(-value, kind="stable")[:top_k]
+            best = best[value[best] >= least]
+            levels = self.levels(value[best]).tolist() if calibrated else [None] * len(best)
             found.append(
                 [
                     Tag(self.tags[column], self.names[column], level, float(cosines[row, column]))
@@ -226,16 +243,38 @@ def embed_names(
     prompts = [
         template.format(name) for of_tag in names for name in of_tag for template in templates
     ]
+    if language == "fr":
+        # Une photo d'arbre.
+        prompts = [
+            re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in prompts
+        ]
     flat = encoder.encode_text(prompts)
     starts = np.cumsum([0] + [len(of_tag) * len(templates) for of_tag in names[:-1]])
     sums = np.add.reduceat(flat, starts, axis=0)
     return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
 
-def _neighbourhood(cosines: Float[np.ndarray, "rows others"]) -> Float[np.ndarray, " rows"]:
-    """The mean cosine of each row's nearest others."""
-    count = min(NEIGHBOURS, cosines.shape[1])
+def _neighbourhood(
+    cosines: Float[np.ndarray, "rows others"], count: int = NEIGHBOURS
+) -> Float[np.ndarray, " rows"]:
+    """The mean of each row's `count` highest."""
+    count = min(count, cosines.shape[1])
     return np.partition(cosines, -count, axis=1)[:, -count:].mean(axis=1)
+
+
+def _level_curve(
+    margins: Float[np.ndarray, "held_out tags"],
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Levels, 0 to 1 and denser towards the ends, and the margin at each.
+
+    It is the mean of the margins' quantiles at half to twice the odds. A single one, high up, hangs
+    on few pairs; where margins thin out exponentially the mean is the same.
+    """
+    odds = np.geomspace(1 / margins.size, margins.size, 300)
+    around = np.multiply.outer(odds, np.geomspace(0.5, 2, 9))
+    means = np.quantile(margins, around / (1 + around)).mean(axis=1)
+    levels = np.concatenate([[0], odds / (1 + odds), [1]])
+    return levels, np.concatenate([[margins.min()], means, [margins.max()]])
 
 
 def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
