@@ -233,7 +233,7 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     if not name:
         raise ValueError(
             f"no data set is named (config.data.name is empty; known: {', '.join(NAMES)}); a test "
-            "set of its own needs none: eval --test_set=FOLDER --images=FOLDER"
+            "set of its own needs none: --test_set=FOLDER --images=FOLDER"
         )
     if name not in NAMES:
         raise ValueError(f"config.data.name is {name!r}; known: {', '.join(NAMES)}")

@@ -104,7 +104,8 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights",
     None,
     ("ema", "raw"),
-    "export: the moving average over training or the last weights; default: ema where it is kept.",
+    "export: the moving average over training, or the weights themselves; default: ema where it "
+    "is kept.",
 )
 _TEXT = flags.DEFINE_string("text", None, "import: folder of the published text encoder.")
 _IMAGE = flags.DEFINE_string(
@@ -292,6 +293,8 @@ def _tag(*images: str) -> None:
 
 
 def _export() -> None:
+    # As Ctrl-C does it: what is half-written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _start_jax()
     from xlir import export
 

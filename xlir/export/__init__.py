@@ -2,13 +2,18 @@
 
 Each format is a folder that needs neither this package nor JAX. It appears under its name once it
 has been loaded afresh and has given the run's own embeddings for real captions and photos.
+
+Of a very large JPEG they are not quite the run's: for training and evaluation it is decoded at a
+fraction of its size, which other libraries don't do.
 """
 
+import contextlib
 import logging
+import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from xlir import data
@@ -51,16 +56,24 @@ FORMATS = {
 }
 
 
-def _unfinished(to: pathlib.Path) -> pathlib.Path:
-    """A new folder beside the target, which holds nothing; a rename can't cross file systems."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+@contextlib.contextmanager
+def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside the target, as a rename can't cross file systems; gone afterwards."""
+    if os.path.lexists(to):
         raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
     folder = to.absolute().parent / f".{to.name}.partial-{secrets.token_hex(4)}"
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"--to={to}: can't write to {folder.parent}: {error.strerror}") from error
-    return folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds what was exported
+                parent.rmdir()
 
 
 def _fitting(encoder: Encoder) -> str:
@@ -81,21 +94,21 @@ def export(
 
     Args:
       workdir: the run's folder.
-      to: the folder to write, which must not be there, or be empty.
+      to: the folder to write, which must not be there.
       format: a key of `FORMATS`; default: sentence-transformers where it can hold the model, else
         torch.
       weights: "ema" or "raw"; default: the moving average where the run keeps one.
-      test_set, images: what it is checked on, as of `data.test_sets`; default: the run's own.
+      test_set, images: what it is checked on, as of `data.test_sets`, of which the first counts;
+        default: the run's own.
 
     Raises:
-      FileExistsError: `to` holds something.
+      FileExistsError: `to` is there already.
       ValueError: the format can't hold the model, or what was written gives something else.
       FileNotFoundError: the run, its test set or a package is missing.
     """
     if format and format not in FORMATS:
         raise ValueError(f"--format={format} is not known; known: {', '.join(FORMATS)}")
-    unfinished = _unfinished(to)
-    try:
+    with _beside(to) as folder:
         encoder = Encoder.load(workdir, weights=weights, dtype="float32")
         format = format or _fitting(encoder)
         if reason := FORMATS[format].unfit(encoder):
@@ -104,15 +117,14 @@ def export(
                 f"--format={format} can't hold this model: {reason}. What can: {', '.join(others)}"
             )
         verification.check_packages(FORMATS[format].needs)
-        pairs = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
+        examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
+        raw = weights == "raw" and encoder.config.optimizer.ema > 0
+        # Of a run's average; those of the weights themselves are not known.
+        results = [] if raw else card.read_results(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
-        FORMATS[format].write(encoder, unfinished)
+        FORMATS[format].write(encoder, folder)
         log.info("checking it in a process of its own")
-        report = verification.verify(encoder, unfinished, format, pairs)
-        card.write(encoder, workdir, unfinished, format, report)
-        if to.is_dir():
-            to.rmdir()
-        unfinished.rename(to)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        report = verification.verify(encoder, folder, format, examples)
+        card.write(encoder, results, folder, format, report)
+        folder.rename(to)
     return report

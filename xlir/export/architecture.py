@@ -1,5 +1,6 @@
 """A run's encoder as plain numbers: what `pytorch/` builds its modules from, and their weights."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
     if description["kind"] == "vit":
         config = vit.vision_config(description["config"])
         old = config["image_size"] // config["patch_size"]
-        new = description["preprocessing"]["size"] // config["patch_size"]
+        new = encoder.preprocessing.size // config["patch_size"]
         if new != old:
             resize, dim = vit.bicubic_weights(old, new), weights["position"].shape[1]
             grid = weights["position"].reshape(old, old, dim)
@@ -60,10 +61,10 @@ def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
 
 def describe(encoder: Encoder) -> dict:
     """The content of an exported config.json."""
-    preprocessing = encoder.descriptions["image"]["preprocessing"]
+    preprocessing = dataclasses.asdict(encoder.preprocessing)
     tokenizer = {"kind": encoder.tokenizer.kind, "max_length": encoder.config.text.max_length}
-    if encoder.config.text.prefix:
-        tokenizer["prefix"] = encoder.config.text.prefix
+    if prefix := getattr(encoder.tokenizer, "prefix", ""):
+        tokenizer["prefix"] = prefix
     return {
         "embedding_dim": encoder.config.embedding_dim,
         "logit_scale": encoder.scale,
@@ -163,8 +164,8 @@ def _text_tower(encoder: Encoder) -> dict:
 
 def _image_tower(encoder: Encoder) -> dict:
     description = encoder.descriptions["image"]
-    kind, preprocessing = description["kind"], description["preprocessing"]
-    colours = {"mean": preprocessing["mean"], "std": preprocessing["std"]}
+    kind, preprocessing = description["kind"], encoder.preprocessing
+    colours = {"mean": preprocessing.mean, "std": preprocessing.std}
     if kind == "efficientnet":
         mean, std = efficientnet.PIXEL_MEAN, efficientnet.PIXEL_STD
         return {
@@ -183,7 +184,7 @@ def _image_tower(encoder: Encoder) -> dict:
     weights = encoder.weights("image_tower")
     return {
         "kind": kind,
-        "size": preprocessing["size"],
+        "size": preprocessing.size,
         "patch": config["patch_size"],
         "depth": depth,
         "shape": _layer_shape(shape),

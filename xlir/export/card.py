@@ -1,12 +1,17 @@
 """The model card of an exported folder, a README.md with the Hub's metadata."""
 
-import json
 import pathlib
+import re
 import string
+from collections.abc import Sequence
 
-from xlir.encoder import Encoder
+import numpy as np
+
+from xlir.encoder import SIDES, Encoder
+from xlir.export import architecture
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
+from xlir.models import pretrained
 
 # What is known of the terms of data sets and towers; anything else has to be looked up.
 DATA_TERMS = {
@@ -25,13 +30,14 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("FOLDER")
-texts = model.encode(["ein roter Apfel", "빨간 사과"])
+# Or a text that is the name of an image's file would be read as the image.
+texts = model.encode(["ein roter Apfel", "빨간 사과"], modality="text")
 images = model.encode([Image.open("apple.jpg")])
 print(model.similarity(texts, images))
 ```
 
-`pip install 'sentence-transformers>=6.2' pillow`. Lay transparent images over white first, and turn
-them as their EXIF orientation says.""",
+`pip install 'sentence-transformers>=6.2' pillow`. Convert images to
+8-bit RGB first, transparent ones over white, and turn them as their EXIF orientation says.""",
     "transformers": """```python
 import torch
 from PIL import Image
@@ -48,13 +54,13 @@ with torch.inference_mode():
 print(outputs.text_embeds @ outputs.image_embeds.T)
 ```
 
-`pip install 'transformers>=5.23' torch pillow`. Lay transparent images over white first, and turn
-them as their EXIF orientation says.""",
+`pip install 'transformers>=5.23' torch pillow`. Convert images to
+8-bit RGB first, transparent ones over white, and turn them as their EXIF orientation says.""",
     "torch": """```
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
 ```
 
-`pip install torch safetensors pillow $tokenizer`. The modules are in `dual_encoder/`:
+`pip install torch safetensors numpy pillow $tokenizer`. The modules are in `dual_encoder/`:
 `load(FOLDER).encode_text([...])` and `.encode_image([...])` give embeddings of unit length.""",
     "onnx": """```
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
@@ -68,35 +74,37 @@ pixels' are dynamic:
 | `text.onnx` | `input_ids`, `attention_mask`: int64 [batch, length] | [batch, $text] |
 | `image.onnx` | `pixels`: uint8 [batch, $size, $size, 3], RGB | [batch, $image] |
 
-The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`.""",
+The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
+graph of over 2 GiB has its weights beside it, in a file that ends in `.data`.""",
 }
-LIBRARIES = {"sentence-transformers": "sentence-transformers", "transformers": "transformers"}
+# Of English Recall@10; a language that finds less is not said to be spoken.
+SPOKEN = 0.5
 
 
 def write(
-    encoder: Encoder, workdir: pathlib.Path, folder: pathlib.Path, format: str, report: Report
+    encoder: Encoder, results: Sequence[dict], folder: pathlib.Path, format: str, report: Report
 ) -> None:
     """Writes the card of an exported folder.
 
     Args:
       encoder: the run's.
-      workdir: the run's folder, for its results.
+      results: retrieval results of these weights, as in a run's results/.
       folder: the exported folder.
       format: its format.
       report: of its check.
     """
-    results = _results(workdir, encoder.step)
-    languages = sorted({language for result in results for language in result["languages"]})
     config = encoder.config
+    origin = "Published weights, imported by xlir.\n"
+    if config.data.name:
+        origin = (
+            f"Trained with xlir on captions of {_name(config.data.dir) or config.data.name}; in "
+            "languages other than theirs it is zero-shot.\n"
+        )
     parts = [
-        _metadata(languages, format),
+        _metadata(_spoken(results), format),
         "# Dual encoder for cross-lingual image retrieval\n",
         "Texts in many languages and images in one space: search images with a text, or tag them. "
-        + (
-            "Trained with xlir on English captions only; in other languages it is zero-shot.\n"
-            if config.data.name
-            else "Published weights, imported by xlir.\n"
-        ),
+        + origin,
         "## Use\n",
         _use(encoder, format),
         "\n## Model\n",
@@ -104,22 +112,45 @@ def write(
         f"Embeddings have {config.embedding_dim} dimensions. Weights of step {encoder.step}, "
         "float32.\n",
         "## Results\n",
-        _measured(results) if results else "The run has no results yet.\n",
-        "The languages of these tables are those that were tested. Which others it speaks follows "
-        "from the text tower's pre-training; in a language that it has not seen it finds "
-        "nothing.\n",
+        _measured(results) if results else "None of these weights are at hand.\n",
+        "What is listed was tested, whether it is spoken or not. Other languages follow from the "
+        "text tower's pre-training; in one that it has not seen it finds little.\n",
         "## Checked\n",
         f"Loaded afresh, without the library that it was trained with:\n\n```\n{report}\n```\n",
         "## Terms\n",
-        _terms(encoder),
+        _terms(encoder, format),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf8")
 
 
+def read_results(workdir: pathlib.Path, step: int) -> list[dict]:
+    """A run's retrieval results at a step, in the order of their names.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    files = sorted((workdir / "results").glob(f"*-{step}.json"))
+    contents = [pretrained.read_json(file) for file in files]
+    return [content for content in contents if "images" in content and "zero_shot_macro" in content]
+
+
+def _spoken(results: Sequence[dict]) -> list[str]:
+    """Languages that find at least half of what English finds, in a test set that has both."""
+    spoken = set()
+    for result in results:
+        recall = {
+            language: scores["text_to_image"]["R@10"]
+            for language, scores in result["languages"].items()
+        }
+        least = SPOKEN * recall.get("en", np.inf)
+        spoken |= {language for language, found in recall.items() if found >= least}
+    return sorted(spoken)
+
+
 def _metadata(languages: list[str], format: str) -> str:
-    lines = ["---", "pipeline_tag: feature-extraction"]
-    if format in LIBRARIES:
-        lines.append(f"library_name: {LIBRARIES[format]}")
+    lines = ["---", "pipeline_tag: feature-extraction", "license: other"]
+    if format in ("sentence-transformers", "transformers"):
+        lines.append(f"library_name: {format}")
     if languages:
         lines += ["language:", *(f"- {language}" for language in languages)]
     return "\n".join([*lines, "tags:", "- image-text-retrieval", "- xlir", "---\n"])
@@ -141,7 +172,7 @@ def _table(encoder: Encoder) -> str:
     sides = (encoder.config.text, encoder.config.image)
     rows = {
         "tower": [_name(side.tower) for side in sides],
-        "pooling": [side.pooling or "as published" for side in sides],
+        "pooling": [_pooling(encoder, side) for side in SIDES],
         "trained": ["no" if side.frozen else "yes" for side in sides],
         "head": [side.head for side in sides],
         "input": [
@@ -152,14 +183,7 @@ def _table(encoder: Encoder) -> str:
     return "\n".join(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())
 
 
-def _results(workdir: pathlib.Path, step: int) -> list[dict]:
-    """Retrieval results of a step, in the order of their names."""
-    files = sorted((workdir / "results").glob(f"*-{step}.json"))
-    contents = [json.loads(file.read_text(encoding="utf8")) for file in files]
-    return [content for content in contents if "zero_shot_macro" in content]
-
-
-def _measured(results: list[dict]) -> str:
+def _measured(results: Sequence[dict]) -> str:
     parts = []
     for result in results:
         parts.append(
@@ -175,11 +199,15 @@ def _measured(results: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def _terms(encoder: Encoder) -> str:
+def _pooling(encoder: Encoder, side: str) -> str:
+    tower = architecture.describe(encoder)[side]["tower"]
+    return tower.get("pooling", "mean")  # convolutional towers, and mUSE
+
+
+def _terms(encoder: Encoder, format: str) -> str:
     """What the weights derive from; whose terms are not known here has to be looked up."""
-    config = encoder.config
-    lines = []
-    for side in ("text", "image"):
+    config, lines = encoder.config, []
+    for side in SIDES:
         name = _name(config[side].tower)
         known = TOWER_TERMS.get(name, f"{name}: see the terms of that checkpoint")
         lines.append(f"- {side} tower: {known}")
@@ -187,10 +215,14 @@ def _terms(encoder: Encoder) -> str:
         name = _name(config.data.dir)
         known = DATA_TERMS.get(config.data.name, f"{name}: see the terms of that set")
         lines.append(f"- training data: {known}")
-    lines.append("- model code of the `torch` and `onnx` formats: Apache-2.0")
+    if format in ("torch", "onnx"):
+        lines.append("- code in this folder: Apache-2.0")
     return "\n".join(lines) + "\n"
 
 
 def _name(path: str) -> str:
-    """An id as it is; of a folder its name, as the rest of the path is nobody's business."""
-    return pathlib.PurePath(path).name if pathlib.PurePath(path).is_absolute() else path
+    """An id as it is; of a folder its name, as where it lies is nobody's business."""
+    if cached := re.search(r"models--([^/]+?)--([^/]+?)/", path):
+        return "/".join(cached.groups())
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not pathlib.Path(path).exists()
+    return path if hub_id else pathlib.PurePath(path).name

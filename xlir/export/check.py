@@ -74,7 +74,7 @@ def run_sentence_transformers(folder, texts, images):
                     break
                 x = module(x)
         features.append(x["sentence_embedding"].numpy())
-    embeddings = model.encode(texts), model.encode(images)
+    embeddings = model.encode(texts, modality="text"), model.encode(images)
     processor = model[0].sub_modules["image"][0].processor
     return unpadded(seen["text"]), levels(seen["image"], processor), features, embeddings
 
@@ -97,8 +97,10 @@ def run_transformers(folder, texts, images):
 
 
 def opened(data):
-    """An upright image in RGB, over white where it is transparent."""
+    """An upright image in 8-bit RGB, over white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

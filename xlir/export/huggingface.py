@@ -5,7 +5,6 @@ Everything is written as JSON and safetensors: what reads it has to be there for
 
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +48,17 @@ _POOLED = {
 }
 # Those that have a pooler which can be left out.
 _POOLERS = ("bert", "roberta", "xlm-roberta", "vit")
+# What a checkpoint's config.json may say besides of the model that it was, or of its code.
+_NOT_OURS = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "id2label",
+    "label2id",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+)
 PAD_TOKENS = ("<pad>", "[PAD]")
 WEIGHTS_FILE = "model.safetensors"
 
@@ -120,7 +130,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
             for index, (kind, path) in enumerate(modules)
         ],
     )
-    prefix = encoder.config.text.prefix
+    prefix = encoder.tokenizer.prefix
     _json(
         folder / "config_sentence_transformers.json",
         {
@@ -264,9 +274,11 @@ def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
 def _config(encoder: Encoder, side: str) -> dict[str, Any]:
     """The config.json of a tower: the checkpoint's that it began as, and what has changed."""
     description = encoder.descriptions[side]
-    config = dict(description["config"]) | {"dtype": "float32"}
-    for name in ("architectures", "torch_dtype", "_name_or_path", "transformers_version"):
-        config.pop(name, None)
+    config = description["config"]
+    if description["kind"] == "vit":
+        config = vit.vision_config(config)
+    config = {name: x for name, x in config.items() if name not in _NOT_OURS}
+    config["dtype"] = "float32"
     if side == "text":
         weights = encoder.weights("text_tower")
         config["vocab_size"] = len(weights["embedding"])
@@ -277,8 +289,7 @@ def _config(encoder: Encoder, side: str) -> dict[str, Any]:
         config["max_position_embeddings"] = len(weights["position"]) + offset
         return config
     if description["kind"] == "vit":
-        config = vit.vision_config(config) | {"dtype": "float32"}
-        config["image_size"] = description["preprocessing"]["size"]
+        config["image_size"] = encoder.preprocessing.size
         if _pooling(encoder, side) == "mean":
             config["vision_use_head"] = False
     return config
@@ -286,24 +297,23 @@ def _config(encoder: Encoder, side: str) -> dict[str, Any]:
 
 def _image_processor(encoder: Encoder) -> dict[str, Any]:
     """The preprocessor_config.json that does what a run's preprocessing does."""
-    options: Mapping[str, Any] = encoder.descriptions["image"]["preprocessing"]
-    size, resize = options["size"], options["resize"]
+    options = encoder.preprocessing
+    size, resize, squash = options.size, options.resize, options.crop == "squash"
     processor: dict[str, Any] = {
         "do_resize": True,
-        "resample": int(RESAMPLING[options["resample"]]),
+        "resample": int(RESAMPLING[options.resample]),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(options["mean"]),
-        "image_std": list(options["std"]),
+        "image_mean": list(options.mean),
+        "image_std": list(options.std),
         "do_convert_rgb": True,
     }
-    if options["crop"] == "squash" and resize == size:
+    if squash and resize == size:
         return processor | {
             "image_processor_type": "ViTImageProcessor",
             "size": {"height": size, "width": size},
         }
-    squash = options["crop"] == "squash"
     return processor | {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"height": resize, "width": resize} if squash else {"shortest_edge": resize},

@@ -224,6 +224,10 @@ def save(weights: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
     contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
     # transformers refuses a file that does not say what it was written for.
     safetensors.numpy.save_file(contiguous, path, {"format": "pt"})
+    # The library writes it for the user alone.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def load(module: nnx.Module, path: str | os.PathLike) -> None:

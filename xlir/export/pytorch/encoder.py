@@ -1,6 +1,7 @@
 """The dual encoder: raw texts and images in, embeddings out."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -35,7 +36,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, config, tokenizer=None, reader=None):
         super().__init__()
-        self.tokenizer, self.reader = tokenizer, reader
+        self.tokenizer, self.reader, self.dim = tokenizer, reader, config["embedding_dim"]
         self.logit_scale = config["logit_scale"]
         for side in ("text", "image"):
             tower = dict(config[side]["tower"])
@@ -45,7 +46,9 @@ class DualEncoder(nn.Module):
     @torch.inference_mode()
     def encode_text(self, texts):
         """Embeddings [texts, dim] of strings."""
-        batches = []
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of texts, not one string")
+        batches = [torch.empty(0, self.dim, device=self.device)]
         for start in range(0, len(texts), BATCH):
             ids, mask = map(torch.from_numpy, pad(self.tokenizer(texts[start : start + BATCH])))
             batches.append(self.embed_text(ids.to(self.device), mask.to(self.device)))
@@ -53,8 +56,10 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_image(self, images):
-        """Embeddings [images, dim] of paths, encoded bytes or PIL images."""
-        batches = []
+        """Embeddings [images, dim] of paths, encoded bytes, PIL images, or the reader's pixels."""
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise TypeError("encode_image takes a list of images, not one")
+        batches = [torch.empty(0, self.dim, device=self.device)]
         for start in range(0, len(images), BATCH):
             pixels = np.stack([self.reader(image) for image in images[start : start + BATCH]])
             batches.append(self.embed_image(torch.from_numpy(pixels).to(self.device)))

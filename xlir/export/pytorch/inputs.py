@@ -27,7 +27,8 @@ class FastTokenizer:
 
     def __call__(self, texts):
         """A list of ids for each text."""
-        return [e.ids for e in self.tokenizer.encode_batch([self.prefix + text for text in texts])]
+        texts = [self.prefix + readable(text) for text in texts]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
 
 
 class SentencePiece:
@@ -42,6 +43,7 @@ class SentencePiece:
     def __call__(self, texts):
         """A list of ids for each text."""
         model, unknown = self.model, self.model.unk_id()
+        texts = [readable(text) for text in texts]
         rows = []
         for ids, pieces in zip(model.encode(texts), model.encode(texts, out_type=str), strict=True):
             spread = []
@@ -49,6 +51,11 @@ class SentencePiece:
                 spread += [id] * (len(piece) if id == unknown else 1)
             rows.append([model.bos_id(), *(spread or [unknown])[: self.keep], model.eos_id()])
         return rows
+
+
+def readable(text):
+    """The text; a lone surrogate, which no encoding has, counts as "?"."""
+    return text.encode("utf8", "replace").decode()
 
 
 def pad(rows):
@@ -73,12 +80,16 @@ class ImageReader:
         self.resample = Image.Resampling[resample.upper()]
 
     def __call__(self, image):
-        """Pixels, uint8 [size, size, 3], of a path, encoded bytes or a PIL image."""
+        """Pixels, uint8 [size, size, 3], of a path, encoded bytes, a PIL image, or pixels."""
+        if isinstance(image, np.ndarray):
+            return image
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))
         elif isinstance(image, (str, os.PathLike)):
             image = Image.open(image)
         image = rgb(ImageOps.exif_transpose(image))
+        if self.crop != "squash":
+            image = middle(image)
         width = height = self.resize
         if self.crop != "squash" and image.width <= image.height:
             height = int(self.resize * image.height / image.width)
@@ -88,6 +99,18 @@ class ImageReader:
         half = round if self.crop == "center_rounded" else math.floor
         left, top = (half((side - self.size) / 2) for side in (width, height))
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def middle(image, longest=32):
+    """Of a strip the middle, at most so many times as long as wide: to resize all of it would fill
+    the memory.
+    """
+    side = longest * min(image.size)
+    if max(image.size) <= side:
+        return image
+    width, height = min(image.width, side), min(image.height, side)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def rgb(image):

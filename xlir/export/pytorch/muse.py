@@ -51,7 +51,8 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids):
         """[batch, length] to [batch, length, width]."""
         chunk = ids % len(self.scale)
-        return self.table[ids].float() * self.scale[chunk, None] + self.offset[chunk, None]
+        rows = self.table[ids].to(self.scale.dtype)
+        return rows * self.scale[chunk, None] + self.offset[chunk, None]
 
 
 class NGramBranch(nn.Module):

@@ -177,8 +177,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, pixels):
-        """uint8 to float32, of the same shape; the last axis is red, green, blue."""
-        return (pixels.float() / 255 - self.mean) / self.std
+        """uint8 to the model's dtype, of the same shape; the last axis is red, green, blue."""
+        return ((pixels.float() / 255 - self.mean) / self.std).to(self.mean.dtype)
 
 
 def split(x, heads):
