@@ -8,8 +8,15 @@ import random
 import subprocess
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Tests compile much and compute little: without optimised machine code they take half of the time.
+# What users run is started by `command` below, and has all of it; to test the rest with it as well,
+# set XLA_FLAGS=--xla_backend_optimization_level=3.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -85,6 +92,17 @@ def write_photos(folder: pathlib.Path) -> None:
     (test / "test_captions_de.txt").write_text("\n".join(german[name] for name in names) + "\n")
 
 
+def keep_compiled() -> dict[str, str]:
+    """Environment of a process that keeps what it compiles, for the others of this session.
+
+    Their programs differ in little, and compiling takes them longer than anything else.
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["XLIR_CACHE"] + "/tests-compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 @pytest.fixture(scope="session")
 def command(photos):
     """Runs `python -m xlir.main` as a user would, on one device; returns the finished process."""
@@ -101,7 +119,7 @@ def command(photos):
         process = subprocess.run(
             [sys.executable, *start, *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": "", **environment},
+            env={**os.environ, "XLA_FLAGS": "", **keep_compiled(), **environment},
             capture_output=True,
             text=True,
             timeout=timeout,

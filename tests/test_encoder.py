@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 import xlir
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, keep_compiled
 from xlir.checkpoint import Checkpoints
 
 TEXTS = [
@@ -182,7 +182,7 @@ def test_a_workdir_needs_nothing_else(workdir, encoder, photos, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", SELF_CONTAINED, str(workdir), str(photo(photos)), str(out)],
         cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY), **keep_compiled()},
         capture_output=True,
         text=True,
         timeout=300,

@@ -160,11 +160,16 @@ def test_a_run_is_evaluated_on_whatever_is_there(fsdp, shape):
     assert partition.fitting_mesh({"data": 3, "fsdp": fsdp}).devices.shape == shape
 
 
+@pytest.fixture(scope="module")
+def one() -> xlir.Encoder:
+    """Toy towers on one device."""
+    return xlir.Encoder.create(xlmr.get_config("tiny"))
+
+
 @pytest.mark.parametrize(("rows", "filled"), [(1, 6), (6, 6), (7, 12), (13, 24), (192, 192)])
-def test_batches_are_filled_up_to_a_power_of_two_on_each_device(rows, filled):
-    encoder = xlir.Encoder.create(xlmr.get_config("tiny"))
-    encoder.mesh = partition.create_mesh(devices=jax.devices()[:6])
-    share = encoder._share(np.arange(rows))
+def test_batches_are_filled_up_to_a_power_of_two_on_each_device(rows, filled, one, monkeypatch):
+    monkeypatch.setattr(one, "mesh", partition.create_mesh(devices=jax.devices()[:6]))
+    share = one._share(np.arange(rows))
     np.testing.assert_array_equal(share, np.minimum(np.arange(filled), rows - 1))
 
 
@@ -181,13 +186,12 @@ def test_a_global_batch_keeps_its_rows_in_order_and_none_twice(fsdp):
 
 
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
-def test_embeddings_do_not_depend_on_the_mesh(fsdp):
+def test_embeddings_do_not_depend_on_the_mesh(fsdp, one):
     """Evaluation is split over all devices; numbers of inputs that do not divide included."""
     config = xlmr.get_config("tiny")
     texts = [f"caption {'and ' * (i % 5)}{i}" for i in range(37)]
     images = [np.full((32, 32, 3), 6 * i, np.uint8) for i in range(21)]
     images = [xlir.encoder.Image.fromarray(image) for image in images]
-    one = xlir.Encoder.create(config)
     config.mesh.fsdp = fsdp
     many = xlir.Encoder.create(config, mesh=partition.create_mesh(config.mesh))
     np.testing.assert_allclose(many.encode_text(texts), one.encode_text(texts), atol=1e-6)

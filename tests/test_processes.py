@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, keep_compiled
 from tests.test_train import metrics_of
 from xlir import partition
 from xlir.encoder import Encoder
@@ -25,11 +25,17 @@ TIMEOUT = 280
 
 # Takes the place of Python in launch.sh: `python -m xlir.main` with something done before.
 PYTHON = """#!{python}
-import logging, os, sys
+import contextlib, logging, os, sys, types
 sys.path[0] = os.getcwd()
 del sys.argv[1:3]  # -m xlir.main
 # As main does it, and before libraries do it.
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
+# JAX keeps what the first process compiles. The others' programs are others, and cost as much.
+with contextlib.suppress(ImportError):
+    from jax._src import compiler
+    compiler.distributed = types.SimpleNamespace(
+        global_state=types.SimpleNamespace(process_id=0, client=None)
+    )
 {script}
 from xlir import main
 main.leave(main.main())
@@ -110,14 +116,11 @@ def run(
     python.write_text(PYTHON.format(python=sys.executable, script=script))
     python.chmod(0o755)
     command = [str(python), "-m", "xlir.main"]
-    environment = {**os.environ, "PYTHON": str(python), "XLA_FLAGS": ""}
-    # Runs differ in little: what one has compiled saves the next one half of its time.
-    environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["XLIR_CACHE"] + "/tests-compiled"
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment = {**os.environ, "PYTHON": str(python), **keep_compiled()}
     if processes > 1:
         command = ["./launch.sh", "local", f"--processes={processes}", f"--devices={devices}", "--"]
     else:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     command += [*flags, f"--workdir={folder / 'run'}"]
     out, err = folder / "out", folder / "err"
     with out.open("w") as out_file, err.open("w") as err_file:

@@ -237,6 +237,6 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
             state, _ = step(state, encoder.frozen, partition.global_batch(batch, mesh))
     kept = jax.tree.map(lambda x, expected: x.sharding == expected.sharding, state, layout)
     assert all(jax.tree.leaves(kept))
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params)
+    moved = jax.tree.map(lambda a, b: (a != np.asarray(b)).any(), before, state.params)
     assert all(jax.tree.leaves({k: v for k, v in moved.items() if k != "bias"}))
     return state.params, state.ema

@@ -4,12 +4,22 @@ import collections
 import contextlib
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+# tensorboardX would import PyTorch where it is installed, for what is not used here: half of the
+# time that training takes to start.
+_hide = "torch" not in sys.modules
+if _hide:
+    sys.modules["torch"] = None
+try:
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+finally:
+    if _hide:
+        del sys.modules["torch"]
 
 # Seconds between two flushes of TensorBoard's file, each of which a mounted bucket uploads whole.
 FLUSH = 120
