@@ -86,8 +86,8 @@ _TOP_K = flags.DEFINE_integer(
 _THRESHOLD = flags.DEFINE_float(
     "threshold",
     None,
-    "tag: a share, such as 0.98: tags that score above so many of the pairs of a held-out photo "
-    "and a tag. It means the same in every language.",
+    "tag: a share, such as 0.98: tags that stand out more than in so many of the pairs of a "
+    "held-out photo and a tag. It means the same in every language.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output", None, "tag: file for the tags as JSON lines; -: print them instead of the table."
