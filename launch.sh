@@ -455,7 +455,9 @@ worker_run() { # COMMAND...
   if [[ -e run.pid ]]; then
     lines=10
   else
-    supervise "$@" >run.log 2>&1 </dev/null &
+    # Before tail looks for it, which gives up where it is not there yet.
+    : >run.log
+    supervise "$@" >>run.log 2>&1 </dev/null &
     echo $! >run.pid
   fi
   pid=$(<run.pid)
