@@ -25,17 +25,11 @@ TIMEOUT = 280
 
 # Takes the place of Python in launch.sh: `python -m xlir.main` with something done before.
 PYTHON = """#!{python}
-import contextlib, logging, os, sys, types
+import logging, os, sys
 sys.path[0] = os.getcwd()
 del sys.argv[1:3]  # -m xlir.main
 # As main does it, and before libraries do it.
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
-# JAX keeps what the first process compiles. The others' programs are others, and cost as much.
-with contextlib.suppress(ImportError):
-    from jax._src import compiler
-    compiler.distributed = types.SimpleNamespace(
-        global_state=types.SimpleNamespace(process_id=0, client=None)
-    )
 {script}
 from xlir import main
 main.leave(main.main())
