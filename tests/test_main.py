@@ -68,7 +68,10 @@ def test_help_lists_verbs_examples_and_flags(command):
         ([QUICKSTART, "--drop_junk"], ["--drop_junk goes with eval, not with train"]),
         (["prepare"], ["prepare needs --config"]),
         (["prepare", QUICKSTART, "--workdir=x"], ["--workdir goes with train and eval"]),
-        (["prepare", QUICKSTART, "--images=x"], ["--images goes with eval, not with prepare"]),
+        (
+            ["prepare", QUICKSTART, "--images=x"],
+            ["--images goes with eval and export, not with prepare"],
+        ),
         (["eval"], ["eval needs --workdir"]),
         (["import", "--workdir=x"], ["import needs --text"]),
         (["import", "--text=x"], ["import needs --workdir"]),

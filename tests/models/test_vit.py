@@ -237,7 +237,11 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
         ({"model_type": "vit", "image_size": [32, 48]}, {}, "not square"),
         ({"model_type": "vit", "pooler_act": "gelu"}, {}, "pooler_act 'gelu'"),
         ({"model_type": "vit", "pooler_output_size": 8}, {}, "changes the width"),
-        ({"model_type": "siglip_vision_model", "vision_use_head": False}, {}, "without their"),
+        (
+            {"model_type": "siglip_vision_model", "vision_use_head": False},
+            {},
+            "no attention pooling head",
+        ),
         ({"model_type": "clip_vision_model"}, {"pooling": "pooler"}, "'pooler'; .*cls, mean"),
         ({"model_type": "siglip_vision_model"}, {"pooling": "cls"}, "'cls'; .*attention, mean"),
         ({"model_type": "vit", "hidden_act": "swish"}, {}, "'swish' is not known"),
