@@ -45,11 +45,19 @@ class MLP(nnx.Module):
         """Maps features to embeddings; with `rngs` in training mode (dropout on)."""
         x = self.input(x)
         for layer in self.layers:
-            x = jax.nn.gelu(x, approximate=False)
+            x = gelu(x)
             if rngs is not None:
                 x = dropout(x, self.dropout, rngs.dropout())
             x = layer(x)
         return x
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` times the normal distribution function (Hendrycks and Gimpel 2016), as PyTorch has it.
+
+    jax.nn.gelu, which takes erfc, is half as slow again on CPUs.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 class NormLinear(nnx.Module):
