@@ -155,7 +155,7 @@ def examples(chosen: RetrievalSet) -> Examples:
 
 def _hard_to_read(photo: bytes) -> list[bytes]:
     """A photo whose EXIF data say that it lies on its side, and one that is half transparent."""
-    image = Image.open(io.BytesIO(photo)).convert("RGB")
+    image = Image.open(io.BytesIO(photo)).convert("RGBA").convert("RGB")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     turned, transparent = io.BytesIO(), io.BytesIO()
