@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import pathlib
+import runpy
 import sys
 
 import numpy as np
@@ -98,13 +99,8 @@ def run_transformers(folder, texts, images):
 
 def opened(data):
     """An upright image in 8-bit RGB, over white where it is transparent."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
+    return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
 
 
 def unpadded(batch):

@@ -81,11 +81,6 @@ class Report:
     cosine: Mapping[str, float]
     recall: tuple[list[float], list[float]]
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the difference is rounding."""
-        return not self.first_difference()
-
     def __str__(self) -> str:
         at = "/".join(map(str, RECALL_AT))
         ours, theirs = ("/".join(f"{100 * r:.1f}" for r in side) for side in self.recall)
@@ -181,9 +176,9 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
     theirs = _run(folder, format, pairs)
     ours = _reference(encoder, pairs)
     report = _compare(ours, theirs, pairs)
-    if not report.agrees:
+    if difference := report.first_difference():
         raise ValueError(
-            f"the exported model is not the run's: {report.first_difference()} differ; "
+            f"the exported model is not the run's: {difference} differ; "
             f"embeddings by {max(report.embeddings.values()):.1e}"
         )
     return report
