@@ -26,6 +26,25 @@ from PIL import Image, ImageDraw
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_runtest_logreport(report):
+    _list_skipped(report)
+
+
+def pytest_collectreport(report):
+    _list_skipped(report)
+
+
+def _list_skipped(report) -> None:
+    """Appends what is skipped to the file that $XLIR_LIST_SKIPPED names.
+
+    `pytest @FILE` runs it, in an environment that has what was lacking.
+    """
+    file = os.environ.get("XLIR_LIST_SKIPPED")
+    if file and report.skipped:
+        with open(file, "a", encoding="utf8") as skipped:
+            skipped.write(f"{report.nodeid}\n")
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of real photos and captions; the test skips where it is absent."""

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
 from PIL import Image
 
 import xlir
@@ -18,6 +17,7 @@ from xlir import published
 from xlir.checkpoint import Checkpoints
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 nn = torch.nn
 
@@ -207,7 +207,7 @@ def save_weights(model, folder, stem: str, suffix: str):
         weights[constant] = torch.arange(66)[None]
         torch.save(weights, folder / f"{stem}.bin")
     else:
-        safetensors.torch.save_file(weights, folder / f"{stem}.safetensors")
+        safetensors_torch.save_file(weights, folder / f"{stem}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -421,9 +421,9 @@ def edit(name, *path, value):
 
 def edit_weights(file, change):
     def run(folder):
-        weights = safetensors.torch.load_file(folder / file)
+        weights = safetensors_torch.load_file(folder / file)
         change(weights)
-        safetensors.torch.save_file(weights, folder / file)
+        safetensors_torch.save_file(weights, folder / file)
 
     return run
 
