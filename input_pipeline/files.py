@@ -5,10 +5,11 @@ without this package: `sha256sum -c SHA256SUMS`.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 SUMS = "SHA256SUMS"
 
@@ -38,20 +39,31 @@ def sha256(file: pathlib.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
-    """Writes the digests of files, by their paths in the folder, to its SHA256SUMS."""
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(names)]
+def write_sums(
+    folder: pathlib.Path, names: Iterable[str], coming: Mapping[str, str] | None = None
+) -> None:
+    """Writes the digests of files, by their paths in the folder, to its SHA256SUMS.
+
+    Args:
+      folder: where the files are.
+      names: of files that are there.
+      coming: name -> content of files that are written next.
+    """
+    digests = {name: sha256(folder / name) for name in names}
+    for name, content in (coming or {}).items():
+        digests[name] = hashlib.sha256(content.encode()).hexdigest()
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
     write_whole(folder / SUMS, "".join(lines))
 
 
-def check_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
+def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
     A folder without that file is of a version that wrote none, and is not checked.
 
     Args:
       folder: where the files are.
-      names: their paths in it.
+      names: their paths in it; default: all that SHA256SUMS lists.
 
     Raises:
       ValueError: a file is not what was written, or SHA256SUMS is damaged; the message names it.
@@ -60,14 +72,34 @@ def check_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
     if not (folder / SUMS).is_file():
         return
     expected = _read_sums(folder / SUMS)
-    names = sorted(names)
+    names = sorted(expected if names is None else names)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(sha256, [folder / name for name in names])
+        digests = pool.map(_sha256_or_none, [folder / name for name in names])
         for name, digest in zip(names, digests, strict=True):
             if name not in expected:
                 raise ValueError(_damaged(folder / SUMS, f"it does not list {name}"))
+            if digest is None:
+                raise FileNotFoundError(f"{folder / name} is missing, which {SUMS} lists")
             if digest != expected[name]:
                 raise ValueError(_damaged(folder / name, f"its digest is not the one in {SUMS}"))
+
+
+@contextlib.contextmanager
+def checking(folder: pathlib.Path) -> Iterator[None]:
+    """As `check_sums`, in a thread beside what the files are read for.
+
+    Where a file is damaged that is what is raised, not what reading it has led to.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_sums, folder)
+        try:
+            yield
+        finally:
+            check.result()
+
+
+def _sha256_or_none(file: pathlib.Path) -> str | None:
+    return sha256(file) if file.is_file() else None
 
 
 def _read_sums(file: pathlib.Path) -> dict[str, str]:
@@ -82,5 +114,5 @@ def _read_sums(file: pathlib.Path) -> dict[str, str]:
 def _damaged(file: pathlib.Path, fault: str) -> str:
     return (
         f"{file} is damaged: {fault}. Restore it from a copy; where you changed it on purpose, "
-        f"delete {SUMS} in that run's folder, and nothing is checked any more"
+        f"delete {SUMS}, and the folder's files are not checked any more"
     )

@@ -177,3 +177,25 @@ def workdir(command, tiny, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("run") / "tiny"
     command(*tiny, f"--workdir={folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_config(photos):
+    """A run of seconds with trained toy towers and a moving average."""
+    from configs import xlmr
+
+    config = xlmr.get_config("tiny")
+    config.data.dir = str(photos)
+    config.steps, config.eval_every, config.log_every = 6, 2, 1
+    config.optimizer.ema = 0.9
+    return config.lock()
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_config, tmp_path_factory) -> pathlib.Path:
+    """A finished run of `toy_config`, trained in this process; to be copied, not changed."""
+    from xlir import train
+
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    train.train(toy_config, folder)
+    return folder

@@ -167,7 +167,8 @@ def test_folders_without_a_trained_model(run_copy, tmp_path):
 def test_checkpoint_of_another_shape_is_named(run_copy):
     file = run_copy / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"embedding_dim": 32}))
-    with pytest.raises(ValueError, match=r"checkpoint .*copy/checkpoints/\d+ does not fit") as info:
+    (run_copy / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="damaged, or of another model than the one that") as info:
         xlir.Encoder.load(run_copy)
     assert len(str(info.value).splitlines()) == 1
 

@@ -1,88 +1,172 @@
-"""Orbax checkpoints of a run: the latest, to go on from, and the best, to use.
+"""Orbax checkpoints of a run: the latest two, to resume from, and the best, to use.
 
-What is saved is what is trained: frozen towers are written once, in the workdir, and are in no
-checkpoint. Items of a checkpoint: `params`, `optimizer` and, where it is kept, `ema`.
+A checkpoint holds what is trained. Frozen towers do not change: they are written once, in the
+workdir, and are in no checkpoint. The items of a checkpoint are `params`, `optimizer`, `ema` where
+a moving average is kept, and `record`: the validation score, and a digest of every array, which
+is compared when the array is restored.
 """
 
 import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from xlir import partition
+from xlir.digests import digests
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
+Items = dict[str, PyTree]
+Record = dict[str, Any]
+
+# The latest ones that are kept: where one is damaged, the other is there to resume from.
+KEPT = 2
 
 
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints below a workdir.
 
     Saving is asynchronous. A checkpoint appears under its step's name once it is whole, so an
-    interrupt in mid-save leaves the ones before it; leaving the context waits for the last.
+    interrupt in the middle of a save leaves the earlier ones untouched; leaving the context waits
+    for the last save.
 
     Args:
       workdir: the run's folder.
-      read_only: for use without training; nothing is created.
+      read_only: for use without training; nothing is created, moved or deleted.
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["score"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self.folder = (workdir / "checkpoints").resolve()
+        self._read_only = read_only
+        self._records, self._damaged = {}, {}
+        for step in self._list():
+            try:
+                self._records[step] = _read_record(self.folder / str(step))
+            except ValueError as error:
+                self._damaged[step] = str(error)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
-            best_fn=lambda metrics: metrics["score"],
+            preservation_policy=_LatestAndBest(self),
             read_only=read_only,
             create=not read_only,
         )
-        self.folder = (workdir / "checkpoints").resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, items: dict[str, PyTree], score: float | None = None) -> None:
-        """Starts to save; `score` decides which checkpoint is the best (higher is better).
+    def save(self, step: int, items: Items, score: float | None = None) -> None:
+        """Starts to save a checkpoint.
 
-        One without a score is there to go on from, and goes when there is a later one.
+        Args:
+          step: training steps taken.
+          items: what to save, by name.
+          score: decides which checkpoint is the best (higher is better). A checkpoint without a
+            score, saved when a run is stopped, is only there to resume from.
         """
-        metrics = None if score is None else {"score": score}
+        record = {"score": score, "digests": digests(items)}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics)
+        arguments["record"] = ocp.args.JsonSave(record | {"sha256": _sha256(record)})
+        # Before the save, which deletes those that are not kept.
+        self._records[step] = record
+        self._manager.save(step, args=ocp.args.Composite(**arguments))
+
+    def steps(self) -> list[int]:
+        """The steps saved, ascending."""
+        return sorted(self._records | self._damaged)
 
     def latest_step(self) -> int | None:
         """The last step saved, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """The step with the best score, the latest where none has one yet, or None."""
-        best = self._manager.best_step()
-        return self.latest_step() if best is None else best
+        return max(self.steps(), key=self._score, default=None)
 
-    def items(self, step: int) -> set[str]:
-        """The names of what a checkpoint holds."""
-        return {path.name for path in (self.folder / str(step)).iterdir() if path.is_dir()}
+    def restore(self, targets: Items, *, best: bool = False) -> tuple[int, Items]:
+        """Reads items of the latest or the best checkpoint onto the devices.
 
-    def restore(self, step: int, targets: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Reads items of a checkpoint onto the devices.
+        Where it is damaged, the next one is read. The log says so, and the damaged one is renamed
+        to `damaged-STEP` unless this is read-only. Of several processes all have to call it.
 
         Args:
-          step: a step that was saved.
-          targets: for each item wanted, a tree of arrays (or shape structs with shardings) of the
-            same shape as what was saved.
+          targets: for each item wanted a tree of arrays (or shapes with shardings) of the same
+            structure and shapes as what was saved.
+          best: the one with the best score, not the latest.
+
+        Returns:
+          The step, and the items.
 
         Raises:
-          ValueError: the checkpoint does not fit the targets.
+          ValueError: no checkpoint can be restored; all are left where they are.
         """
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, targets)
+        damaged = dict(self._damaged)
+        for step in sorted(self._records, key=self._score if best else None, reverse=True):
+            items, fault = self._try(step, targets)
+            if partition.agree_minimum(not fault):
+                self._set_aside(damaged, step)
+                return step, items
+            damaged[step] = fault or "another process can't read it"
+        reasons = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be restored. They are damaged, or of another "
+            f"model than the one that config.json describes ({reasons}). Restore them from a copy, "
+            "or start in a new --workdir"
+        )
+
+    def _try(self, step: int, targets: Items) -> tuple[Items, str]:
+        """The items of a checkpoint, or why it can't be restored."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {self.folder / str(step)} does not fit the model that this workdir's "
-                f"config.json describes: {str(error).splitlines()[0]}"
-            ) from error
+            items = dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:  # Orbax, TensorStore and their parsers raise nearly anything
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            return {}, " ".join((str(error) or type(error).__name__).split())[:200]
+        expected = self._records[step].get("digests")
+        if expected is None:  # saved by a version that kept no digests
+            return items, ""
+        found = digests(items).items()
+        differing = [name for name, digest in found if expected.get(name) != digest]
+        return items, f"{differing[0]} is not what was saved" if differing else ""
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        """Reports damaged checkpoints, and renames them so that their steps can be saved again."""
+        for step, why in sorted(damaged.items()):
+            log.warning("checkpoint %d is damaged (%s)", step, why)
+        if damaged:
+            log.warning("using the checkpoint of step %d", used)
+        if self._read_only or not damaged:
+            return
+        for step in damaged:
+            self._records.pop(step, None)
+            if jax.process_index() == 0:
+                aside = self.folder / f"damaged-{step}"
+                while aside.exists():  # it was saved again, and damaged again
+                    aside = aside.with_name(f"{aside.name}-again")
+                (self.folder / str(step)).rename(aside)
+                log.warning("it was moved to %s", aside)
+        self._damaged = {}
+        partition.wait_for_all()
+        self._manager.reload()
+
+    def _list(self) -> list[int]:
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
+
+    def _score(self, step: int) -> tuple[float, int]:
+        """What orders checkpoints from the worst to the best."""
+        score = self._records.get(step, {}).get("score")
+        return (-math.inf if score is None else score, step)
 
     def __exit__(self, *exc_info: object) -> None:
         """Waits for the save in progress and frees the manager."""
@@ -90,3 +174,41 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.wait_until_finished()
         finally:
             self._manager.close()
+
+
+class _LatestAndBest:
+    """Keeps the latest checkpoints and the best one (one of Orbax's preservation policies)."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Which of the checkpoints stay."""
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*steps[-KEPT:], max(steps, key=self._checkpoints._score)}
+        return [info.step in kept for info in checkpoints]
+
+
+def _read_record(folder: pathlib.Path) -> Record:
+    """The record of a checkpoint; of a version that kept no digests, its score where it has one.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    file = folder / "record" / "metadata"
+    if not file.parent.is_dir():
+        file = folder / "metrics" / "metrics"
+        if not file.is_file():
+            return {}
+    try:
+        record = json.loads(file.read_text())
+        digest = record.pop("sha256", None)
+        if file.parent.name == "record" and digest != _sha256(record):
+            raise ValueError("its digest differs")
+        return record
+    except (ValueError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"{file.relative_to(folder)}: {error}") from error
+
+
+def _sha256(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from configs import base
+from input_pipeline import files
 from input_pipeline import images as image_io
 from input_pipeline import text as text_io
 from xlir import partition
@@ -146,15 +147,15 @@ class Encoder:
         workdir = pathlib.Path(workdir)
         encoder = cls.open(workdir, mesh, dtype)
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            best = checkpoint == "best"
-            step = checkpoints.best_step() if best else checkpoints.latest_step()
-            if step is None:
+            if not checkpoints.steps():
                 raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train it first")
-            averaged = "ema" in checkpoints.items(step)
+            averaged = encoder.config.optimizer.ema > 0
             if weights == "ema" and not averaged:
                 raise ValueError(f"{workdir} keeps no moving average (config.optimizer.ema is 0)")
             item = "ema" if averaged and weights != "raw" else "params"
-            params = checkpoints.restore(step, {item: nnx.to_pure_dict(encoder.params)})[item]
+            targets = {item: nnx.to_pure_dict(encoder.params)}
+            step, items = checkpoints.restore(targets, best=checkpoint == "best")
+        params = items[item]
         encoder.replace_params(params)
         encoder.step = step
         return encoder
@@ -172,6 +173,13 @@ class Encoder:
           ValueError: a file is damaged.
         """
         config = read_config(workdir)
+        with files.checking(workdir):
+            return cls._open(config, workdir, mesh, dtype)
+
+    @classmethod
+    def _open(
+        cls, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh | None, dtype: str
+    ) -> "Encoder":
         if dtype:
             config.head_dtype = config.text.dtype = config.image.dtype = dtype
         descriptions, loaded = {}, {}
@@ -203,9 +211,9 @@ class Encoder:
             pretrained.save(weights[side], folder / WEIGHTS_FILE)
             (folder / DESCRIPTION_FILE).write_text(json.dumps(self.descriptions[side], indent=1))
         self.tokenizer.save(workdir / "text_tower")
-        unfinished = workdir / "config.json.partial"
-        unfinished.write_text(json.dumps(self.config.to_dict(), indent=1))
-        unfinished.rename(workdir / "config.json")
+        config = json.dumps(self.config.to_dict(), indent=1)
+        files.write_sums(workdir, _tower_files(workdir), {CONFIG_FILE: config})
+        files.write_whole(workdir / CONFIG_FILE, config)
 
     def replace_params(self, params: Mapping) -> None:
         """Takes trained parameters, as a pure tree of arrays."""
@@ -378,6 +386,7 @@ SIDES = ("text", "image")
 # In the folder of a tower in a workdir.
 WEIGHTS_FILE = "weights.safetensors"
 DESCRIPTION_FILE = "tower.json"
+CONFIG_FILE = "config.json"
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
@@ -387,16 +396,24 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
       FileNotFoundError: the folder is not a run's.
       ValueError: the file is damaged.
     """
-    file, config = workdir / "config.json", base.get_config()
+    file, config = workdir / CONFIG_FILE, base.get_config()
     if not file.is_file():
         raise FileNotFoundError(
             f"{workdir} is not the folder of a training run (it has no config.json)"
         )
+    files.check_sums(workdir, [CONFIG_FILE])
     try:
         config.update(json.loads(file.read_text()))
         return config
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is damaged, or of another version: {error}") from error
+
+
+def _tower_files(workdir: pathlib.Path) -> list[str]:
+    """The files of both towers and of the tokenizer, by their paths in the workdir."""
+    folders = (workdir / f"{side}_tower" for side in SIDES)
+    found = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return [str(file.relative_to(workdir)) for file in found]
 
 
 def _png(image: Image.Image) -> bytes:

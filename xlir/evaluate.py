@@ -12,9 +12,11 @@ from jaxtyping import Float
 
 from input_pipeline import features
 from input_pipeline.cache import fingerprint
+from input_pipeline.files import write_whole
 from xlir import figures, metrics, partition
 from xlir.data import RetrievalSet
 from xlir.encoder import FEATURE_BATCH, SIDES, Encoder
+from xlir.workdir import results_folder
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 
@@ -217,11 +219,10 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `<workdir>/results/<set>-<step>.json` and returns its path."""
-    file = workdir / "results" / f"{results['dataset']}-{results['step']}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1))
+def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
+    """Writes `<set>-<step>.json` into a folder and returns its path."""
+    file = folder / f"{results['dataset']}-{results['step']}.json"
+    write_whole(file, json.dumps(results, indent=1))
     return file
 
 
@@ -257,15 +258,21 @@ def report(
     Where the set has folds, a second file and table hold their mean. Of several processes, which
     all embed, the first one writes.
     """
+    # Before the work: the folder may be one that can only be read.
+    folder = results_folder(workdir)
     texts, images = Evaluator(encoder, data, cache).embeddings()
     if jax.process_index():
         return
     results = retrieval(data, texts, images, encoder.step)
-    file = write(results, workdir)
-    recall, queries = (file.with_suffix(f".{what}.png") for what in ("recall", "queries"))
-    figures.plot_recall(results, recall)
-    figures.plot_queries(data.captions, data.image_of, texts, images, data.images, queries)
-    print(f"\n{table(results)}\n\nwritten: {file}\n         {recall}\n         {queries}")
+    print(f"\n{table(results)}")
+    if folder:
+        file = write(results, folder)
+        recall, queries = (file.with_suffix(f".{what}.png") for what in ("recall", "queries"))
+        figures.plot_recall(results, recall)
+        figures.plot_queries(data.captions, data.image_of, texts, images, data.images, queries)
+        print(f"\nwritten: {file}\n         {recall}\n         {queries}")
     if data.folds:
         results = folded_retrieval(data, texts, images, encoder.step)
-        print(f"\n{table(results)}\n\nwritten: {write(results, workdir)}")
+        print(f"\n{table(results)}")
+        if folder:
+            print(f"\nwritten: {write(results, folder)}")

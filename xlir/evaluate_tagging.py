@@ -18,6 +18,7 @@ from input_pipeline import labels, vocabularies
 from input_pipeline.datasets import CaptionedImages, emoji
 from xlir import data, evaluate, figures, metrics, tagging
 from xlir.encoder import Encoder
+from xlir.workdir import results_folder
 
 # The vocabulary that belongs to a data set.
 VOCABULARIES = {"coco": "coco", "emoji": "emoji", "flickr8k": "flickr8k"}
@@ -196,6 +197,8 @@ def table(results: dict) -> str:
 
 def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
     """Evaluates and shows it: results file, table in the terminal, contact sheet."""
+    # Before the work: the folder may be one that can only be read.
+    folder = results_folder(workdir)
     images = _embed(encoder, data, cache)
     reference = tagging.reference(encoder, workdir)
     taggers = {
@@ -205,7 +208,10 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     if jax.process_index():
         return
     results = evaluate_set(data, taggers, images, reference, encoder.step)
-    file = evaluate.write(results, workdir)
+    print(f"\n{table(results)}")
+    if not folder:
+        return
+    file = evaluate.write(results, folder)
     shown = min(tagging.SHEET_PHOTOS, len(images))
     rows = [place * len(images) // shown for place in range(shown)]
     tags = {
@@ -217,7 +223,7 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     }
     sheet = file.with_suffix(".tags.png")
     figures.plot_tags([data.photos[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
-    print(f"\n{table(results)}\n\nwritten: {file}\n         {sheet}")
+    print(f"\nwritten: {file}\n         {sheet}")
 
 
 def _embed(

@@ -129,6 +129,11 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
+    "accept_changed_data",
+    False,
+    "train: resume a run although its training or validation data have changed.",
+)
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
@@ -150,6 +155,7 @@ FLAGS = {
     "image": ("import",),
     "devices": ("shardings",),
     "topology": ("compile",),
+    "accept_changed_data": ("train",),
     "distributed": ("train", "eval"),
     "coordinator": ("train", "eval"),
     "processes": ("train", "eval"),
@@ -212,7 +218,8 @@ def _train() -> None:
     from xlir import train
 
     sys.unraisablehook = _report_unraisable
-    train.train(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
+    workdir = pathlib.Path(_WORKDIR.value or _default_workdir())
+    train.train(_CONFIG.value, workdir, accept_changed_data=_ACCEPT_CHANGED_DATA.value)
 
 
 def _prepare() -> None:

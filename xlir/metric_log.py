@@ -3,10 +3,13 @@
 import collections
 import contextlib
 import json
+import logging
 import pathlib
 import sys
 import time
 from collections.abc import Iterator
+
+from input_pipeline.files import write_whole
 
 # tensorboardX would import PyTorch where it is installed, for what is not used here: half of the
 # time that training takes to start.
@@ -20,6 +23,8 @@ try:
 finally:
     if _hide:
         del sys.modules["torch"]
+
+log = logging.getLogger(__name__)
 
 # Seconds between two flushes of TensorBoard's file, each of which a mounted bucket uploads whole.
 FLUSH = 120
@@ -120,14 +125,26 @@ class Progress:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Keeps the records up to a step; a half-written last line goes too."""
+    """Keeps the records up to a step; a half-written last line goes too.
+
+    Where other lines are damaged, they are counted, and the file is kept beside as it was.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
+    content = file.read_bytes()
+    *lines, _ = content.split(b"\n")
+    kept, damaged = [], []
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    file.write_text("".join(kept))
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            damaged.append(number)
+    if damaged:
+        copy = file.with_name(f"{file.name}.damaged")
+        write_whole(copy, content)
+        log.warning(
+            "%s: %d damaged records dropped, the first in line %d; the file as it was is %s",
+            *(file, len(damaged), damaged[0], copy.name),
+        )
+    write_whole(file, b"".join(kept))

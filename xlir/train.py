@@ -3,14 +3,11 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
 import pathlib
-import re
 import signal
-import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +24,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import datasets, loader, text
 from xlir import data, evaluate, gradients, losses, optimizer, partition
+from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
@@ -82,24 +80,45 @@ class Stopped(Exception):
     """The run was asked to end before its last step, and has saved where it is."""
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: bool = False) -> None:
     """Trains, resuming where a checkpoint is found, and evaluates the best checkpoint at the end.
+
+    Args:
+      config: see configs/base.py.
+      workdir: the run's folder.
+      accept_changed_data: resume also where the data are not those that the run was started with.
 
     Raises:
       FileNotFoundError: data or weights are not at hand; the message says how to get them.
-      ValueError: the configuration is not usable, is not the one that `workdir` was started with,
-        or the loss or its gradient is not finite.
-      Stopped: SIGTERM, as it comes before a preemption, has ended the run early.
+      ValueError: the configuration is not usable, or is not the one that `workdir` was started
+        with, or the data are not; another process is training in `workdir`; or the loss or its
+        gradient is not finite.
+      Stopped: a signal, as it comes before a preemption, has ended the run early.
     """
+    with run_folder.Lock(workdir):
+        mesh = _train(config, workdir, accept_changed_data)
+        finish(workdir, mesh)
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool) -> Mesh:
+    """Trains to the last step; returns the mesh."""
     # The first process may be about to write it while another looks.
-    starts = not partition.agree_minimum((workdir / "config.json").exists())
+    starts = not partition.agree_minimum(run_folder.is_run(workdir))
     _check_start(config, workdir, starts)
     mesh = partition.create_mesh(config.mesh)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
-    training = data.training_photos(config)
+    training, validation_set = data.training_photos(config), data.validation_set(config)
     captions = _flat(training.captions)
+    learned_from = {
+        "photos": len(training),
+        "captions": len(captions),
+        "fingerprint": training.fingerprint,
+        "validation": validation_set.fingerprint,
+    }
+    if not starts:
+        run_folder.check_data(workdir, learned_from, accept_changes=accept_changed_data)
     encoder = Encoder.create(config, captions, mesh) if starts else Encoder.open(workdir, mesh)
-    validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
+    validation = evaluate.Evaluator(encoder, validation_set, data.feature_cache())
     cached = evaluate.frozen_features(
         encoder, "training", captions, training, training.fingerprint, data.feature_cache()
     )
@@ -121,8 +140,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     # Only now: a start that failed leaves no folder that insists on its configuration.
     if starts:
+        run_folder.check_data(workdir, learned_from, accept_changes=True)
         encoder.save(workdir)
-        _check_seen(workdir)
+        run_folder.check_seen(workdir)
     with (
         jax.set_mesh(mesh),
         _Termination() as termination,  # until what it has had saved is written
@@ -145,7 +165,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 termination,
                 profile,
             )
-    finish(workdir, mesh)
+    return mesh
 
 
 def finish(workdir: pathlib.Path, mesh: Mesh) -> None:
@@ -304,44 +324,7 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
         raise FileNotFoundError("\n".join(lacking))
     if starts:
         return
-    # Through JSON, in which a tuple is a list.
-    started_with, given = (json.loads(c.to_json()) for c in (read_config(workdir), config))
-    differing = sorted(_differences(started_with, given))
-    if differing:
-        raise ValueError(
-            f"{workdir} was started with another configuration; it differs in "
-            f"{', '.join(differing)}. Use another --workdir, or the old values to resume"
-        )
-
-
-def _check_seen(workdir: pathlib.Path) -> None:
-    """Raises ValueError where not all processes see the folder that the first one has written."""
-    partition.wait_for_all()
-    for _ in range(60):  # what a network's file system may take
-        if (workdir / "config.json").exists():
-            break
-        time.sleep(1)
-    if not partition.agree_minimum((workdir / "config.json").exists()):
-        raise ValueError(f"--workdir={workdir} has to be a folder that all processes see")
-
-
-# A run may go on elsewhere, in more or less memory: what it learns does not depend on these. (From
-# other microbatches dropout draws other masks.)
-FREE = re.compile(
-    r"config\.(mesh\..*|profile\..*|log_every|data\.(prefetch|microbatches)|loss\.chunk|.*\.remat)"
-)
-
-
-def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
-    """`config.a.b (old -> new)` for each field that differs and has to be the same."""
-    found = []
-    for name in old.keys() | new.keys():
-        before, after = old.get(name, "absent"), new.get(name, "absent")
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}.{name}")
-        elif before != after and not FREE.fullmatch(f"{prefix}.{name}"):
-            found.append(f"{prefix}.{name} ({before!r} -> {after!r})")
-    return found
+    run_folder.check_config(read_config(workdir), config, workdir)
 
 
 def _first_state(
@@ -351,12 +334,12 @@ def _first_state(
     checkpoints: Checkpoints,
 ) -> TrainState:
     """The state of the latest checkpoint, from whatever mesh, or that before the first step."""
-    step = checkpoints.latest_step()
-    if step is None:
+    if not checkpoints.steps():
         return initial_state(encoder, transformation, layout)
+    step, items = checkpoints.restore(layout.items())
     log.info("resuming from step %d", step)
     number = partition.place({"step": np.int32(step)}, encoder.mesh)["step"]
-    state = TrainState(step=number, **{"ema": None, **checkpoints.restore(step, layout.items())})
+    state = TrainState(step=number, **{"ema": None, **items})
     encoder.replace_params(state.params)
     return state
 
@@ -413,26 +396,41 @@ def _loop(
             _check_finite(step, {name: float(value) for name, value in metrics.items()})
             if not evaluates:
                 checkpoints.save(step, state.items())
-            raise Stopped(f"stopped by SIGTERM after step {step}, which is saved")
+            raise Stopped(f"stopped by {termination.signal} after step {step}, which is saved")
 
 
 class _Termination(contextlib.AbstractContextManager):
-    """Whether SIGTERM has come, to any of the processes: for all at the same step."""
+    """Whether a signal has asked this run to end: all processes learn it at the same step.
+
+    SIGTERM comes before a preemption, SIGHUP when a connection is lost, SIGUSR1 when a batch
+    system's time is nearly up. A signal that is ignored, as `nohup` does with SIGHUP, stays so.
+
+    Attributes:
+      signal: the name of the one that came to this process; SIGTERM where it came to another.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __enter__(self) -> "_Termination":
-        self._came, self._calls = False, 0
-        # JAX listens from the start where it was told that there may be several processes.
+        self._came, self._calls, self.signal = False, 0, signal.SIGTERM.name
+        # JAX listens to SIGTERM from the start where it was told that there may be several
+        # processes; other signals are handed on to it as that one.
         self._jax_listens = jax.distributed.is_initialized()
-        if not self._jax_listens:
-            signal.signal(signal.SIGTERM, self._note)
+        for number in self.SIGNALS[self._jax_listens :]:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         # What comes later has nothing to save.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in self.SIGNALS[self._jax_listens :]:
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, signal.SIG_DFL)
 
-    def _note(self, *_: object) -> None:
-        self._came = True
+    def _note(self, number: int, _: object) -> None:
+        self._came, self.signal = True, signal.Signals(number).name
+        if self._jax_listens:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self) -> bool:
         """Whether to end after this step; every process has to ask after every step."""
