@@ -222,8 +222,7 @@ def test_training_resumes_from_the_older_checkpoint(toy_config, toy_run, tmp_pat
 def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
     run = shutil.copytree(toy_run, tmp_path / "run")
     best = xlir.Encoder.load(run).step
-    cut_ema = largest_file(run / "checkpoints" / str(best) / "ema")
-    cut_ema.write_bytes(cut_ema.read_bytes()[:-50])
+    zero(run / "checkpoints" / str(best) / "ema")
     other = xlir.Encoder.load(run).step
     assert other != best
     assert f"using the checkpoint of step {other}" in caplog.text

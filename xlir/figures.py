@@ -95,7 +95,7 @@ def plot_queries(
             rank = 1 + int(np.sum(scores > scores[right]))
             _draw_query(axes[i, 0], language, captions[language][query], rank)
             for axis, row in zip(axes[i, 1:], best, strict=False):
-                _draw_picture(axis, pictures[row], right=bool(row == right))
+                _draw_picture(axis, pictures[int(row)], right=bool(row == right))
             # A set may hold fewer images.
             for axis in axes[i, 1 + len(best) :]:
                 axis.axis("off")

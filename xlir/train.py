@@ -338,7 +338,7 @@ def _first_state(
         return initial_state(encoder, transformation, layout)
     step, items = checkpoints.restore(layout.items())
     log.info("resuming from step %d", step)
-    number = partition.place({"step": np.int32(step)}, encoder.mesh)["step"]
+    number = partition.place({"step": np.array(step, np.int32)}, encoder.mesh)["step"]
     state = TrainState(step=number, **{"ema": None, **items})
     encoder.replace_params(state.params)
     return state
