@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 SUMS = "SHA256SUMS"
@@ -104,11 +105,11 @@ def _sha256_or_none(file: pathlib.Path) -> str | None:
 
 def _read_sums(file: pathlib.Path) -> dict[str, str]:
     """Path -> digest."""
-    try:
-        pairs = [line.split("  ", 1) for line in file.read_text(encoding="utf8").splitlines()]
-        return {name: digest for digest, name in pairs}
-    except ValueError as error:
-        raise ValueError(_damaged(file, "it is not a list of digests")) from error
+    text = file.read_text(encoding="utf8", errors="replace")
+    lines = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in text.split("\n")[:-1]]
+    if not text.endswith("\n") or not all(line and line[2].isprintable() for line in lines):
+        raise ValueError(_damaged(file, "it is not a list of digests"))
+    return {line[2]: line[1] for line in lines}
 
 
 def _damaged(file: pathlib.Path, fault: str) -> str:

@@ -174,8 +174,14 @@ def test_checkpoint_of_another_shape_is_named(run_copy):
 
 
 def test_damaged_files_of_a_run_are_named(run_copy):
+    """With digests, and as in a run of a version that kept none."""
     weights = run_copy / "image_tower" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"image_tower/weights\.safetensors is damaged: its digest"
+    ):
+        xlir.Encoder.load(run_copy)
+    (run_copy / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"image_tower/weights\.safetensors: "):
         xlir.Encoder.load(run_copy)
     (run_copy / "config.json").write_text('{"seed": ')

@@ -49,6 +49,10 @@ class Lock(contextlib.AbstractContextManager):
 
     def _acquire(self) -> str:
         """What keeps this process from the folder, if anything."""
+        if "\\" in str(self._workdir.absolute()):
+            return (
+                f"--workdir={self._workdir}: checkpoints can't be kept where a name has a backslash"
+            )
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._file = open(self._workdir / ".lock", "a+")  # noqa: SIM115
