@@ -41,7 +41,11 @@ def sha256(file: pathlib.Path) -> str:
 
 
 def write_sums(
-    folder: pathlib.Path, names: Iterable[str], coming: Mapping[str, str] | None = None
+    folder: pathlib.Path,
+    names: Iterable[str],
+    coming: Mapping[str, str] | None = None,
+    *,
+    keep: bool = False,
 ) -> None:
     """Writes the digests of files, by their paths in the folder, to its SHA256SUMS.
 
@@ -49,8 +53,10 @@ def write_sums(
       folder: where the files are.
       names: of files that are there.
       coming: name -> content of files that are written next.
+      keep: keep the digests of other files that are listed.
     """
-    digests = {name: sha256(folder / name) for name in names}
+    digests = _read_sums(folder / SUMS) if keep and (folder / SUMS).is_file() else {}
+    digests |= {name: sha256(folder / name) for name in names}
     for name, content in (coming or {}).items():
         digests[name] = hashlib.sha256(content.encode()).hexdigest()
     lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
@@ -60,7 +66,7 @@ def write_sums(
 def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
-    A folder without that file is of a version that wrote none, and is not checked.
+    What it does not list is of a version that wrote no digests, and is not checked.
 
     Args:
       folder: where the files are.
@@ -73,12 +79,10 @@ def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None
     if not (folder / SUMS).is_file():
         return
     expected = _read_sums(folder / SUMS)
-    names = sorted(expected if names is None else names)
+    names = sorted(expected if names is None else expected.keys() & set(names))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = pool.map(_sha256_or_none, [folder / name for name in names])
         for name, digest in zip(names, digests, strict=True):
-            if name not in expected:
-                raise ValueError(_damaged(folder / SUMS, f"it does not list {name}"))
             if digest is None:
                 raise FileNotFoundError(f"{folder / name} is missing, which {SUMS} lists")
             if digest != expected[name]:

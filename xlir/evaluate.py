@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from input_pipeline import features
+from input_pipeline import features, files
 from input_pipeline.cache import fingerprint
-from input_pipeline.files import write_whole
 from xlir import figures, metrics, partition
 from xlir.data import RetrievalSet
 from xlir.encoder import FEATURE_BATCH, SIDES, Encoder
@@ -222,7 +221,9 @@ def table(results: dict) -> str:
 def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
     """Writes `<set>-<step>.json` into a folder and returns its path."""
     file = folder / f"{results['dataset']}-{results['step']}.json"
-    write_whole(file, json.dumps(results, indent=1))
+    content = json.dumps(results, indent=1)
+    files.write_sums(folder, (), {file.name: content}, keep=True)
+    files.write_whole(file, content)
     return file
 
 

@@ -196,8 +196,9 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("xlir", "input_pipeline", __name__):
         logging.getLogger(package).setLevel(logging.INFO)
-    # Orbax and TFDS report every step of their work there, and an error that they raise besides.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and TFDS report every step of their work, and, besides raising it, every error.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         verb, *images = _parse(sys.argv)
         if verb == "help":

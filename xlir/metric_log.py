@@ -125,21 +125,25 @@ class Progress:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Keeps the records up to a step; a half-written last line goes too.
+    """Keeps the records up to a step.
 
-    Where other lines are damaged, they are counted, and the file is kept beside as it was.
+    A half-written last line is what an interrupt leaves of a later step. Where it must have been
+    an earlier one, or other lines are damaged, the log says so, and a copy of the file is kept.
     """
     if not file.exists():
         return
     content = file.read_bytes()
-    *lines, _ = content.split(b"\n")
-    kept, damaged = [], []
+    *lines, half = content.split(b"\n")
+    kept, damaged, last = [], [], 0
     for number, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] <= step:
+            last = json.loads(line)["step"]
+            if last <= step:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             damaged.append(number)
+    if half and last < step:
+        damaged.append(len(lines) + 1)
     if damaged:
         copy = file.with_name(f"{file.name}.damaged")
         write_whole(copy, content)

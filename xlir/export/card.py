@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from input_pipeline import files
 from xlir.encoder import SIDES, Encoder
 from xlir.export import architecture
 from xlir.export.plain import OPSET
@@ -129,8 +130,9 @@ def read_results(workdir: pathlib.Path, step: int) -> list[dict]:
     Raises:
       ValueError: a file is damaged.
     """
-    files = sorted((workdir / "results").glob(f"*-{step}.json"))
-    contents = [pretrained.read_json(file) for file in files]
+    found = sorted((workdir / "results").glob(f"*-{step}.json"))
+    files.check_sums(workdir / "results", [file.name for file in found])
+    contents = [pretrained.read_json(file) for file in found]
     return [content for content in contents if "images" in content and "zero_shot_macro" in content]
 
 

@@ -1,0 +1,176 @@
+"""Random damage to the files of a run: it is noticed, or no number changes."""
+
+import collections
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.conftest import REPOSITORY, keep_compiled
+from tests.test_train import checkpoint_of, metrics_of
+from xlir import optimizer, partition, train, workdir
+from xlir.checkpoint import Checkpoints
+from xlir.encoder import Encoder
+from xlir.export.card import read_results
+from xlir.metric_log import MetricLog
+
+TEXTS = ["A red circle, left.", "Kreis, rot", "빨간 원", ""]
+# Written for people to look at, and never read again.
+NOT_READ = ("tensorboard", "profile", ".lock")
+
+
+def choose(run, rng: random.Random):
+    """A file that is read again: of one of the folders, or of the items of the last checkpoint."""
+    groups = collections.defaultdict(list)
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        first, *others = path.relative_to(run).parts
+        if first == "checkpoints":
+            first = f"checkpoint, {others[1]}" if others[0] == "6" else "other checkpoint"
+        if first not in NOT_READ and path.suffix != ".png":
+            groups[first].append(path)
+    return rng.choice(groups[rng.choice(sorted(groups))])
+
+
+def read_all(run, learned_from: dict) -> dict:
+    """All that loading, resuming and exporting take from a run's folder."""
+    workdir.check_data(run, learned_from, accept_changes=False)
+    encoder = Encoder.load(run)
+    transformation = optimizer.build(encoder.config)
+    shapes = jax.eval_shape(
+        lambda params: train.init_state(params, encoder.config, transformation),
+        nnx.to_pure_dict(encoder.params),
+    )
+    layout = partition.with_shardings(shapes, partition.shardings(shapes, encoder.mesh))
+    with Checkpoints(run) as checkpoints:
+        step, items = checkpoints.restore(layout.items())
+    MetricLog(run, resume_at=step).close()
+    return {
+        "config": encoder.config.to_json(),
+        "preprocessing": encoder.preprocessing,
+        "tokens": encoder.tokenizer(TEXTS, max_length=16),
+        "frozen": encoder.frozen,
+        "loaded": (encoder.step, encoder.params),
+        "resumed": (step, items),
+        "results": read_results(run, 6),
+        "metrics": [record["step"] for record in metrics_of(run)],
+    }
+
+
+def damage(file, rng: random.Random) -> str:
+    """Flips bits of one byte, or cuts the file; says what was done."""
+    content = bytearray(file.read_bytes())
+    place = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        file.write_bytes(content[:place])
+        return f"{file} cut at {place}"
+    content[place] ^= rng.randrange(1, 256)
+    file.write_bytes(content)
+    return f"{file} flipped at {place}"
+
+
+def same(one, other) -> bool:
+    """Whether two trees are equal, bit for bit."""
+    leaves, others = jax.tree.leaves(one), jax.tree.leaves(other)
+    return len(leaves) == len(others) and all(map(np.array_equal, leaves, others))
+
+
+@pytest.mark.slow
+def test_damage_is_noticed_or_without_effect(toy_run, tmp_path, caplog):
+    """200 files, cut or with one byte changed, each in a run that is whole otherwise."""
+    rng, noticed, silent, unnoticed = random.Random(0), 0, [], []
+    learned_from = json.loads((toy_run / "data.json").read_text())
+    whole = read_all(shutil.copytree(toy_run, tmp_path / "whole"), learned_from)
+    steps = {}  # what each checkpoint holds
+    for step in (2, 4, 6):
+        one = shutil.copytree(toy_run, tmp_path / f"only-{step}")
+        for other in {2, 4, 6} - {step}:
+            shutil.rmtree(one / "checkpoints" / str(other), ignore_errors=True)
+        if (one / "checkpoints" / str(step)).is_dir():
+            steps[step] = read_all(one, learned_from)
+    for trial in range(200):
+        run = shutil.copytree(toy_run, tmp_path / "damaged")
+        what = damage(choose(run, rng), rng)
+        caplog.clear()
+        try:
+            found = read_all(run, learned_from)
+        except (ValueError, OSError) as error:
+            noticed += 1
+            if "\n" in str(error):
+                unnoticed.append(f"{what}: not one line: {error}")
+        else:
+            used = {
+                "loaded": steps[found["loaded"][0]]["loaded"],
+                "resumed": steps[found["resumed"][0]]["resumed"],
+            }
+            differing = [k for k, v in (whole | used).items() if not same(found[k], v)]
+            warned = any(record.name.startswith("xlir") for record in caplog.records)
+            if differing and not warned:
+                unnoticed.append(f"trial {trial}: {what}: {differing}")
+            noticed += warned
+            silent += [what] * (not warned)
+        kept = {path.name for path in (run / "checkpoints").iterdir()}
+        assert len(kept) == len(list((toy_run / "checkpoints").iterdir())), what
+        shutil.rmtree(run)
+    print(f"{noticed} of 200 noticed, the others without effect:", *silent, sep="\n")
+    assert not unnoticed, "\n".join(unnoticed)
+    assert noticed > 100
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments(photos, tmp_path):
+    """30 times kill -9, from the preparation of the data to the evaluation: the same digits after.
+
+    Each has a cache of its own, so that data and features are prepared in the run that is killed.
+    """
+    rng = random.Random(0)
+
+    def start(name: str) -> subprocess.Popen:
+        flags = ["--config=configs/xlmr.py:tiny", f"--config.data.dir={photos}"]
+        flags += ["--config.image.frozen=True", "--config.optimizer.ema=0.9"]
+        flags += ["--config.eval_every=2", "--config.log_every=1"]
+        compiled = keep_compiled()
+        return subprocess.Popen(
+            [sys.executable, "-m", "xlir.main", *flags, f"--workdir={tmp_path / name / 'run'}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": "", **compiled, "XLIR_CACHE": str(tmp_path / name)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def digits(name: str):
+        run = tmp_path / name / "run"
+        (results,) = (run / "results").glob("*.json")
+        return metrics_of(run), json.loads(results.read_text()), checkpoint_of(run, 20)
+
+    for name in ("first", "straight"):  # the second one finds what the first has compiled
+        (tmp_path / name).mkdir()
+        began = time.monotonic()
+        assert start(name).wait() == 0
+    took = time.monotonic() - began
+    straight, differing, said = digits("straight"), [], collections.Counter()
+    for trial in range(30):
+        name = f"trial-{trial}"
+        (tmp_path / name).mkdir()
+        killed, moment = start(name), rng.uniform(0.25, 1) * took
+        try:
+            killed.wait(moment)
+        except subprocess.TimeoutExpired:
+            killed.kill()
+            killed.communicate()
+        resumed = start(name)
+        _, errors = resumed.communicate()
+        said[next((line for line in errors.splitlines() if "resuming" in line), "from 0")] += 1
+        if resumed.returncode or not same(digits(name), straight):
+            differing.append(f"{trial}, killed after {moment:.1f} s of {took:.1f}: {errors[-500:]}")
+        shutil.rmtree(tmp_path / name)
+    print(f"killed over {took:.1f} s; resumed:", *said.items(), sep="\n")
+    assert not differing, "\n".join(differing)
