@@ -6,11 +6,21 @@ without this package: `sha256sum -c SHA256SUMS`.
 
 import concurrent.futures
 import hashlib
+import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
+# What to do about a damaged file of a run.
+RESTORE = (
+    f"Restore it from a copy; where you changed it on purpose, delete {SUMS} in that run's folder, "
+    "and nothing is checked any more"
+)
 
 
 def write_whole(file: pathlib.Path, content: str | bytes) -> None:
@@ -44,7 +54,7 @@ def write_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
     write_whole(folder / SUMS, "".join(lines))
 
 
-def check_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
+def check_sums(folder: pathlib.Path, names: Iterable[str], way_out: str = RESTORE) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
     A folder without that file is of a version that wrote none, and is not checked.
@@ -52,6 +62,7 @@ def check_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
     Args:
       folder: where the files are.
       names: their paths in it.
+      way_out: a sentence that says what to do about a damaged file.
 
     Raises:
       ValueError: a file is not what was written, or SHA256SUMS is damaged; the message names it.
@@ -59,28 +70,43 @@ def check_sums(folder: pathlib.Path, names: Iterable[str]) -> None:
     """
     if not (folder / SUMS).is_file():
         return
-    expected = _read_sums(folder / SUMS)
+    expected = _read_sums(folder / SUMS, way_out)
     names = sorted(names)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, [folder / name for name in names])
         for name, digest in zip(names, digests, strict=True):
             if name not in expected:
-                raise ValueError(_damaged(folder / SUMS, f"it does not list {name}"))
+                raise ValueError(_damaged(folder / SUMS, f"it does not list {name}", way_out))
             if digest != expected[name]:
-                raise ValueError(_damaged(folder / name, f"its digest is not the one in {SUMS}"))
+                fault = f"its digest is not the one in {SUMS}"
+                raise ValueError(_damaged(folder / name, fault, way_out))
 
 
-def _read_sums(file: pathlib.Path) -> dict[str, str]:
+def write_digested(file: pathlib.Path, content: object) -> None:
+    """Writes JSON, and before it a line with its SHA-256."""
+    text = json.dumps(content).encode()
+    write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
+def read_digested(file: pathlib.Path) -> Any | None:
+    """What `write_digested` wrote; None where it is not there, or damaged, which a line says."""
+    if not file.exists():
+        return None
+    digest, _, text = file.read_bytes().partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() == digest:
+        return json.loads(text)
+    log.warning("%s is damaged, or of an earlier version: it is made anew", file)
+    return None
+
+
+def _read_sums(file: pathlib.Path, way_out: str) -> dict[str, str]:
     """Path -> digest."""
     try:
         pairs = [line.split("  ", 1) for line in file.read_text(encoding="utf8").splitlines()]
         return {name: digest for digest, name in pairs}
     except ValueError as error:
-        raise ValueError(_damaged(file, "it is not a list of digests")) from error
+        raise ValueError(_damaged(file, "it is not a list of digests", way_out)) from error
 
 
-def _damaged(file: pathlib.Path, fault: str) -> str:
-    return (
-        f"{file} is damaged: {fault}. Restore it from a copy; where you changed it on purpose, "
-        f"delete {SUMS} in that run's folder, and nothing is checked any more"
-    )
+def _damaged(file: pathlib.Path, fault: str, way_out: str) -> str:
+    return f"{file} is damaged: {fault}. {way_out}"

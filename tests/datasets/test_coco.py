@@ -253,7 +253,7 @@ def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
     # What was read from the records is kept in the cache, not in somebody's folder.
     assert sorted(tfds_data_dir.rglob("*")) == before
     assert len(list(cache.glob("datasets/coco_captions/rows/*.json"))) == 2
-    monkeypatch.setattr("input_pipeline.datasets.records._row", None)
+    monkeypatch.setattr("input_pipeline.datasets.captioned_images._row", None)
     again = CaptionedImages(
         coco.open_tfds(tfds_data_dir / "coco_captions" / "2014" / "1.1.0"), "train+restval"
     )
