@@ -2,24 +2,40 @@
 
 A cache file is named by a fingerprint of everything that its rows depend on: the tower's weights,
 the preprocessing and the source. Change any of them and another file is asked for, so a stale one
-is never read. Rows are appended in order; an interrupted build goes on at its last whole row.
+is never read.
+
+Beside it, NAME.sha256 has a line for each block of rows that was written: its SHA-256, its first
+row and the row after its last one. They are compared whenever the cache is opened. Rows that are
+damaged, cut off or not written yet are computed, and no others: an interrupted build goes on after
+its last whole block. Where a cache can't be written, what has to be computed stays in memory.
 """
 
+import concurrent.futures
+import contextlib
 import fcntl
+import hashlib
+import io
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from input_pipeline.cache import fingerprint
+from input_pipeline.files import write_whole
+
+log = logging.getLogger(__name__)
 
 # Rows computed between two writes: what an interrupt can cost.
 BLOCK = 1024
 ITEM = np.dtype(np.float32).itemsize
+# SHA-256, first row, row after the last one.
+LINE = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,18}) ([0-9]{1,18})")
 
 
 def cached(
@@ -43,80 +59,205 @@ def cached(
       compute: (start, stop) -> the features of those inputs.
       label: what the progress bar calls them.
       block: rows computed between two writes.
-      agree: where several processes compute together, each with a folder of its own: rows that are
-        here -> rows that are everywhere.
+      agree: where several processes compute together, each with a folder of its own: a row of each
+        process -> the lowest of them, in every process.
 
     Returns:
-      A read-only, memory-mapped array.
+      A read-only array, memory-mapped where all rows are kept on disk.
 
     Raises:
-      OSError: the folder can't be written, or the disk is full; rows so far are kept.
+      ValueError: `compute` gave another shape, or a feature that is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     name = fingerprint({**description, "count": count, "dim": dim})
-    done, partial = folder / f"{name}.npy", folder / f"{name}.partial"
-    with open(folder / f"{name}.lock", "w") as lock:
-        try:
-            # A second run that wants the same features waits for the first, then reads them. Not
-            # where processes compute together: two runs' could wait for each other for ever.
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if agree else 0))
-        except BlockingIOError:
-            partial = folder / f"{name}.{os.getpid()}.partial"
-        rows = count if done.exists() else _rows(partial, dim)
-        start = agree(rows) if agree else rows
-        if start < count:
-            # Who has them all computes with those who don't, and keeps what it has.
-            target = None if done.exists() else partial
-            _build(target, start, count, dim, compute, label, block)
-            if target:
-                text = json.dumps(description, indent=1, sort_keys=True)
-                (folder / f"{name}.json").write_text(text)
-                target.rename(done)
-    return np.load(done, mmap_mode="r")
-
-
-def _rows(partial: pathlib.Path, dim: int) -> int:
-    """Whole rows of an unfinished file."""
-    if not partial.exists() or not partial.stat().st_size:
-        return 0
-    return (partial.stat().st_size - _header_bytes(partial)) // (dim * ITEM)
-
-
-def _build(
-    partial: pathlib.Path | None,
-    start: int,
-    count: int,
-    dim: int,
-    compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
-    label: str,
-    block: int,
-) -> None:
-    """Computes the rows from `start` on, into a file or for nothing."""
-    with open(partial or os.devnull, "ab") as file:
-        if partial and file.tell() == 0:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-        if partial:
-            file.truncate(_header_bytes(partial) + start * dim * ITEM)
-        with tqdm(total=count, initial=start, desc=label, unit="") as bar:
+    # A second run that wants the same features waits for the first, then reads them. Not where
+    # processes compute together: two runs' could wait for each other for ever.
+    with _lock(folder / f"{name}.lock", wait=agree is None) as obstacle:
+        rows = _Rows(folder / f"{name}.npy", count, dim, obstacle)
+        agree = agree or (lambda row: row)
+        start = agree(rows.first_missing())
+        if start < count and not obstacle:
+            rows.describe(description)
+        with tqdm(total=count, desc=label, unit="", disable=start == count) as bar:
             while start < count:
                 stop = min(start + block, count)
-                rows = np.ascontiguousarray(compute(start, stop), np.float32)
-                if rows.shape != (stop - start, dim):
-                    raise ValueError(f"{label}: expected {(stop - start, dim)}, got {rows.shape}")
-                if not np.isfinite(rows).all():
-                    raise ValueError(f"{label}: a feature of rows {start} to {stop} is not finite")
-                file.write(rows.tobytes())
-                if partial:
-                    file.flush()
-                    os.fsync(file.fileno())
-                bar.update(stop - start)
-                start = stop
+                rows.put(start, _checked(compute(start, stop), (stop - start, dim), start, label))
+                bar.update(int(rows.intact.sum()) - bar.n)
+                # Who has these rows computes them with those who don't.
+                start = agree(rows.first_missing())
+        return rows.array()
 
 
-def _header_bytes(path: pathlib.Path) -> int:
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return file.tell()
+@contextlib.contextmanager
+def _lock(file: pathlib.Path, *, wait: bool) -> Iterator[str]:
+    """Keeps other runs from writing a cache; gives what forbids to write it here, or nothing."""
+    with contextlib.ExitStack() as stack:
+        obstacle = ""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = stack.enter_context(open(file, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            obstacle = "another run is writing it"
+        except OSError as error:
+            obstacle = str(error)
+        yield obstacle
+
+
+def _checked(
+    features: np.ndarray, shape: tuple[int, int], start: int, label: str
+) -> Float[np.ndarray, "rows dim"]:
+    features = np.ascontiguousarray(features, np.float32)
+    if features.shape != shape:
+        raise ValueError(f"{label}: expected {shape}, got {features.shape}")
+    if not np.isfinite(features).all():
+        stop = start + len(features)
+        raise ValueError(f"{label}: a feature of rows {start} to {stop} is not finite")
+    return features
+
+
+class _Rows:
+    """The rows of a cache, and which of them are intact.
+
+    Args:
+      file: the array, in NumPy's format.
+      count: number of rows.
+      dim: their width.
+      obstacle: why the file can't be written; empty where it can.
+
+    Attributes:
+      intact: the rows whose digest holds.
+    """
+
+    def __init__(self, file: pathlib.Path, count: int, dim: int, obstacle: str):
+        self._file, self._sums, self._obstacle = file, file.with_suffix(".sha256"), obstacle
+        self._count, self._dim = count, dim
+        self._header, self._width = _header(count, dim), dim * ITEM
+        self._memory: np.ndarray | None = None
+        self._lines: list[bytes] = []
+        self.intact: Bool[np.ndarray, " count"] = np.zeros(count, bool)
+        # A file that can't be read has no intact rows.
+        with contextlib.suppress(OSError):
+            self._verify()
+        if not obstacle:
+            # What killed runs left, and what an earlier version had not finished.
+            for left in file.parent.glob(f"{file.stem}.*partial"):
+                log.info("%s is removed: a run was stopped while it wrote it", left)
+                left.unlink(missing_ok=True)
+
+    def _verify(self) -> None:
+        """Finds the intact rows, and tells of damaged ones."""
+        with open(self._file, "rb") as file, concurrent.futures.ThreadPoolExecutor() as pool:
+            header = os.pread(file.fileno(), len(self._header), 0)
+            try:
+                lines = self._sums.read_bytes().splitlines()
+            except FileNotFoundError:
+                lines = []
+            pieces = [self._piece(line) for line in lines]
+            holds = pool.map(lambda piece: piece and self._holds(file.fileno(), *piece), pieces)
+            for line, piece, whole in zip(lines, pieces, holds, strict=True):
+                if whole:
+                    self._lines.append(line)
+                    self.intact[piece[1] : piece[2]] = True
+            rows_there = max(0, os.fstat(file.fileno()).st_size - self._offset(0)) // self._width
+        # Rows after those that have a line were never finished, unless a line is lost.
+        written = rows_there if None in pieces else max((p[2] for p in pieces), default=0)
+        damaged = int((~self.intact[:written]).sum())
+        if damaged:
+            first = int(np.argmin(self.intact))
+            log.warning(
+                "%s: %d of %d rows are damaged (from row %d on); they are computed anew",
+                *(self._file, damaged, self._count, first),
+            )
+        elif rows_there and not pieces:
+            log.warning("%s: its rows have no digests; they are computed anew", self._file)
+        if header != self._header and not self._obstacle:
+            self._write(0, self._header)
+
+    def _piece(self, line: bytes) -> tuple[bytes, int, int] | None:
+        """Digest and rows of a line that is not damaged itself."""
+        match = LINE.fullmatch(line)
+        if not match or not int(match[2]) < int(match[3]) <= self._count:
+            return None
+        return match[1], int(match[2]), int(match[3])
+
+    def _holds(self, file: int, digest: bytes, start: int, stop: int) -> bool:
+        """Whether rows have that digest."""
+        try:
+            data = os.pread(file, (stop - start) * self._width, self._offset(start))
+        except (OSError, OverflowError, MemoryError):  # a failing disk; a damaged line
+            return False
+        return hashlib.sha256(data).hexdigest().encode() == digest
+
+    def _offset(self, row: int) -> int:
+        return len(self._header) + row * self._width
+
+    def first_missing(self) -> int:
+        """The first row that is not intact; `count` where all are."""
+        return self._count if self.intact.all() else int(np.argmin(self.intact))
+
+    def describe(self, description: Mapping[str, object]) -> None:
+        """Says beside the file what its rows are of, for a reader."""
+        with contextlib.suppress(OSError):
+            text = json.dumps(description, indent=1, sort_keys=True)
+            write_whole(self._file.with_suffix(".json"), text)
+
+    def put(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
+        """Takes in those of the rows from `start` on that are missing."""
+        missing = np.concatenate([[False], ~self.intact[start : start + len(rows)], [False]])
+        for first, stop in np.flatnonzero(np.diff(missing)).reshape(-1, 2).tolist():
+            self._keep(start + first, rows[first:stop])
+            self.intact[start + first : start + stop] = True
+
+    def _keep(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
+        """On disk or, where that fails, in memory."""
+        if not self._obstacle:
+            data = rows.tobytes()
+            line = f"{hashlib.sha256(data).hexdigest()} {start} {start + len(rows)}".encode()
+            try:
+                self._write(self._offset(start), data)
+                # After the rows: a line stands for what is on disk.
+                write_whole(self._sums, b"\n".join([*self._lines, line, b""]))
+                self._lines.append(line)
+                return
+            except OSError as error:
+                self._obstacle = str(error)
+        if self._memory is None:
+            log.warning(
+                "%s can't be written, features are not kept: %s", self._file, self._obstacle
+            )
+            self._memory = np.zeros((self._count, self._dim), np.float32)
+            intact = np.flatnonzero(self.intact)
+            if len(intact):
+                self._memory[intact] = self._mapped(int(intact[-1]) + 1)[intact]
+        self._memory[start : start + len(rows)] = rows
+
+    def _write(self, offset: int, data: bytes) -> None:
+        """Writes into the file; on disk when it returns."""
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(descriptor, "r+b") as file:
+            if offset and not os.fstat(descriptor).st_size:
+                file.write(self._header)
+            file.seek(offset)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+
+    def array(self) -> Float[np.ndarray, "count dim"]:
+        """All rows."""
+        if self._memory is None:
+            return self._mapped(self._count)
+        self._memory.flags.writeable = False
+        return self._memory
+
+    def _mapped(self, rows: int) -> Float[np.ndarray, "rows dim"]:
+        """The first rows on disk."""
+        shape = (rows, self._dim)
+        return np.memmap(self._file, np.float32, "r", offset=len(self._header), shape=shape)
+
+
+def _header(count: int, dim: int) -> bytes:
+    """What stands before the rows of a .npy file."""
+    buffer = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()

@@ -7,12 +7,22 @@ without this package: `sha256sum -c SHA256SUMS`.
 import concurrent.futures
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
+# What to do about a damaged file of a run.
+RESTORE = (
+    f"Restore it from a copy; where you changed it on purpose, delete {SUMS}, and the folder's "
+    "files are not checked any more"
+)
 
 
 def write_whole(file: pathlib.Path, content: str | bytes) -> None:
@@ -55,7 +65,7 @@ def write_sums(
       coming: name -> content of files that are written next.
       keep: keep the digests of other files that are listed.
     """
-    digests = _read_sums(folder / SUMS) if keep and (folder / SUMS).is_file() else {}
+    digests = _read_sums(folder / SUMS, RESTORE) if keep and (folder / SUMS).is_file() else {}
     digests |= {name: sha256(folder / name) for name in names}
     for name, content in (coming or {}).items():
         digests[name] = hashlib.sha256(content.encode()).hexdigest()
@@ -63,7 +73,9 @@ def write_sums(
     write_whole(folder / SUMS, "".join(lines))
 
 
-def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
+def check_sums(
+    folder: pathlib.Path, names: Iterable[str] | None = None, way_out: str = RESTORE
+) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
     What it does not list is of a version that wrote no digests, and is not checked.
@@ -71,6 +83,7 @@ def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None
     Args:
       folder: where the files are.
       names: their paths in it; default: all that SHA256SUMS lists.
+      way_out: a sentence that says what to do about a damaged file.
 
     Raises:
       ValueError: a file is not what was written, or SHA256SUMS is damaged; the message names it.
@@ -78,7 +91,7 @@ def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None
     """
     if not (folder / SUMS).is_file():
         return
-    expected = _read_sums(folder / SUMS)
+    expected = _read_sums(folder / SUMS, way_out)
     names = sorted(expected if names is None else expected.keys() & set(names))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = pool.map(_sha256_or_none, [folder / name for name in names])
@@ -86,7 +99,8 @@ def check_sums(folder: pathlib.Path, names: Iterable[str] | None = None) -> None
             if digest is None:
                 raise FileNotFoundError(f"{folder / name} is missing, which {SUMS} lists")
             if digest != expected[name]:
-                raise ValueError(_damaged(folder / name, f"its digest is not the one in {SUMS}"))
+                fault = f"its digest is not the one in {SUMS}"
+                raise ValueError(_damaged(folder / name, fault, way_out))
 
 
 @contextlib.contextmanager
@@ -103,21 +117,35 @@ def checking(folder: pathlib.Path) -> Iterator[None]:
             check.result()
 
 
+def write_digested(file: pathlib.Path, content: object) -> None:
+    """Writes JSON, and before it a line with its SHA-256."""
+    text = json.dumps(content).encode()
+    write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
+def read_digested(file: pathlib.Path) -> Any | None:
+    """What `write_digested` wrote; None where it is not there, or damaged, which a line says."""
+    if not file.exists():
+        return None
+    digest, _, text = file.read_bytes().partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() == digest:
+        return json.loads(text)
+    log.warning("%s is damaged, or of an earlier version: it is made anew", file)
+    return None
+
+
 def _sha256_or_none(file: pathlib.Path) -> str | None:
     return sha256(file) if file.is_file() else None
 
 
-def _read_sums(file: pathlib.Path) -> dict[str, str]:
+def _read_sums(file: pathlib.Path, way_out: str) -> dict[str, str]:
     """Path -> digest."""
     text = file.read_text(encoding="utf8", errors="replace")
     lines = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in text.split("\n")[:-1]]
     if not text.endswith("\n") or not all(line and line[2].isprintable() for line in lines):
-        raise ValueError(_damaged(file, "it is not a list of digests"))
+        raise ValueError(_damaged(file, "it is not a list of digests", way_out))
     return {line[2]: line[1] for line in lines}
 
 
-def _damaged(file: pathlib.Path, fault: str) -> str:
-    return (
-        f"{file} is damaged: {fault}. Restore it from a copy; where you changed it on purpose, "
-        f"delete {SUMS}, and the folder's files are not checked any more"
-    )
+def _damaged(file: pathlib.Path, fault: str, way_out: str) -> str:
+    return f"{file} is damaged: {fault}. {way_out}"

@@ -7,6 +7,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import tempfile
 
 # Tests compile much and compute little: without optimised machine code they take half of the time.
 # What users run is started by `command` below, and has all of it; to test the rest with it as well,
@@ -68,6 +69,27 @@ def photos(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("photos")
     write_photos(folder)
     return folder
+
+
+@pytest.fixture
+def read_only():
+    """An empty folder, and a function after which nobody may write into it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+
+        def places() -> list[pathlib.Path]:
+            return [folder, *folder.rglob("*")]
+
+        def forbid() -> None:
+            for place in places():
+                place.chmod(0o555 if place.is_dir() else 0o444)
+            if not os.getuid():
+                os.seteuid(65534)  # nobody, as root may write everywhere
+
+        yield folder, forbid
+        os.seteuid(os.getuid())
+        for place in places():
+            place.chmod(0o755)
 
 
 COLOURS = {"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "black": "schwarz"}

@@ -39,6 +39,7 @@ sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kep
 (default ~/.cache/xlir).
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -351,7 +352,9 @@ def _start_jax() -> None:
     # (https://github.com/jax-ml/jax/issues/38445).
     if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
         folder = cache_folder() / "compiled"
-        folder.mkdir(exist_ok=True, mode=0o700)
+        # JAX tells where it can't write there, and goes on.
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True, mode=0o700)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

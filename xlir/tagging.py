@@ -38,13 +38,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TextIO
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from input_pipeline import vocabularies
-from xlir import data, figures
+from xlir import figures
 from xlir.encoder import IMAGE_BATCH, Encoder
+from xlir.reference_photos import Reference, reference
 
 log = logging.getLogger(__name__)
 
@@ -71,54 +71,9 @@ NEIGHBOURS = 10
 # An image's best tags, which a tag has to stand out of. With fewer, all images get the same number
 # of tags; with more, the number hangs on which few photos a small set holds out.
 BEST_TAGS = 20
-# Photos of each split that are looked at: more change little, and take minutes.
-REFERENCE_PHOTOS = 2048
 # Images of a contact sheet, and tags of each in a language.
 SHEET_PHOTOS, SHEET_TAGS = 12, 4
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Embeddings of photos of a run, of unit length.
-
-    Attributes:
-      training: of training photos, for the tags' neighbourhoods.
-      held_out: of validation photos, which no parameter has seen, for the levels.
-    """
-
-    training: Float[np.ndarray, "training dim"]
-    held_out: Float[np.ndarray, "held_out dim"]
-
-
-def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
-    """A run's reference photos, from its folder, or embedded (once a step) and kept there.
-
-    Raises:
-      ValueError, FileNotFoundError: they are not kept there, and the run's data set is not at hand.
-    """
-    file = workdir / "tagging" / f"reference-{encoder.step}.npz"
-    if file.is_file():
-        with np.load(file) as arrays:
-            return Reference(arrays["training"], arrays["held_out"])
-    photos = data.training_photos(encoder.config)
-    held_out = data.split_photos(encoder.config, encoder.config.data.validation)
-    parts = {"training": _spread(photos), "held_out": _spread(held_out)}
-    sizes = " and ".join(f"{len(part):,} {name}" for name, part in parts.items())
-    log.info("embedding %s photos, once: scores are relative to them", sizes.replace("_", "-"))
-    arrays = {name: encoder.encode_image(part) for name, part in parts.items()}
-    if not jax.process_index():
-        file.parent.mkdir(exist_ok=True)
-        unfinished = file.with_suffix(".partial.npz")
-        np.savez(unfinished, **arrays)
-        unfinished.rename(file)
-    return Reference(**arrays)
-
-
-def _spread(photos: Sequence) -> list:
-    """At most `REFERENCE_PHOTOS` of them, evenly spaced."""
-    count = min(len(photos), REFERENCE_PHOTOS)
-    return [photos[row * len(photos) // count] for row in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Data sets: captioned images as TFDS records, and multilingual test sets."""
 
 from input_pipeline.datasets import captions, coco, emoji, xtd10
-from input_pipeline.datasets.records import CaptionedImages
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.datasets.xtd10 import (
     TestSet,
     find_photos,

@@ -81,7 +81,9 @@ def prepare(
         splits.setdefault(photo.split, []).append(example)
     name = annotations.stem.removeprefix("dataset_")
     files = [photo.file for photo in present]
-    return records.prepare(name, source, splits, lambda: photo_files.check(files))
+    # Of either kind of file the identity's second part is its size in bytes.
+    size = sum(file.identity[1] for file in files)
+    return records.prepare(name, source, splits, lambda: photo_files.check(files), size)
 
 
 def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
@@ -138,7 +140,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
         try:
             filename, filepath = entry["filename"], entry.get("filepath", "")
             captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
-            image_id = int(entry.get("cocoid", entry.get("imgid", place)))
+            image_id = _image_id(entry.get("cocoid", entry.get("imgid", place)))
             split = entry["split"]
             if not all(isinstance(text, str) for text in (filename, filepath, split)):
                 raise TypeError("filename, filepath and split should be strings")
@@ -157,6 +159,15 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
     for what in ("filename", "image_id"):
         _check_unique(annotations, what, [getattr(photo, what) for photo in photos])
     return photos
+
+
+def _image_id(value: object) -> int:
+    """An id, which is kept in 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise ValueError(
+            f"the id {repr(value)[:40]} is not a whole number from 0 to {(1 << 63) - 1}"
+        )
+    return value
 
 
 def _inside(path: str) -> bool:

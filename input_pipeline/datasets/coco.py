@@ -7,7 +7,7 @@ import pathlib
 import tensorflow_datasets as tfds
 
 from input_pipeline.cache import cache_folder
-from input_pipeline.datasets import photo_files
+from input_pipeline.datasets import photo_files, records
 
 IMAGES_URL = "http://images.cocodataset.org/zips"
 CAPTIONS_URL = "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -75,7 +75,13 @@ def open_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
             + _prepare_command(data_dir)
         )
     folder = max(found, key=_version).parent
-    info = json.loads((folder / "dataset_info.json").read_text())
+    try:
+        info = dict(json.loads((folder / "dataset_info.json").read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions anew with "
+            f"TFDS, or restore {folder} from a copy"
+        ) from error
     if info.get("name") != "coco_captions":
         raise ValueError(f"{folder} holds {info.get('name')}, not TFDS's coco_captions")
     formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
@@ -85,7 +91,7 @@ def open_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
             f"installed, convert it: tfds convert_format --dataset_version_dir={folder} "
             "--out_file_format=array_record"
         )
-    return tfds.builder_from_directory(folder)
+    return records.open_prepared(folder)
 
 
 def _prepare_command(data_dir: pathlib.Path) -> str:

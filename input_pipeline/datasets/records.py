@@ -1,14 +1,16 @@
-"""Captioned images as a TFDS data set: one schema, built and read without TensorFlow.
+"""Preparing captioned images as a TFDS data set: one schema, built without TensorFlow.
 
 A prepared set is named by a fingerprint of its source, so a changed source is prepared anew, never
 read stale, and earlier sets stay. It is written shard by shard into a folder beside, which is
 renamed at the end: a killed preparation leaves nothing that could be taken for a whole one, and
 the next one keeps the shards that were finished.
+
+Everything in a set has a digest. ArrayRecord checks each record that is read; SHA256SUMS has the
+other files', which are checked when the set is opened.
 """
 
 import concurrent.futures
 import contextlib
-import copy
 import fcntl
 import hashlib
 import io
@@ -26,7 +28,8 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
-from input_pipeline.cache import cache_folder, fingerprint
+from input_pipeline import files
+from input_pipeline.cache import cache_folder, fingerprint, make_folder, not_writable
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +41,6 @@ AHEAD = 256
 # Names that a message lists before it only counts.
 NAMED = 3
 
-# (file name, id, captions)
-Row = tuple[str, int, list[str]]
-
 
 class Example(NamedTuple):
     """One captioned image, not read yet; `read` gives None where it can't be decoded."""
@@ -51,85 +51,12 @@ class Example(NamedTuple):
     read: Callable[[], bytes | None]
 
 
-class CaptionedImages(Sequence):
-    """One or more splits of a prepared set: captions in memory, images read by row.
-
-    Args:
-      builder: the prepared set.
-      splits: their names, joined with a plus.
-      exclude: says of a file name whether to leave the image out.
-
-    Attributes:
-      filenames: the file name of each image.
-      image_ids: the id of each image, int64.
-      captions: the English captions of each image.
-      excluded: the file names that were left out.
-      fingerprint: identifies the content, for caches of what is computed from it. The same photos
-        and captions, prepared from another place, have the same.
-
-    Raises:
-      ValueError: the set has no such split.
-    """
-
-    def __init__(
-        self,
-        builder: tfds.core.DatasetBuilder,
-        splits: str,
-        exclude: Callable[[str], object] = lambda filename: False,
-    ):
-        self._sources, self._places, self.excluded = [], [], []
-        rows: list[Row] = []
-        digests = []
-        for name in splits.split("+"):
-            if name not in builder.info.splits:
-                known = ", ".join(builder.info.splits)
-                raise ValueError(f"the data set has no split {name!r}; it has {known}")
-            source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
-            content = _read_rows(source, builder, name)
-            digests.append(content["digest"])
-            for place, (filename, image_id, captions) in enumerate(content["rows"]):
-                if exclude(filename):
-                    self.excluded.append(filename)
-                else:
-                    self._places.append((len(self._sources), place))
-                    rows.append((filename, image_id, captions))
-            self._sources.append(source)
-        self._take(rows, digests)
-
-    def _take(self, rows: list[Row], digests: list[str]) -> None:
-        self._rows, self._digests = rows, digests
-        self.filenames = [filename for filename, _, _ in rows]
-        self.image_ids = np.array([image_id for _, image_id, _ in rows], np.int64)
-        self.captions = [captions for _, _, captions in rows]
-        self.fingerprint = fingerprint([digests, rows])
-
-    def select(self, filenames: Sequence[str]) -> "CaptionedImages":
-        """The images of these names, in this order.
-
-        Raises:
-          KeyError: an image is not there.
-        """
-        row_of = {filename: row for row, filename in enumerate(self.filenames)}
-        rows = [row_of[filename] for filename in filenames]
-        chosen = copy.copy(self)
-        chosen._places = [self._places[row] for row in rows]
-        chosen._take([self._rows[row] for row in rows], self._digests)
-        return chosen
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, row: int) -> bytes:
-        """The encoded image of a row, as it was on disk."""
-        source, place = self._places[row]
-        return self._sources[source][place]["image"]
-
-
 def prepare(
     name: str,
     source: str,
     splits: Mapping[str, Sequence[Example]],
     check: Callable[[], None] = lambda: None,
+    size: int = 0,
 ) -> tfds.core.DatasetBuilder:
     """The prepared set, as a TFDS builder; written as ArrayRecord where it is not there yet.
 
@@ -141,24 +68,82 @@ def prepare(
       source: a fingerprint of where the examples come from; part of the folder's name.
       splits: split -> examples.
       check: is called before anything is written, and not for a set that is there.
+      size: of all images, in bytes; so much has to be free.
 
     Raises:
-      ValueError: no image of a split can be decoded.
+      ValueError: no image of a split can be decoded, or a file of the set is damaged.
       OSError: the cache folder can't be written, or the disk is full; finished shards are kept.
     """
     folder = cache_folder() / "datasets" / name / source / VERSION
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(folder.parent / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        make_folder(folder.parent)
+        with _lock(folder.parent / "lock"):
             if not folder.exists():
                 check()
                 _clean_up(folder)
                 unfinished = _unfinished(folder)
                 unfinished.mkdir(exist_ok=True)
+                _check_space(unfinished, size)
                 _write(unfinished, name, splits)
                 unfinished.rename(folder)
-    return tfds.builder_from_directory(folder)
+    return open_prepared(folder)
+
+
+@contextlib.contextmanager
+def _lock(file: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs from preparing the same set."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(file, "w"))
+        except OSError as error:
+            raise not_writable(file.parent, error) from error
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _check_space(folder: pathlib.Path, size: int) -> None:
+    """Raises OSError where a set of that size does not fit on the disk."""
+    there = sum(file.stat().st_size for file in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if size > there + free:
+        raise OSError(
+            f"the set takes {size / 1e9:,.1f} GB in {cache_folder()}, where {free / 1e9:,.1f} GB "
+            "are free; free some space, or name a folder on another disk: XLIR_CACHE=DIR"
+        )
+
+
+def open_prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+    """A set that is prepared, here or by TFDS, as a TFDS builder.
+
+    Raises:
+      ValueError: one of its files, other than the shards, is damaged; the message names it.
+    """
+    way_out = way_out_of(folder)
+    try:
+        files.check_sums(folder, _small_files(folder), way_out)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing. {way_out}") from error
+    try:
+        return tfds.builder_from_directory(folder)
+    # Of versions that wrote no digests: whatever TFDS makes of damaged JSON.
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{folder}: dataset_info.json or features.json is damaged ({reason}). {way_out}"
+        ) from error
+
+
+def _small_files(folder: pathlib.Path) -> list[str]:
+    """The files of a set other than its shards."""
+    rows = [file.name for file in folder.glob("rows-*.json")]
+    return [*rows, "dataset_info.json", "features.json"]
+
+
+def way_out_of(folder: pathlib.Path) -> str:
+    """What can be done about a damaged set."""
+    if any([*folder.glob("rows-*.json"), *folder.glob(files.SUMS)]):
+        return f"Delete {folder}: the set is prepared anew from its source"
+    return f"Prepare it anew with TFDS, or restore {folder} from a copy"
 
 
 def _unfinished(folder: pathlib.Path) -> pathlib.Path:
@@ -200,7 +185,7 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Exampl
             "digest": fingerprint([shard["digest"] for shard in shards]),
             "rows": [row for shard in shards for row in shard["rows"]],
         }
-        _write_json(folder / f"rows-{split}.json", content)
+        files.write_whole(folder / f"rows-{split}.json", json.dumps(content))
         infos.append(
             tfds.core.SplitInfo(
                 name=split,
@@ -218,8 +203,14 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Exampl
             version=VERSION,
             check_data=False,
         )
-    for file in folder.glob("*.shard.json"):
-        file.unlink()
+    small = _small_files(folder)
+    for name in small:
+        # What TFDS wrote may not be on disk yet.
+        files.write_whole(folder / name, (folder / name).read_bytes())
+    files.write_sums(folder, small)
+    for pattern in ("*.shard.json", "*.partial"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def _write_shard(file: pathlib.Path, examples: Sequence[Example], bar: tqdm) -> dict[str, Any]:
@@ -228,9 +219,9 @@ def _write_shard(file: pathlib.Path, examples: Sequence[Example], bar: tqdm) -> 
     The file beside it, with its rows, comes last: a shard that has it is whole.
     """
     beside = file.with_name(f"{file.name}.shard.json")
-    if beside.exists():
+    if content := _finished(file, beside):
         bar.update(len(examples))
-        return json.loads(beside.read_text())
+        return content
     features = _features()
     serializer = ExampleSerializer(features.get_serialized_info())
     rows, broken, digest = [], [], hashlib.sha256()
@@ -249,12 +240,30 @@ def _write_shard(file: pathlib.Path, examples: Sequence[Example], bar: tqdm) -> 
         writer.write(serializer.serialize_example(features.encode_example(record)))
         digest.update(hashlib.sha256(image).digest())
         rows.append((example.filename, example.image_id, example.captions))
-    writer.close()
+    try:
+        writer.close()
+    except RuntimeError as error:
+        # ArrayRecord's, for a full disk among others; the first line says why.
+        raise OSError(f"{file} can't be written: {str(error).splitlines()[0]}") from error
     with open(file, "rb") as written:
         os.fsync(written.fileno())
-    size = file.stat().st_size
-    content = {"rows": rows, "broken": broken, "digest": digest.hexdigest(), "bytes": size}
-    _write_json(beside, content)
+    content = {
+        "rows": rows,
+        "broken": broken,
+        "digest": digest.hexdigest(),
+        "bytes": file.stat().st_size,
+        "sha256": files.sha256(file),
+    }
+    files.write_digested(beside, content)
+    return content
+
+
+def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None:
+    """What an interrupted preparation left of a shard, where the shard is whole."""
+    content = files.read_digested(beside)
+    if content and not (file.exists() and files.sha256(file) == content["sha256"]):
+        log.warning("%s is damaged: it is written anew", file)
+        return None
     return content
 
 
@@ -275,45 +284,6 @@ def _features() -> tfds.features.FeaturesDict:
             "captions": tfds.features.Sequence(tfds.features.Text()),
         }
     )
-
-
-def _read_rows(source: Sequence, builder: tfds.core.DatasetBuilder, split: str) -> dict[str, Any]:
-    """`digest` of the images and `rows` of everything else.
-
-    They lie beside records that were prepared here. For a set that TFDS prepared all records are
-    read once, and the result is kept in the cache: its folder may not be ours to write to.
-    """
-    folder = pathlib.Path(builder.data_path)
-    file = folder / f"rows-{split}.json"
-    if not file.exists():
-        records = sorted(folder.glob(f"*-{split}.array_record*"))
-        identity = [(record.name, record.stat().st_size) for record in records]
-        info = (folder / "dataset_info.json").read_text()
-        key = fingerprint([builder.info.full_name, split, identity, info])
-        file = cache_folder() / "datasets" / builder.name / "rows" / f"{key}.json"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        digest, rows = hashlib.sha256(), []
-        for place in tqdm(range(len(source)), desc=f"reading {builder.name} {split}", unit=""):
-            example = source[place]
-            digest.update(hashlib.sha256(example["image"]).digest())
-            rows.append(_row(example))
-        _write_json(file, {"digest": digest.hexdigest(), "rows": rows})
-    return json.loads(file.read_text())
-
-
-def _row(example: Mapping[str, Any]) -> Row:
-    captions = example["captions"]
-    # TFDS's coco_captions has an id beside each text.
-    texts = captions["text"] if isinstance(captions, Mapping) else captions
-    texts = [" ".join(text.decode().split()) for text in texts]
-    return example["image/filename"].decode(), int(example["image/id"]), [t for t in texts if t]
-
-
-def _write_json(file: pathlib.Path, content: object) -> None:
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content))
-    unfinished.rename(file)
 
 
 def warn(what: str, filenames: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ be XTD10 as published, where the files lie in XTD10/, MIC/ and STAIR/. XTD10's o
 against their SHA-256, and its photos can be told from others by name: `origin`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -249,8 +250,10 @@ def _show_licence(folder: pathlib.Path) -> None:
         "copies carry the license with them. Its text: %s (this is shown once)",
         licence,
     )
-    stamp.parent.mkdir(exist_ok=True)
-    stamp.touch()
+    # Where the cache can't be written they are shown again.
+    with contextlib.suppress(OSError):
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.touch()
 
 
 def _text_files(folder: pathlib.Path) -> list[pathlib.Path]:

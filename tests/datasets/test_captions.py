@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline.datasets import CaptionedImages, captions, records
+from input_pipeline.datasets import CaptionedImages, captioned_images, captions, records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -118,6 +118,10 @@ def test_ids_are_cocoid_else_imgid_else_the_place(folder):
         entry("c.jpg"),
     )
     assert read(folder).image_ids.tolist() == [70, 8, 2]
+
+
+def test_the_largest_id(folder):
+    assert read(write(folder, entry(cocoid=2**63 - 1))).image_ids.tolist() == [2**63 - 1]
 
 
 def test_white_space_in_captions_is_one_space(folder):
@@ -251,6 +255,13 @@ def test_a_split_without_one_good_photo_is_named(folder, cache):
         ({"filename": "\udcff.jpg"}, "image 1 is malformed"),
         ({"sentences": [{"raw": "A dog \ud83d"}]}, "image 1 is malformed"),
         ({"cocoid": "x"}, "image 1 is malformed"),
+        ({"cocoid": 2**63}, "image 1 is malformed: the id 9223372036854775808 is not a whole"),
+        ({"imgid": 10**300}, "image 1 is malformed: the id 1000"),
+        ({"cocoid": -1}, "image 1 is malformed: the id -1 is not a whole"),
+        ({"cocoid": 1.5}, "image 1 is malformed: the id 1.5 is not a whole"),
+        ({"cocoid": 1e400}, "image 1 is malformed: the id inf is not a whole"),
+        ({"cocoid": True}, "image 1 is malformed: the id True is not a whole"),
+        ({"cocoid": None}, "image 1 is malformed: the id None is not a whole"),
         ({"sentences": None}, "image 1 is malformed"),
         ({"sentences": ["A dog."]}, "image 1 is malformed"),
         ({"sentences": [{"raw": None}]}, "image 1 is malformed"),
@@ -515,7 +526,7 @@ def test_two_that_prepare_at_once_both_get_the_set(folder, cache):
 def test_rows_are_written_with_the_records(folder, cache, monkeypatch):
     """18 GB would be read for them on first use."""
     builder = captions.prepare(write(folder, entry("a.jpg"), entry("b.jpg", "val")))
-    monkeypatch.setattr(records, "_row", None)
+    monkeypatch.setattr(captioned_images, "_row", None)
     assert CaptionedImages(builder, "train+val").filenames == ["a.jpg", "b.jpg"]
 
 

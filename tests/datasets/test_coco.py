@@ -253,11 +253,69 @@ def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
     # What was read from the records is kept in the cache, not in somebody's folder.
     assert sorted(tfds_data_dir.rglob("*")) == before
     assert len(list(cache.glob("datasets/coco_captions/rows/*.json"))) == 2
-    monkeypatch.setattr("input_pipeline.datasets.records._row", None)
+    monkeypatch.setattr("input_pipeline.datasets.captioned_images._row", None)
     again = CaptionedImages(
         coco.open_tfds(tfds_data_dir / "coco_captions" / "2014" / "1.1.0"), "train+restval"
     )
     assert again.fingerprint == images.fingerprint
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[:-3],
+        lambda data: b"",
+        lambda data: data.replace(b"caption 0 0", b"caption 9 0"),
+        # As version 49a03f1 wrote it.
+        lambda data: data.partition(b"\n")[2],
+    ],
+    ids=["cut", "empty", "changed", "without digest"],
+)
+def test_what_was_read_of_tfds_records_is_read_anew_where_it_is_damaged(
+    tfds_data_dir, cache, caplog, spoil
+):
+    builder = coco.open_tfds(tfds_data_dir)
+    before = CaptionedImages(builder, "train")
+    (file,) = cache.glob("datasets/coco_captions/rows/*.json")
+    whole = file.read_bytes()
+    file.write_bytes(spoil(whole))
+    again = CaptionedImages(builder, "train")
+    assert (again.captions, again.fingerprint) == (before.captions, before.fingerprint)
+    (line,) = (record.getMessage() for record in caplog.records if "anew" in record.getMessage())
+    assert line.startswith(f"{file} is damaged")
+    assert file.read_bytes() == whole
+
+
+def test_tfds_records_are_read_where_the_cache_cannot_be_written(
+    tfds_data_dir, read_only, monkeypatch, caplog
+):
+    place, forbid = read_only
+    moved = tfds_data_dir.rename(place / "data")
+    (place / "cache").mkdir()
+    monkeypatch.setenv("XLIR_CACHE", str(place / "cache"))
+    forbid()
+    images = CaptionedImages(coco.open_tfds(moved), "train")
+    assert sorted(images.image_ids.tolist()) == [0, 4]
+    (line,) = (record.getMessage() for record in caplog.records if "kept" in record.getMessage())
+    assert str(place / "cache") in line
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_damaged_metadata_of_tfds_is_named(tfds_data_dir, content):
+    (info,) = tfds_data_dir.rglob("dataset_info.json")
+    info.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged .*prepare coco_captions anew") as error:
+        coco.open_tfds(tfds_data_dir)
+    assert str(info) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_records_of_tfds_are_named(tfds_data_dir):
+    shard = next(iter(tfds_data_dir.rglob("*-val.array_record*")))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match="Prepare it anew with TFDS, or restore") as error:
+        CaptionedImages(coco.open_tfds(tfds_data_dir), "val")
+    assert str(error.value).startswith(str(shard))
 
 
 def test_missing_coco_captions_comes_with_the_command(tmp_path):
