@@ -8,18 +8,20 @@ COCO's file also has `filepath` (train2014 or val2014) and `cocoid`. Karpathy an
 
 import functools
 import hashlib
-import io
 import json
+import logging
 import os
 import pathlib
 import re
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from input_pipeline import images, photo_limits
 from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import photo_files, records
+
+log = logging.getLogger(__name__)
 
 EXPECTED = (
     'expected Karpathy and Li\'s JSON: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
@@ -41,7 +43,8 @@ def prepare(
 ) -> tfds.core.DatasetBuilder:
     """The prepared set of a folder, built into the cache where it is not there yet.
 
-    Photos that are missing, can't be decoded, or have no caption are counted, named and skipped.
+    Photos that are missing, can't be decoded, would take too much memory (`photo_limits`), or have
+    no caption are counted, named and skipped.
 
     Args:
       folder: holds the photos, in itself, in `images`, in folders named by `filepath`, or in zip
@@ -88,7 +91,8 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
     """The JSON's path, which for a member of an archive goes on inside, and its content."""
     if given and pathlib.Path(given).is_file():
         return pathlib.Path(given), pathlib.Path(given).read_bytes()
-    found = sorted(folder.glob("dataset_*.json")) or _in_archives(folder)
+    files = [file for file in sorted(folder.glob("dataset_*.json")) if file.is_file()]
+    found = files or _in_archives(folder)
     if given:
         found = [file for file in found if file.name == str(given)]
         if not found:
@@ -106,7 +110,7 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
     if found[0].is_file():
         return found[0], found[0].read_bytes()
     archive = photo_files.open_archive(found[0].parent)
-    return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).read()
+    return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).unpack()
 
 
 def _holds_coco(folder: pathlib.Path) -> bool:
@@ -173,11 +177,11 @@ def _check_unique(annotations: pathlib.Path, what: str, values: list) -> None:
 
 
 def _read_photo(photo: Photo) -> bytes | None:
-    """The photo's bytes, or None where decoding them fails anywhere."""
-    data = photo.file.read()
+    """The photo's bytes, or None where they are not read or decoding them fails anywhere."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        data = photo.file.read()
+        images.check(data)
+    except (photo_limits.Refused, images.ImageError) as error:
+        log.info("skipped: %s: %s", photo.filename, error)
         return None
     return data
