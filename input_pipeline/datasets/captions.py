@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import re
+import unicodedata
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
@@ -82,9 +83,21 @@ def prepare(
             photo.filename, photo.image_id, photo.captions, functools.partial(_read_photo, photo)
         )
         splits.setdefault(photo.split, []).append(example)
-    name = annotations.stem.removeprefix("dataset_")
+    name = set_name(annotations)
     files = [photo.file for photo in present]
     return records.prepare(name, source, splits, lambda: photo_files.check(files))
+
+
+def set_name(annotations: pathlib.Path) -> str:
+    """The set's name: a letter of ASCII, then word characters, or TFDS can't read it back.
+
+    It is what stands in dataset_NAME.json; in other names ("mein set") all else becomes "_".
+    """
+    name = annotations.stem.removeprefix("dataset_")
+    if re.fullmatch(r"[a-zA-Z]\w*", name):
+        return name
+    name = re.sub(r"\W+", "_", unicodedata.normalize("NFC", name))
+    return name if re.match("[a-zA-Z]", name) else f"set_{name}"
 
 
 def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
