@@ -34,6 +34,8 @@ COEFFICIENT_BYTES = 2
 # libtiff unpacks a whole strip or tile at once; where that is JPEG or WebP, with copies.
 STRIP_COPIES = 3
 ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE = 278, 322, 323, 258
+# Of what does not grow with the picture: conversions, some rows at a time, and decoders' own.
+CONSTANT = 8_000_000
 # Bytes that are unpacked at once; of what is packed as bzip2 or LZMA, packed bytes, which may be
 # 45,000 times as many.
 CHUNK, PACKED_CHUNK = 1 << 20, 1 << 12
@@ -73,15 +75,19 @@ def read(file: str | os.PathLike) -> bytes:
 
     Raises:
       FileNotFoundError, OSError: it can't be read.
-      Refused: it is a FIFO, a device, a socket or a folder, or larger than the limit.
+      Refused: it is a FIFO or a device, or larger than the limit.
     """
-    # Without waiting for somebody who writes to a FIFO.
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+    with open(file, "rb", opener=_open_at_once) as opened:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise Refused(f"{os.fspath(file)} is not a regular file")
         require(status.st_size, f"{os.fspath(file)}: the file")
         return opened.read(status.st_size)
+
+
+def _open_at_once(file: str, flags: int) -> int:
+    """Opens a file without waiting for somebody who writes to it, where it is a FIFO."""
+    return os.open(file, flags | os.O_NONBLOCK)
 
 
 def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -110,7 +116,7 @@ def check_header(image: Image.Image, data: bytes, size: tuple[int, int]) -> None
     Raises:
       Refused: it would.
     """
-    needed = len(data) + image.width * image.height * BYTES_PER_PIXEL[image.format]
+    needed = CONSTANT + len(data) + image.width * image.height * BYTES_PER_PIXEL[image.format]
     if image.format in ("JPEG", "MPO"):
         needed += _coefficients(image, data, *size)
     if image.format == "TIFF" and image.info.get("compression") != "raw":
@@ -130,7 +136,8 @@ def check_copy(image: Image.Image, data: bytes, copied: int) -> None:
       Refused: it would.
     """
     each = STORED_BYTES.get(image.mode, 4) + copied
-    require(len(data) + image.width * image.height * each, _pixels(image, image.size))
+    needed = CONSTANT + len(data) + image.width * image.height * each
+    require(needed, _pixels(image, image.size))
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> str:
