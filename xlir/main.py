@@ -36,7 +36,8 @@ Examples:
 
 Any field of configs/base.py can be overridden: --config.optimizer.learning_rate=3e-4. Prepared data
 sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in $XLIR_CACHE
-(default ~/.cache/xlir).
+(default ~/.cache/xlir). A photo may take $XLIR_PHOTO_MB megabytes of memory while it is read and
+decoded (default 500); larger ones are named and skipped.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 
 from absl import flags
 from ml_collections import config_flags
@@ -196,6 +198,8 @@ def main() -> int:
         logging.getLogger(package).setLevel(logging.INFO)
     # Orbax and TFDS report every step of their work there, and an error that they raise besides.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of a photo that Pillow finds large; what it may take is limited elsewhere.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         verb, *images = _parse(sys.argv)
         code = 0
