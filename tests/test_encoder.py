@@ -132,8 +132,10 @@ def test_damaged_images_are_named(encoder, photos, tmp_path):
 def test_what_is_no_regular_file_is_refused_at_once(encoder, photos, tmp_path):
     for file in odd_files(tmp_path):
         with within(20), pytest.raises(ValueError, match="is not a regular file") as error:
-            encoder.encode_image([photo(photos), file])
+            encoder.decode(file)
         assert str(file) in str(error.value)
+        with pytest.raises(ValueError, match="is not a regular file"):
+            encoder.encode_image([photo(photos), file])
 
 
 def test_an_image_that_would_take_too_much_memory_is_named(encoder, tmp_path):
