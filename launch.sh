@@ -29,9 +29,10 @@ The exit code is the program's.
   --keep              don't delete the TPU in the end: IT COSTS MONEY until you do
   --dry-run           print the commands and run none
 
-local: one process for each i of --processes, each with --devices CPU devices. Process 0's output is
-shown as it is, that of the others on stderr after [i]. When one fails, the others have 60 seconds
-to end. Ctrl-C and SIGTERM are passed on. The exit code is the first that is not 0.
+local: one process for each i of --processes (at most 64), each with --devices CPU devices (at most
+256). Process 0's output is shown as it is, that of the others on stderr after [i]. When one fails,
+the others have 60 seconds to end. Ctrl-C and SIGTERM are passed on. The exit code is the first that
+is not 0.
 The Python is $PYTHON, else .venv/bin/python, else python3.
 
 Examples:
@@ -499,6 +500,9 @@ worker_number() {
 
 # --- local ----------------------------------------------------------------------------------------
 
+# Each process takes a third of a gigabyte before it does anything, and all start at once.
+MOST_PROCESSES=64
+MOST_DEVICES=256
 pids=()   # Of the processes that still run, by their number.
 signal='' # One to pass on.
 
@@ -514,8 +518,8 @@ run_local() {
     esac
     shift
   done
-  [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes=$processes is no number from 1 on"
-  [[ $devices =~ ^[1-9][0-9]*$ ]] || fail "--devices=$devices is no number from 1 on"
+  within processes "$processes" "$MOST_PROCESSES"
+  within devices "$devices" "$MOST_DEVICES"
   (($# > 1)) || fail "there is nothing to run: give the arguments of python -m xlir.main after --"
   shift
   python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
@@ -530,6 +534,13 @@ run_local() {
   start_all "$python" "$processes" "$scratch" "$@"
   await_all
   exit $?
+}
+
+# Refuses a number that is not between 1 and MOST. Bash's own numbers end at 19 digits.
+within() { # FLAG NUMBER MOST
+  if ! [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || (($2 > $3)); then
+    fail "--$1=$2 is no number from 1 to $3"
+  fi
 }
 
 start_all() { # PYTHON PROCESSES SCRATCH ARGS...

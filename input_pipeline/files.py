@@ -44,6 +44,20 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
         raise
 
 
+def check_writable(file: pathlib.Path) -> None:
+    """Looks whether a file can be written, without writing it.
+
+    Raises:
+      OSError: it can't; the message says why.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} can't be written: it is a folder")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file} can't be written: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{file} can't be written: the place is read-only")
+
+
 def sha256(file: pathlib.Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(file, "rb") as opened:

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,16 @@ ABSOLUTE_POSITIONS = ("bert", "distilbert")
 CLEANING = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), (r"\s+", " "))
 # Texts given to the tokenizer at once: it keeps all that it knows of each piece.
 CHUNK = 10_000
+# Characters of a text that are looked at first for each piece that is wanted.
+CHARACTERS_PER_PIECE = 64
+# Where a text may be cut: before a space after a letter or digit, of those that Unicode never joins
+# with what follows (it joins U+0D4E, and some beyond the 16-bit plane).
+CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
+# Steps of a tokenizer.json that work alike on a text and on its beginning up to such a space.
+NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
+NORMALIZERS += ("Prepend", "Strip", "StripAccents")
+REPLACED = (*(pattern for pattern, _ in CLEANING), " {2,}")
+PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
 
 
 class HuggingFaceTokenizer:
@@ -141,14 +151,30 @@ class HuggingFaceTokenizer:
         keep = None if max_length is None else max_length - special
         rows = []
         for start in range(0, len(texts), CHUNK):
-            clean = [
-                self.prefix + text.encode("utf8", "replace").decode()
-                for text in texts[start : start + CHUNK]
-            ]
-            for pieces in self._tokenizer.encode_batch_fast(clean, add_special_tokens=False):
-                ids = [*self._before, *pieces.ids[:keep], *self._after]
+            chunk = texts[start : start + CHUNK]
+            for pieces in first_pieces(self._split, chunk, keep, lambda: self._splits_at_spaces):
+                ids = [*self._before, *pieces[:keep], *self._after]
                 rows.append(np.array(ids, np.int32))
         return rows
+
+    def _split(self, texts: Sequence[str]) -> list[list[int]]:
+        """The pieces of each text, behind the prefix."""
+        clean = [self.prefix + text.encode("utf8", "replace").decode() for text in texts]
+        encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        return [pieces.ids for pieces in encoded]
+
+    @functools.cached_property
+    def _splits_at_spaces(self) -> bool:
+        """Whether no piece, and no step before the split, reaches across a space (see `CUT`)."""
+        content = json.loads(self._serialized)
+        if any(re.search(r"\s", token["content"]) for token in content["added_tokens"]):
+            return False
+        steps = _steps(content["pre_tokenizer"], "pretokenizers")
+        return (
+            bool(steps)
+            and all(map(_divides_at_spaces, steps))
+            and all(map(_is_local, _steps(content["normalizer"], "normalizers")))
+        )
 
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""
@@ -289,6 +315,66 @@ class HuggingFaceTokenizer:
                 "the tokenizer lowercases texts, and its vocabulary is cased: put "
                 '"do_lower_case": false into tokenizer_config.json'
             )
+
+
+def first_pieces(
+    split: Callable[[Sequence[str]], list[list[int]]],
+    texts: Sequence[str],
+    keep: int | None,
+    splits_at_spaces: Callable[[], bool],
+) -> list[list[int]]:
+    """At least the first `keep` pieces of each text, or all that it has.
+
+    A long text is split up to a space only (see `CUT`), and further where that gives too few. These
+    are the pieces of the whole text: the tokenizer divides a text at spaces, or looks for the best
+    pieces from left to right and has none that reaches across a space, so that what comes after
+    does not change those before. A long text without such a space is split as a whole.
+
+    Args:
+      split: gives all pieces of texts.
+      texts: any strings.
+      keep: pieces that are wanted; None for all.
+      splits_at_spaces: says whether the tokenizer is of that kind; asked for long texts only.
+    """
+    characters = CHARACTERS_PER_PIECE * (keep or 0)
+    if keep is None or max(map(len, texts), default=0) <= characters or not splits_at_spaces():
+        return split(texts)
+    beginnings = [_beginning(text, characters) for text in texts]
+    pieces = split(beginnings)
+    while short := [
+        row
+        for row, beginning in enumerate(beginnings)
+        if len(pieces[row]) < keep and len(beginning) < len(texts[row])
+    ]:
+        characters *= 8
+        longer = [_beginning(texts[row], characters) for row in short]
+        for row, beginning, found in zip(short, longer, split(longer), strict=True):
+            beginnings[row], pieces[row] = beginning, found
+    return pieces
+
+
+def _beginning(text: str, characters: int) -> str:
+    """A text up to a space after so many characters, or all of it."""
+    space = CUT.search(text, characters)
+    return text[: space.start()] if space else text
+
+
+def _steps(step: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
+    """A normalizer or a pre-tokenizer, or the parts of a sequence of them."""
+    return [] if step is None else step.get(parts, [step])
+
+
+def _divides_at_spaces(step: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer divides a text at each space, by what comes before it alone."""
+    options = {"Metaspace": "split", "ByteLevel": "use_regex"}
+    return step["type"] in PRE_TOKENIZERS and step.get(options.get(step["type"]), True)
+
+
+def _is_local(step: Mapping[str, Any]) -> bool:
+    """Whether a normalizer makes of a text's beginning up to a space the beginning of the whole."""
+    if step["type"] == "Replace":
+        return step["pattern"].get("Regex") in REPLACED
+    return step["type"] in NORMALIZERS
 
 
 def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> None:

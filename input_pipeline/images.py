@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from input_pipeline import photo_limits
+
 RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
@@ -23,6 +25,10 @@ CROPS = ("squash", "center", "center_rounded")
 DRAFT_FACTOR = 4
 # Of a photo longer than this many times its width only the middle is resized.
 MAX_ASPECT_RATIO = 32
+# Pixels that are converted at once: copies of a whole photo of 50 megapixels take 0.2 GB each.
+CONVERTED_AT_ONCE = 1 << 18
+# A photo is checked as if it were resized to so many pixels: more than any tower takes.
+CHECKED_SIZE = 1024
 
 STANDARD = {"resample": 3, "image_mean": 0.5, "image_std": 0.5}
 CLIP = {
@@ -139,12 +145,13 @@ def decode(
     (`DRAFT_FACTOR`), the pixels equal those of transformers' image processors (Pillow's).
 
     Args:
-      data: a file's bytes in any format that Pillow reads.
+      data: a file's bytes, in one of `photo_limits.FORMATS`.
       preprocessing: size, crop and filter.
       reduce: decode large JPEGs at a fraction of their size, which takes half the time or less.
 
     Raises:
-      ImageError: the data are damaged, truncated, of no known format, or absurdly large.
+      ImageError: the data are damaged, truncated, of no known format, or would take too much
+        memory (`photo_limits`).
     """
     image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
     if preprocessing.crop != "squash":
@@ -155,7 +162,7 @@ def decode(
     else:
         width = height = preprocessing.resize
     # Resized as a whole: what `resize` makes of the crop's part differs by up to 3 levels.
-    image = image.resize((width, height), RESAMPLING[preprocessing.resample], box=box)
+    image = _resized(image, (width, height), preprocessing.resample, box)
     half = round if preprocessing.crop == "center_rounded" else math.floor
     left, top = (half((side - preprocessing.size) / 2) for side in (width, height))
     return np.array(image.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
@@ -187,12 +194,32 @@ def decode_augmented(
         image, _, _ = _upright_rgb(data, DRAFT_FACTOR * preprocessing.size)
         box = _random_box(image.size, min_area, generator)
         size = (preprocessing.size, preprocessing.size)
-        pixels = np.array(image.resize(size, RESAMPLING[preprocessing.resample], box=box))
+        pixels = np.array(_resized(image, size, preprocessing.resample, box))
     else:
         pixels = decode(data, preprocessing)
     if mirror and generator.random() < 0.5:
         return np.ascontiguousarray(pixels[:, ::-1])
     return pixels
+
+
+def check(data: bytes) -> None:
+    """Decodes an image as `decode` does, for whatever tower, to see whether it can be.
+
+    Raises:
+      ImageError: as `decode`.
+    """
+    _upright_rgb(data, DRAFT_FACTOR * CHECKED_SIZE)
+
+
+def preview(data: bytes, longest: int) -> UInt8[np.ndarray, "height width 3"]:
+    """An image in its proportions, upright, no side above `longest` pixels.
+
+    Raises:
+      ImageError: as `decode`.
+    """
+    image, _, _ = _upright_rgb(data, longest)
+    image.thumbnail((longest, longest))
+    return np.array(image)
 
 
 def _random_box(
@@ -220,7 +247,7 @@ def _upright_rgb(
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "no image format that Pillow knows"
+            reason = f"no image format of {', '.join(photo_limits.FORMATS)}"
         raise ImageError(f"cannot decode image of {len(data)} bytes: {reason}") from error
 
 
@@ -235,12 +262,15 @@ def _decoded(
       The image; the width and height that it has in the file; and where the file's pixels end in
       the reduced image, whose last row and column may be partly filler (left, top, right, bottom).
     """
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=photo_limits.FORMATS)
     size = image.size
     reduced = image.draft(None, (enough, enough)) if enough else None
+    photo_limits.check_header(image, data, size)
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    ImageOps.exif_transpose(image, in_place=True)
+    if orientation in range(2, 9):
+        photo_limits.check_copy(image, data, photo_limits.STORED_BYTES.get(image.mode, 4))
+        ImageOps.exif_transpose(image, in_place=True)
     if reduced is None:
         size, box = image.size, None
     else:
@@ -251,13 +281,46 @@ def _decoded(
         left = image.width - width if orientation in (2, 3, 6, 7) else 0.0
         top = image.height - height if orientation in (3, 4, 7, 8) else 0.0
         box = (left, top, left + width, top + height)
-    if image.mode.startswith("I"):
-        # 16 bits a pixel, whose conversion would clip and not scale.
-        image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), size, box
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image, size, box
+    photo_limits.check_copy(image, data, 4)
+    return _rgb(image), size, box
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, over white; converted some rows at a time."""
+    result = Image.new("RGB", image.size)
+    rows = max(CONVERTED_AT_ONCE // image.width, 1)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        part = image.crop((0, top, image.width, bottom))
+        if part.mode.startswith("I"):
+            # 16 bits a pixel, whose conversion would clip and not scale.
+            part = Image.fromarray((np.clip(part, 0, 65535) // 256).astype(np.uint8))
+        if part.has_transparency_data:
+            part = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+        result.paste(part.convert("RGB"), (0, top))
+    return result
+
+
+def _resized(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: str,
+    box: tuple[float, float, float, float] | None,
+) -> Image.Image:
+    """Part of an image, in another size.
+
+    Pillow resizes the width first, which of 1 x 1,000,000 pixels would take 900 MB: of so narrow
+    an image the height is resized first.
+    """
+    if image.height > MAX_ASPECT_RATIO * image.width:
+        left, top, right, bottom = box or (0, 0, *image.size)
+        narrow = (image.width, size[1])
+        image = image.resize(narrow, RESAMPLING[resample], box=(0, top, image.width, bottom))
+        box = (left, 0, right, size[1])
+    return image.resize(size, RESAMPLING[resample], box=box)
 
 
 def _shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:

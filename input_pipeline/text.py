@@ -1,5 +1,6 @@
 """Captions to piece ids, and ids to padded batches of few distinct shapes."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int, Int32
 
-from input_pipeline.huggingface import DESCRIPTION_FILE, HuggingFaceTokenizer
+from input_pipeline.huggingface import DESCRIPTION_FILE, HuggingFaceTokenizer, first_pieces
 
 # Of a saved SentencePiece tokenizer, beside the description.
 MODEL_FILE = "sentencepiece.model"
@@ -71,20 +72,27 @@ class SentencePieceTokenizer:
         if max_length is not None and max_length < 3:
             raise ValueError(f"max_length is {max_length}; BOS, a piece and EOS need 3")
         keep = None if max_length is None else max_length - 2
+        pieces = first_pieces(self._split, texts, keep, lambda: self._splits_at_spaces)
+        pieces = [ids[:keep] or [self.unk_id] for ids in pieces]
+        return [np.array([self.bos_id, *ids, self.eos_id], np.int32) for ids in pieces]
+
+    def _split(self, texts: Sequence[str]) -> list[list[int]]:
+        """The pieces of each text, one UNK for each unknown character."""
         encoded = [text.encode("utf8", "replace") for text in texts]
         pieces = self._processor.encode(encoded)
-        odd = [row for row, ids in enumerate(pieces) if not ids or self.unk_id in ids]
-        surfaces = self._processor.encode([encoded[row] for row in odd], out_type=str)
-        for row, surface in zip(odd, surfaces, strict=True):
-            pieces[row] = self._split_unknown(pieces[row], surface)
-        return [np.array([self.bos_id, *ids[:keep], self.eos_id], np.int32) for ids in pieces]
+        unknown = [row for row, ids in enumerate(pieces) if self.unk_id in ids]
+        surfaces = self._processor.encode([encoded[row] for row in unknown], out_type=str)
+        for row, surface in zip(unknown, surfaces, strict=True):
+            pairs = zip(pieces[row], surface, strict=True)
+            counts = ((id, len(part) if id == self.unk_id else 1) for id, part in pairs)
+            pieces[row] = [id for id, count in counts for _ in range(count)]
+        return pieces
 
-    def _split_unknown(self, ids: list[int], surfaces: list[str]) -> list[int]:
-        """One UNK for each unknown character, and for a text without pieces."""
-        split = []
-        for piece, surface in zip(ids, surfaces, strict=True):
-            split += [piece] * (len(surface) if piece == self.unk_id else 1)
-        return split or [self.unk_id]
+    @functools.cached_property
+    def _splits_at_spaces(self) -> bool:
+        """Whether a space, written "\u2581", only begins pieces."""
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        return not any("\u2581" in piece[1:] for piece in pieces)
 
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""

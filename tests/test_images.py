@@ -344,6 +344,46 @@ def test_strips():
     assert (images.decode(turned, Preprocessing(224, 256, crop="center")) == (0, 255, 0)).all()
 
 
+def test_a_narrow_image_is_resized_as_pillow_does_it():
+    """The height first, so the rounding to whole levels in between is another one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5000, 7, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    for resample, filter_ in images.RESAMPLING.items():
+        ours = images.decode(encoded(image, "PNG"), Preprocessing(64, resample=resample))
+        difference = np.abs(ours.astype(int) - np.asarray(image.resize((64, 64), filter_)))
+        print(resample, difference.max())
+        assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_large_images_are_converted_some_rows_at_a_time(monkeypatch, mode):
+    """To the same pixels as at once."""
+    noise = Image.effect_noise((90, 70), 90)
+    image = Image.merge("RGBA", [noise, noise.rotate(90), noise.rotate(180), noise.rotate(45)])
+    if mode == "P":
+        image = image.convert("RGB").quantize(32)
+        image.info["transparency"] = bytes(range(0, 256, 8))
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(noise).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    data = encoded(image, "PNG")
+    at_once = images.decode(data, Preprocessing(70))
+    for pixels in (1, 91, 1000):
+        monkeypatch.setattr(images, "CONVERTED_AT_ONCE", pixels)
+        np.testing.assert_array_equal(images.decode(data, Preprocessing(70)), at_once)
+
+
+def test_a_preview_keeps_the_proportions():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert images.preview(encoded(corners(400, 240), "JPEG", exif=exif), 100).shape == (100, 60, 3)
+    small = images.preview(encoded(corners(), "PNG"), 100)
+    np.testing.assert_array_equal(small, np.asarray(corners()))
+    with pytest.raises(images.ImageError, match="truncated"):
+        images.preview(PHOTO[:-200], 100)
+
+
 def test_another_resolution_keeps_the_proportions():
     config, _ = CHECKPOINTS["resnet"]
     preprocessing = Preprocessing.from_config(config)

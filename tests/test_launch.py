@@ -262,7 +262,11 @@ def test_help_is_asked_for_in_three_ways(run):
         ([*TPU, *ARGS, "--workdir", "elsewhere"], "--workdir=elsewhere would be lost"),
         (["local"], "nothing to run"),
         (["local", "--devices=many", *ARGS], "--devices=many is no number"),
-        (["local", "--processes=0", *ARGS], "--processes=0 is no number"),
+        (["local", "--devices=257", *ARGS], "--devices=257 is no number from 1 to 256"),
+        *(
+            (["local", f"--processes={number}", *ARGS], f"--processes={number} is no number from 1")
+            for number in (0, -1, "2.5", "1e2", 65, 99999999999, 10**30)
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(run, fake, words, message):

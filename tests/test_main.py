@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 
 import pytest
 from absl import flags
 from PIL import Image
 
+from tests.conftest import REPOSITORY, RUN_MAIN
 from tests.test_processes import run_on_one_device
 from xlir import data, main
 
@@ -102,6 +106,55 @@ def test_interrupt(command):
     script = FAIL.format(error="KeyboardInterrupt")
     line = refusal(command(QUICKSTART, script=script, check=False), code=130)
     assert "run the same command again to resume" in line
+
+
+ENDLESS = """
+from xlir import main
+def endless():
+    while True:
+        print("a line")
+main._RUN["train"] = endless
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "lines"),
+    [(NO_JAX, ["--help"], 0), (NO_JAX, ["--help"], 1), (NO_JAX + ENDLESS, [QUICKSTART], 1)],
+)
+def test_when_nobody_reads_any_more_the_end_is_quiet(script, arguments, lines):
+    """As `| head` does it, before anything was printed, after all was, and amidst."""
+    words = [sys.executable, "-c", f"{script}\n{RUN_MAIN}", *arguments]
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(lines):
+        assert process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    code = process.wait(timeout=60)
+    assert error == ""
+    assert code == 128 + signal.SIGPIPE or (lines == 1 and arguments == ["--help"] and code == 0)
+
+
+def test_another_broken_pipe_is_told(command):
+    """A connection's, not that of what is printed."""
+    script = FAIL.format(error="BrokenPipeError(32, 'Broken pipe')")
+    assert "Broken pipe" in refusal(command(QUICKSTART, script=script, check=False), code=1)
+
+
+def test_what_is_printed_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", f"{NO_JAX}\n{RUN_MAIN}", "--help"],
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("xlir: the disk is full")
 
 
 ACCELERATED = """

@@ -1,8 +1,11 @@
 """The tagger against brute force, and the verbs `tag` and `eval --task=tagging`."""
 
+import io
 import json
+import os
 import pathlib
 import shutil
+import subprocess
 import types
 
 import numpy as np
@@ -11,7 +14,8 @@ from PIL import Image
 
 from configs import base
 from input_pipeline import datasets, vocabularies
-from tests.test_main import refusal
+from tests.test_main import NO_JAX, refusal
+from tests.test_photo_limits import odd_files, png
 from xlir import encoder, evaluate_tagging, figures, tagging
 
 SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
@@ -242,6 +246,114 @@ def test_tag_reports_each_broken_image_and_their_number(tagged):
     assert skipped[2] == "2 of 60 images were skipped"
 
 
+@pytest.fixture(scope="module")
+def odd(photos_folder, tmp_path_factory) -> pathlib.Path:
+    """A folder of a good photo, whose name is not UTF-8, and of what hangs or fills the memory."""
+    folder = tmp_path_factory.mktemp("odd")
+    names = [b"caf\xe9 \xf0.jpg", "line\nend \x1b[2J größe.jpg".encode()]
+    for name in names:
+        try:
+            shutil.copy(os.fsencode(photos_folder / "07.jpg"), os.fsencode(folder) + b"/" + name)
+        except OSError:
+            pytest.skip("the file system takes no such names")
+    odd_files(folder)
+    (folder / "bomb.png").write_bytes(png(13_300, 13_300))
+    return folder
+
+
+def good(odd: pathlib.Path) -> list[bytes]:
+    """The photos' paths."""
+    names = sorted(os.listdir(os.fsencode(odd)))
+    return [os.fsencode(odd) + b"/" + name for name in names if b" " in name]
+
+
+def test_tag_names_and_skips_what_is_no_photo_and_goes_on(command, tagged, odd, tmp_path):
+    folder, _ = tagged
+    output = os.fsencode(tmp_path) + b"/tags-\xe9.jsonl"
+    sheet = os.fsencode(tmp_path) + b"/sheet-\xe9.png"
+    process = command(
+        *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
+        *("--language=en", f"--output={os.fsdecode(output)}", f"--sheet={os.fsdecode(sheet)}"),
+        *(str(odd), str(folder / "images" / "07.jpg")),
+        timeout=100,
+    )
+    skipped = [line for line in process.stderr.splitlines() if "skipped" in line]
+    assert len(skipped) == 5
+    for name, line in zip(("bomb.png", "device", "fifo", "link"), skipped[:4], strict=True):
+        assert line.startswith(f"skipped: {odd}/{name}")
+        reason = "a photo may take 500 (set XLIR_PHOTO_MB" if name == "bomb.png" else "regular file"
+        assert reason in line
+    assert skipped[4] == "4 of 7 images were skipped"
+    assert "Warning" not in process.stderr
+    shown = [r"caf\udce9 \udcf0.jpg", r"line\nend \x1b[2J größe.jpg"]
+    printed = process.stdout.splitlines()
+    assert [line.split("  en ")[0].rstrip() for line in printed[:2]] == [
+        f"{odd}/{n}" for n in shown
+    ]
+    with open(output, encoding="utf8") as file:
+        lines = [json.loads(line) for line in file]
+    assert [os.fsencode(line["image"]) for line in lines] == [
+        *good(odd),
+        os.fsencode(folder / "images" / "07.jpg"),
+    ]
+    assert lines[0]["tags"] == lines[1]["tags"] == lines[2]["tags"]
+    with Image.open(io.BytesIO(pathlib.Path(os.fsdecode(sheet)).read_bytes())) as image:
+        image.load()
+
+
+def test_printed_lines_are_utf8_whatever_the_terminal(command, tagged, odd):
+    folder, _ = tagged
+    process = command(
+        *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
+        *("--language=en", "--output=-", f"{odd}/caf*.jpg", f"{odd}/line*.jpg"),
+        PYTHONIOENCODING="latin-1",
+    )
+    names = [os.fsencode(json.loads(line)["image"]) for line in process.stdout.splitlines()]
+    assert names == good(odd)
+
+
+def test_a_record_is_json_of_any_name():
+    for name in (b"\xff.jpg", "größe 犬.jpg".encode(), b'a\\udcff\xff".jpg', b"\xed\xa0\x80.jpg"):
+        line = tagging.record(pathlib.Path(os.fsdecode(name)), "en", [])
+        assert os.fsencode(json.loads(line.encode())["image"]) == name
+    assert '"größe 犬"' in tagging.record(pathlib.Path("größe 犬"), "en", [])
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder where nothing can be written, for root neither."""
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    if os.geteuid():
+        yield folder
+        return
+    words = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("may not mount a read-only place")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("flag", ["output", "sheet"])
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("missing/file.png", "there is no folder"),
+        ("folder.png", "it is a folder"),
+        ("read-only/file.png", "the place is read-only"),
+    ],
+)
+def test_where_tag_writes_is_looked_at_before_any_work(
+    command, read_only, tmp_path, flag, place, reason
+):
+    (tmp_path / "folder.png").mkdir()
+    arguments = ["--vocabulary=coco", f"--{flag}={tmp_path / place}", "a.jpg"]
+    process = command("tag", f"--workdir={tmp_path}", *arguments, script=NO_JAX, check=False)
+    line = refusal(process, 1)
+    assert f"{tmp_path / place} can't be written: " in line
+    assert reason in line
+
+
 def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_path):
     """The reference photos are kept in the run's folder: the data set may be gone."""
     folder, _ = tagged
@@ -283,6 +395,7 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
         (["--vocabulary=coco", "--top_k=0", "a.jpg"], 2, ["top_k"]),
         (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk goes with eval"]),
         (["--vocabulary=README.md", "a.jpg"], 1, ["README.md"]),
+        (["--vocabulary=coco", "--sheet=a.txt", "a.jpg"], 2, ["--sheet=a.txt should end in .png"]),
     ],
 )
 def test_refusals_of_tag_are_one_line(command, tmp_path, arguments, code, parts):

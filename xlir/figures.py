@@ -1,7 +1,6 @@
 """Pictures of a retrieval evaluation: recall by language, and example queries with answers."""
 
 import importlib.util
-import io
 import os
 import pathlib
 import unicodedata
@@ -11,7 +10,9 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager, pyplot
 from matplotlib.ft2font import FT2Font
-from PIL import Image
+
+from input_pipeline import images as image_io
+from input_pipeline import photo_limits
 
 # Drawn off-screen: training runs on machines without one.
 matplotlib.use("Agg")
@@ -22,6 +23,8 @@ CJK_FAMILIES = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Wen
 TOP = 5
 EXAMPLES = 8
 SHEET_COLUMNS = 4
+# Pixels of a picture's longer side.
+PREVIEW = 640
 
 
 def plot_recall(results: Mapping, file: pathlib.Path) -> None:
@@ -155,11 +158,8 @@ def _draw_query(axes: pyplot.Axes, language: str, caption: str, rank: int) -> No
 
 
 def _draw_picture(axes: pyplot.Axes, picture: bytes | str | os.PathLike, *, right: bool) -> None:
-    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-    with Image.open(source) as image:
-        rgba = image.convert("RGBA")
-    canvas = Image.new("RGBA", rgba.size, "white")
-    axes.imshow(Image.alpha_composite(canvas, rgba).convert("RGB"))
+    data = picture if isinstance(picture, bytes) else photo_limits.read(picture)
+    axes.imshow(image_io.preview(data, PREVIEW))
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -36,7 +36,8 @@ Examples:
 
 Any field of configs/base.py can be overridden: --config.optimizer.learning_rate=3e-4. Prepared data
 sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in $XLIR_CACHE
-(default ~/.cache/xlir).
+(default ~/.cache/xlir). A photo may take $XLIR_PHOTO_MB megabytes of memory while it is read and
+decoded (default 500); larger ones are named and skipped.
 """
 
 import contextlib
@@ -45,9 +46,11 @@ import logging
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
 import traceback
+import warnings
 
 from absl import flags
 from ml_collections import config_flags
@@ -173,6 +176,8 @@ NEEDED = {
     "shardings": ("config",),
     "compile": ("topology", "config"),
 }
+# What a contact sheet may be.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # Verbs that take more words than themselves.
 TAKES_IMAGES = ("tag",)
 # Seconds until a process that has ended is noticed by the others.
@@ -200,12 +205,18 @@ def main() -> int:
     # Orbax and TFDS report every step of their work, and, besides raising it, every error.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    # Of a photo that Pillow finds large; what it may take is limited elsewhere.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         verb, *images = _parse(sys.argv)
+        code = 0
         if verb == "help":
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         else:
-            return _RUN[verb](*images) or 0
+            code = _RUN[verb](*images) or 0
+        # What can't be written is noticed here, and not when Python ends.
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except KeyboardInterrupt:
@@ -277,7 +288,7 @@ def _evaluate_tagging(encoder, workdir: pathlib.Path) -> None:
 
 
 def _tag(*images: str) -> None:
-    from input_pipeline import vocabularies
+    from input_pipeline import files, photo_limits, vocabularies
 
     # What can be refused is, before JAX takes its seconds.
     vocabulary = vocabularies.load(_VOCABULARY.value)
@@ -286,6 +297,15 @@ def _tag(*images: str) -> None:
         vocabulary.names_in(language)
     if _THRESHOLD.value is not None and not 0 <= _THRESHOLD.value <= 1:
         raise UsageError(f"--threshold={_THRESHOLD.value} is no share, between 0 and 1")
+    if _SHEET.value and not _SHEET.value.lower().endswith(PICTURES):
+        raise UsageError(f"--sheet={_SHEET.value} should end in {', '.join(PICTURES)}")
+    for place in (_OUTPUT.value, _SHEET.value):
+        if place not in (None, "-"):
+            files.check_writable(pathlib.Path(place))
+    photo_limits.limit()
+    # JSON is UTF-8; what a terminal of another encoding can't show is written in escapes.
+    encoding = "utf8" if _OUTPUT.value == "-" else None
+    sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     _start_jax()
     from xlir import tagging
 
@@ -458,6 +478,10 @@ def _report(error: Exception) -> int:
     # An array's file that could not be written is an error of JAX's or Orbax's own.
     if getattr(error, "errno", 0) == errno.ENOSPC or NO_SPACE in str(error):
         return _fail(f"the disk is full: free some space and run again to resume. {_line(error)}")
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        # As `| head` leaves it: the end without a word that other programs come to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     if isinstance(error, OSError | ValueError):
         return _fail(str(error))
     from xlir import partition
@@ -477,6 +501,13 @@ def _report(error: Exception) -> int:
     return 1
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """As Python does, but for writes that end after another one's failure has ended the save."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -493,8 +524,10 @@ def leave(code: int) -> None:
     At once where it has failed: what libraries do at exit would wait for processes that are gone,
     or write again what could not be written.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # Where it fails, `main` has said so already.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code:
         os._exit(code)
 

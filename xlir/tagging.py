@@ -345,7 +345,7 @@ def run(
 
     def skip(reason: str) -> None:
         skipped.append(reason)
-        log.warning("skipped: %s", reason)
+        log.warning("skipped: %s", _printable(reason))
 
     shown: list[tuple[pathlib.Path, dict[str, list[str]]]] = []
     with contextlib.ExitStack() as stack:
@@ -412,12 +412,21 @@ def _tell(
             cells = [
                 f"{tag.name} {tag.cosine if tag.level is None else tag.level:.3f}" for tag in tags
             ]
-            name = str(file) if place == 0 else ""
+            name = _printable(str(file)) if place == 0 else ""
             print(f"{name:<40}  {language:<3} {', '.join(cells) or '-'}")
 
 
+def _printable(text: str) -> str:
+    """A text with escapes for line ends, a terminal's control characters and bytes of no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def record(file: pathlib.Path, language: str, tags: Sequence[Tag]) -> str:
-    """One line of JSON: an image's tags in a language."""
+    r"""One line of JSON: an image's tags in a language.
+
+    A byte of a file name that is not UTF-8, such as 0xe9, is escaped as \udce9 (PEP 383): Python's
+    `os.fsencode(json.loads(line)["image"])` is the name again, byte for byte.
+    """
     rounded = [
         dataclasses.replace(
             tag,
@@ -431,4 +440,4 @@ def record(file: pathlib.Path, language: str, tags: Sequence[Tag]) -> str:
         "language": language,
         "tags": list(map(dataclasses.asdict, rounded)),
     }
-    return json.dumps(line, ensure_ascii=False)
+    return json.dumps(line, ensure_ascii=False).encode("utf8", "backslashreplace").decode()

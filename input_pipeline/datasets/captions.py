@@ -8,18 +8,21 @@ COCO's file also has `filepath` (train2014 or val2014) and `cocoid`. Karpathy an
 
 import functools
 import hashlib
-import io
 import json
+import logging
 import os
 import pathlib
 import re
+import unicodedata
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from input_pipeline import images, photo_limits
 from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import photo_files, records
+
+log = logging.getLogger(__name__)
 
 EXPECTED = (
     'expected Karpathy and Li\'s JSON: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}'
@@ -41,7 +44,8 @@ def prepare(
 ) -> tfds.core.DatasetBuilder:
     """The prepared set of a folder, built into the cache where it is not there yet.
 
-    Photos that are missing, can't be decoded, or have no caption are counted, named and skipped.
+    Photos that are missing, can't be decoded, would take too much memory (`photo_limits`), or have
+    no caption are counted, named and skipped.
 
     Args:
       folder: holds the photos, in itself, in `images`, in folders named by `filepath`, or in zip
@@ -79,18 +83,31 @@ def prepare(
             photo.filename, photo.image_id, photo.captions, functools.partial(_read_photo, photo)
         )
         splits.setdefault(photo.split, []).append(example)
-    name = annotations.stem.removeprefix("dataset_")
+    name = set_name(annotations)
     files = [photo.file for photo in present]
     # Of either kind of file the identity's second part is its size in bytes.
     size = sum(file.identity[1] for file in files)
     return records.prepare(name, source, splits, lambda: photo_files.check(files), size)
 
 
+def set_name(annotations: pathlib.Path) -> str:
+    """The set's name: a letter of ASCII, then word characters, or TFDS can't read it back.
+
+    It is what stands in dataset_NAME.json; in other names ("mein set") all else becomes "_".
+    """
+    name = annotations.stem.removeprefix("dataset_")
+    if re.fullmatch(r"[a-zA-Z]\w*", name):
+        return name
+    name = re.sub(r"\W+", "_", unicodedata.normalize("NFC", name))
+    return name if re.match("[a-zA-Z]", name) else f"set_{name}"
+
+
 def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
     """The JSON's path, which for a member of an archive goes on inside, and its content."""
     if given and pathlib.Path(given).is_file():
         return pathlib.Path(given), pathlib.Path(given).read_bytes()
-    found = sorted(folder.glob("dataset_*.json")) or _in_archives(folder)
+    files = [file for file in sorted(folder.glob("dataset_*.json")) if file.is_file()]
+    found = files or _in_archives(folder)
     if given:
         found = [file for file in found if file.name == str(given)]
         if not found:
@@ -108,7 +125,7 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
     if found[0].is_file():
         return found[0], found[0].read_bytes()
     archive = photo_files.open_archive(found[0].parent)
-    return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).read()
+    return found[0], photo_files.FileInZip(archive, archive.getinfo(found[0].name), ()).unpack()
 
 
 def _holds_coco(folder: pathlib.Path) -> bool:
@@ -184,11 +201,11 @@ def _check_unique(annotations: pathlib.Path, what: str, values: list) -> None:
 
 
 def _read_photo(photo: Photo) -> bytes | None:
-    """The photo's bytes, or None where decoding them fails anywhere."""
-    data = photo.file.read()
+    """The photo's bytes, or None where they are not read or decoding them fails anywhere."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        data = photo.file.read()
+        images.check(data)
+    except (photo_limits.Refused, images.ImageError) as error:
+        log.info("skipped: %s: %s", photo.filename, error)
         return None
     return data

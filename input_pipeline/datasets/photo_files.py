@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from input_pipeline import photo_limits
+
 LOCAL_HEADER = b"PK\x03\x04"
 # Of the archives as published at images.cocodataset.org, in bytes.
 PUBLISHED = {"train2014.zip": 13_510_573_713, "val2014.zip": 6_645_013_297}
@@ -29,8 +31,13 @@ class FileInFolder(NamedTuple):
     identity: tuple
 
     def read(self) -> bytes:
-        """The file's bytes."""
-        return self.path.read_bytes()
+        """The file's bytes.
+
+        Raises:
+          OSError: it can't be read.
+          photo_limits.Refused: it is no regular file any more, or too large.
+        """
+        return photo_limits.read(self.path)
 
 
 class FileInZip(NamedTuple):
@@ -45,10 +52,20 @@ class FileInZip(NamedTuple):
         """The member's bytes, checked; several threads may read.
 
         Raises:
-          ValueError: they are not what was packed.
+          photo_limits.Refused: they are too many for a photo.
+          ValueError: as `unpack`.
+        """
+        photo_limits.require(self.member.file_size, "the member of a zip archive")
+        return self.unpack()
+
+    def unpack(self) -> bytes:
+        """As `read`, whatever the size.
+
+        Raises:
+          ValueError: the bytes are not what was packed.
         """
         try:
-            return self.archive.read(self.member)
+            return photo_limits.unpack(self.archive, self.member)
         # The last two: an unknown compression, or a password.
         except (
             zipfile.BadZipFile,
@@ -120,8 +137,10 @@ def open_archive(file: pathlib.Path) -> zipfile.ZipFile:
     """An archive whose table of contents is there.
 
     Raises:
-      ValueError: it is a part of a download.
+      ValueError: it is a part of a download, or no regular file.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file: move it away")
     for ending in LEFT_BESIDE:
         if file.with_name(file.name + ending).exists():
             raise partial(file, f"{file.name}{ending} lies beside it")

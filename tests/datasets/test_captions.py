@@ -3,18 +3,28 @@
 import io
 import json
 import logging
+import os
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline.datasets import CaptionedImages, captioned_images, captions, records
+from input_pipeline.datasets import (
+    CaptionedImages,
+    captioned_images,
+    captions,
+    photo_files,
+    records,
+)
+from tests.test_photo_limits import odd_files, png, within
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -199,6 +209,118 @@ def test_photos_that_cannot_be_decoded_are_counted_and_named_in_one_line(folder,
     assert images.filenames == ["1.jpg", "4.jpg"]
     assert [images[0], images[1]] == [jpeg(1), jpeg(4)]
     assert warnings(caplog) == ["photos that can't be decoded, skipped: 3 (0.jpg, 2.jpg, 3.jpg)"]
+
+
+def skipped(caplog) -> list[str]:
+    """What is said of each photo that can't be decoded, before they are counted."""
+    return [text for text in caplog.messages if text.startswith("skipped: ")]
+
+
+def test_what_is_no_regular_file_is_no_photo(folder, caplog):
+    names = ["fifo.jpg", "link.jpg", "device.jpg", "good.jpg"]
+    write_json(folder, [entry(name) for name in names])
+    odd_files(folder / "images")
+    (folder / "images" / "good.jpg").write_bytes(jpeg(1))
+    with within(20):
+        assert read(folder).filenames == ["good.jpg"]
+    (line,) = warnings(caplog)
+    assert line == "dataset_pets.json: photos missing, skipped: 3 (fifo.jpg, link.jpg, device.jpg)"
+
+
+@pytest.mark.parametrize("name", ["dataset_pets.json", "photos.zip"])
+def test_a_fifo_in_the_place_of_a_file_is_one_line(folder, name):
+    write_json(folder, [entry()], "dataset_pets.json" if name == "photos.zip" else "other.json")
+    os.mkfifo(folder / name)
+    message = "photos.zip is not a regular file" if name == "photos.zip" else "found none"
+    with within(20), pytest.raises((ValueError, FileNotFoundError), match=message):
+        captions.prepare(folder)
+
+
+def test_a_photo_that_becomes_a_fifo_meanwhile_is_skipped(folder, caplog, monkeypatch):
+    """It is looked for once, and read minutes later."""
+    write(folder, entry("a.jpg"), entry("b.jpg"))
+    check = photo_files.check
+
+    def replace(files):
+        (folder / "images" / "a.jpg").unlink()
+        os.mkfifo(folder / "images" / "a.jpg")
+        check(files)
+
+    monkeypatch.setattr(photo_files, "check", replace)
+    caplog.set_level(logging.INFO)
+    with within(20):
+        assert read(folder).filenames == ["b.jpg"]
+    (line,) = skipped(caplog)
+    assert line.startswith("skipped: a.jpg: ")
+    assert line.endswith("is not a regular file")
+
+
+def test_photos_that_would_take_too_much_memory_are_named_and_skipped(folder, caplog, monkeypatch):
+    """A file, a member of an archive (which is not unpacked), and a picture."""
+    monkeypatch.setenv("XLIR_PHOTO_MB", "40")
+    names = ["file.jpg", "member.jpg", "picture.png", "good.jpg"]
+    write_json(folder, [entry(name) for name in names])
+    with open(folder / "images" / "file.jpg", "wb") as file:
+        file.truncate(41_000_000)
+    with zipfile.ZipFile(folder / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images/member.jpg", bytes(60_000_000))
+    (folder / "images" / "picture.png").write_bytes(png(3000, 3000))
+    (folder / "images" / "good.jpg").write_bytes(jpeg(1))
+    caplog.set_level(logging.INFO)
+    tracemalloc.start()
+    assert read(folder).filenames == ["good.jpg"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30_000_000
+    lines = sorted(skipped(caplog))
+    assert [line.split(": ")[1] for line in lines] == names[:3]
+    for line, amount in zip(lines, ("41 MB", "60 MB", "53 MB"), strict=True):
+        assert f"would take {amount} in memory, and a photo may take 40 (set XLIR_PHOTO" in line
+    assert warnings(caplog) == [
+        "photos that can't be decoded, skipped: 3 (file.jpg, member.jpg, picture.png)"
+    ]
+
+
+def test_a_json_in_an_archive_may_be_larger_than_a_photo(folder, monkeypatch):
+    monkeypatch.setenv("XLIR_PHOTO_MB", "10")
+    content = json.dumps({"images": [entry()]}) + " " * 11_000_000
+    with zipfile.ZipFile(folder / "captions.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset_pets.json", content)
+    (folder / "images" / "a.jpg").write_bytes(jpeg(1))
+    assert read(folder).filenames == ["a.jpg"]
+
+
+def test_a_limit_that_is_no_number_ends_the_preparation(folder, cache, monkeypatch):
+    monkeypatch.setenv("XLIR_PHOTO_MB", "many")
+    with pytest.raises(ValueError, match="XLIR_PHOTO_MB is 'many'"):
+        read(write(folder, entry()))
+    assert prepared_folders(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, name) for name in ("pets", "größe", "A_b9", "ab犬")),
+        ("mein set", "mein_set"),
+        ("gro\u0308ße 2", "größe_2"),
+        ("a-b", "a_b"),
+        ("a+b.c", "a_b_c"),
+        ("30k", "set_30k"),
+        ("犬", "set_犬"),
+        ("", "set_"),
+        ("caf\udce9", "caf_"),
+    ],
+    ids=ascii,
+)
+def test_a_set_of_any_name_can_be_read_back(folder, name, expected):
+    """Those that could be read before keep their names, and so their prepared sets."""
+    write_json(folder, [entry()], f"dataset_{name}.json")
+    (folder / "images" / "a.jpg").write_bytes(jpeg(3))
+    builder = captions.prepare(folder)
+    assert builder.name == expected
+    images = CaptionedImages(builder, "train")
+    assert images[0] == jpeg(3)
+    assert CaptionedImages(captions.prepare(folder), "train").fingerprint == images.fingerprint
 
 
 def test_a_photo_without_a_caption_is_skipped(folder, caplog):

@@ -1,0 +1,171 @@
+"""What one photo may take, as a small file can hold a picture of gigabytes, and a name no file.
+
+Only regular files are read: a FIFO would be waited for, a device never ends. What a file and its
+pixels take in memory is estimated from its size and its header, before anything is decoded, and
+refused above $XLIR_PHOTO_MB.
+"""
+
+import os
+import stat
+import zipfile
+
+from PIL import Image
+
+VARIABLE = "XLIR_PHOTO_MB"
+DEFAULT_MB = 500
+
+# The formats that are read -> bytes a pixel while Pillow decodes, measured with Pillow 13 and
+# rounded up. Most are decoded in place, into 4 bytes a pixel; some libraries take copies of their
+# own. Of other formats the header may not tell the size of what is inside (ICO, ICNS, BLP), or
+# another program would be started (EPS).
+BYTES_PER_PIXEL = {
+    **dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TGA", "TIFF"), 5),
+    "AVIF": 12,
+    "JPEG2000": 28,
+    "PPM": 12,
+    "WEBP": 18,
+}
+# MPO, several JPEGs in one file, is opened as JPEG.
+FORMATS = tuple(format for format in BYTES_PER_PIXEL if format != "MPO")
+# Of a decoded image, by Pillow's mode; 4 where it is not here.
+STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+# libjpeg keeps so many bytes of each sample where a JPEG is not in one scan.
+COEFFICIENT_BYTES = 2
+# libtiff unpacks a whole strip or tile at once; where that is JPEG or WebP, with copies.
+STRIP_COPIES = 3
+ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE = 278, 322, 323, 258
+# Of what does not grow with the picture: conversions, some rows at a time, and decoders' own.
+CONSTANT = 8_000_000
+# Bytes that are unpacked at once; of what is packed as bzip2 or LZMA, packed bytes, which may be
+# 45,000 times as many.
+CHUNK, PACKED_CHUNK = 1 << 20, 1 << 12
+
+
+class Refused(ValueError):
+    """A photo that is not read or not decoded, as it is no file or would take too much memory."""
+
+
+def limit() -> int:
+    """Bytes that one photo may take in memory, its file included: $XLIR_PHOTO_MB, or 500 MB.
+
+    Raises:
+      ValueError: the variable is no whole number above 0.
+    """
+    value = os.environ.get(VARIABLE) or str(DEFAULT_MB)
+    if not (value.isascii() and value.isdecimal() and int(value)):
+        raise ValueError(f"{VARIABLE} is {value!r}; it takes megabytes, a whole number above 0")
+    return int(value) * 1_000_000
+
+
+def require(needed: int, what: str) -> None:
+    """Refuses what would take more bytes than the limit.
+
+    Raises:
+      Refused: it would.
+    """
+    if needed > limit():
+        raise Refused(
+            f"{what} would take {needed / 1e6:,.0f} MB in memory, and a photo may take "
+            f"{limit() / 1e6:,.0f} (set {VARIABLE} to allow more)"
+        )
+
+
+def read(file: str | os.PathLike) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      FileNotFoundError, OSError: it can't be read.
+      Refused: it is a FIFO or a device, or larger than the limit.
+    """
+    with open(file, "rb", opener=_open_at_once) as opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(f"{os.fspath(file)} is not a regular file")
+        require(status.st_size, f"{os.fspath(file)}: the file")
+        return opened.read(status.st_size)
+
+
+def _open_at_once(file: str, flags: int) -> int:
+    """Opens a file without waiting for somebody who writes to it, where it is a FIFO."""
+    return os.open(file, flags | os.O_NONBLOCK)
+
+
+def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """The content of a member of a zip archive; no more is unpacked than it says that it holds.
+
+    Raises:
+      zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError: it is damaged,
+        packed in an unknown way, or has a password.
+    """
+    packed = member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    parts = []
+    with archive.open(member) as opened:
+        while part := opened.read(PACKED_CHUNK if packed else CHUNK):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def check_header(image: Image.Image, data: bytes, size: tuple[int, int]) -> None:
+    """Refuses an image that would take too much while it is decoded.
+
+    Args:
+      image: opened, perhaps reduced (`draft`), and not decoded yet.
+      data: its file, which is in memory too.
+      size: its width and height in the file.
+
+    Raises:
+      Refused: it would.
+    """
+    needed = CONSTANT + len(data) + image.width * image.height * BYTES_PER_PIXEL[image.format]
+    if image.format in ("JPEG", "MPO"):
+        needed += _coefficients(image, data, *size)
+    if image.format == "TIFF" and image.info.get("compression") != "raw":
+        needed += _strip(image) * STRIP_COPIES
+    require(needed, _pixels(image, size))
+
+
+def check_copy(image: Image.Image, data: bytes, copied: int) -> None:
+    """Refuses a decoded image that would take too much together with a copy of it.
+
+    Args:
+      image: decoded.
+      data: its file, which is in memory too.
+      copied: bytes a pixel of the copy.
+
+    Raises:
+      Refused: it would.
+    """
+    each = STORED_BYTES.get(image.mode, 4) + copied
+    needed = CONSTANT + len(data) + image.width * image.height * each
+    require(needed, _pixels(image, image.size))
+
+
+def _pixels(image: Image.Image, size: tuple[int, int]) -> str:
+    return f"its {size[0]:,} x {size[1]:,} pixels ({image.format}, {image.mode})"
+
+
+def _coefficients(image: Image.Image, data: bytes, width: int, height: int) -> int:
+    """Bytes of a JPEG's coefficients, which are kept until the last scan where there are several.
+
+    They are those of the whole image, also where it is decoded at a fraction of its size.
+    """
+    count, end = len(image.layer), image.fp.tell()
+    # What Pillow has read ends with the header of the first scan: of all channels, or of some.
+    first_scan = data[end - 8 - 2 * count : end]
+    together = first_scan.startswith(b"\xff\xda\x00" + bytes((6 + 2 * count, count)))
+    if together and "progressive" not in image.info:
+        return 0
+    factors = [(across, down) for _, across, down, _ in image.layer]
+    most = max(across for across, _ in factors) * max(down for _, down in factors)
+    samples = sum(across * down for across, down in factors) / most
+    return round(width * height * samples) * COEFFICIENT_BYTES
+
+
+def _strip(image: Image.Image) -> int:
+    """Bytes of one strip or tile of a TIFF."""
+    tags = image.tag_v2
+    rows = min(tags.get(ROWS_PER_STRIP, image.height), image.height)
+    pixels = image.width * rows
+    if TILE_WIDTH in tags:
+        pixels = tags[TILE_WIDTH] * tags.get(TILE_LENGTH, 0)
+    return pixels * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8
