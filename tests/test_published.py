@@ -445,7 +445,7 @@ OPEN_CLIP_FAULTS = {
     "no tokenizer": (remove("tokenizer.json"), "has no tokenizer"),
     "code": (malicious, r"open_clip_pytorch_model\.bin: refused to load os\.system"),
     "damaged": (lambda folder: (folder / OPEN).write_text("{"), r"config\.json is damaged"),
-    "no model_cfg": (edit(OPEN, MODEL, value=None), "its configuration lacks 'model_cfg'"),
+    "no model_cfg": (edit(OPEN, MODEL, value=None), "it lacks 'model_cfg'"),
     "no width": (edit(OPEN, MODEL, "vision_cfg", "width", value=None), "lacks 'width'"),
     "CLIP's text": (edit(OPEN, *TEXT_CFG, "hf_model_name", value=None), "CLIP's own encoder"),
     "unknown text": (

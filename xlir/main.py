@@ -51,6 +51,8 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
+from xlir.config import check_config
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT."
 )
@@ -127,8 +129,8 @@ _COORDINATOR = flags.DEFINE_string(
     None,
     "train, eval: this is one of --processes; HOST:PORT where the first one listens.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", 1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
 # Flag -> the verbs that it goes with.
 FLAGS = {
     "config": ("train", "prepare", "shardings", "compile"),
@@ -224,8 +226,9 @@ def _prepare() -> None:
 def _shardings() -> None:
     import jax
 
-    from xlir import compile
+    from xlir import compile, partition
 
+    partition.check_platforms()
     print(compile.sharding_table(_CONFIG.value, _DEVICES.value or jax.device_count()))
 
 
@@ -336,9 +339,12 @@ def _start_jax() -> None:
     import jax
 
     from input_pipeline.cache import cache_folder
+    from xlir import partition
 
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
         _join()
+    else:
+        partition.check_platforms()
     # Not of CPUs: what one has kept another may not be able to run, or refuses loudly
     # (https://github.com/jax-ml/jax/issues/38445).
     if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
@@ -382,6 +388,11 @@ def _check_flags(verb: str) -> None:
     together = (_COORDINATOR, _PROCESSES, _PROCESS)
     if len({flag.value is None for flag in together}) > 1:
         raise UsageError("--coordinator, --processes and --process go together")
+    if _PROCESS.value is not None and _PROCESS.value >= _PROCESSES.value:
+        raise UsageError(
+            f"--process={_PROCESS.value} is none of --processes={_PROCESSES.value}, which are "
+            "counted from 0"
+        )
     joins = _DISTRIBUTED.value or _COORDINATOR.value or verb not in FLAGS["distributed"]
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not joins:
         raise UsageError("SLURM runs several tasks of this step: add --distributed")
@@ -416,6 +427,11 @@ def _parse(arguments: list[str]) -> list[str]:
     if verb not in _RUN:
         raise UsageError(f"unknown verb {verb!r}; known: {', '.join(_RUN)}")
     _check_flags(verb)
+    if _CONFIG.value is not None:
+        try:
+            check_config(_CONFIG.value)
+        except ValueError as error:
+            raise UsageError(f"the configuration is not usable: {error}") from error
     if verb in TAKES_IMAGES and not images:
         raise UsageError(f"{verb} needs images: files, folders or patterns")
     return [verb, *images]

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from input_pipeline import datasets, loader, text
 from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir.checkpoint import Checkpoints
+from xlir.config import check_config
 from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
@@ -91,6 +92,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         or the loss or its gradient is not finite.
       Stopped: SIGTERM, as it comes before a preemption, has ended the run early.
     """
+    check_config(config)
     # The first process may be about to write it while another looks.
     starts = not partition.agree_minimum((workdir / "config.json").exists())
     _check_start(config, workdir, starts)
