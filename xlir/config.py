@@ -104,9 +104,7 @@ class Text:
         return isinstance(value, str) and "\0" not in value and (self.may_be_empty or value != "")
 
     def __str__(self) -> str:
-        return (
-            "it must be a text" if self.may_be_empty else "it must be a text, and not an empty one"
-        )
+        return "it must be a text" + ("" if self.may_be_empty else ", and not an empty one")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,7 +246,7 @@ def test_a_tensor_that_the_table_does_not_know_is_reported():
         ("hidden_act", "gelu", "hidden_act in ResNet's config is 'gelu'; known: relu"),
         ("num_channels", 1, "known: 3"),
         ("depths", [3, 4, 6], "one width and one depth"),
-        ("depths", [3, 4, 0, 3], "at least 1"),
+        ("depths", [3, 4, 0, 3], "integers from 1"),
     ],
 )
 def test_a_config_of_another_model_is_refused(field, value, message):

@@ -244,7 +244,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
         ),
         ({"model_type": "clip_vision_model"}, {"pooling": "pooler"}, "'pooler'; .*cls, mean"),
         ({"model_type": "siglip_vision_model"}, {"pooling": "cls"}, "'cls'; .*attention, mean"),
-        ({"model_type": "vit", "hidden_act": "swish"}, {}, "'swish' is not known"),
+        ({"model_type": "vit", "hidden_act": "swish"}, {}, "'swish'; known: gelu"),
     ],
 )
 def test_what_is_not_known_is_refused(fields, options, message):
