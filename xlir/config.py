@@ -16,6 +16,7 @@ Allowed = Container
 INT32 = 2**31 - 1
 # float32 still holds the square of it.
 LARGEST = 1e18
+HEAVIEST = 1e6
 WIDEST = 65_536
 LARGEST_IMAGE = 8192  # pixels a side
 LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
@@ -209,28 +210,28 @@ FIELDS: dict[str, Any] = {
     },
     "image": _tower("cls", "pooler", "attention", "mean")
     | {
-        "size": Whole(0, LARGEST_IMAGE),
+        "size": Whole(8, LARGEST_IMAGE, also=(0,)),
         "crop": Choice("", "squash", "center"),
         "min_area": Real(0, 1),
         "mirror": Flag(),
     },
     "loss": {
         "name": Choice(*LOSSES),
-        "push_apart": Real(0),
+        "push_apart": Real(0, HEAVIEST),
         # Published models are imported with what they have learned, which may be below 0.01.
         "temperature": Real(1e-6, 100),
-        "bias": Real(-LARGEST),
+        "bias": Real(-1e4, 1e4),
         "chunk": Whole(0),
         "metric": Choice(*METRICS),
-        "margin": Real(0),
-        "rho": Real(0, 100, open_below=True),
-        "image_weight": Real(0),
-        "text_weight": Real(0),
+        "margin": Real(0, HEAVIEST),
+        "rho": Real(0, 32, open_below=True),
+        "image_weight": Real(0, HEAVIEST),
+        "text_weight": Real(0, HEAVIEST),
     },
     "optimizer": {
         "learning_rate": Real(0),
         "warmup_steps": Whole(0),
-        "weight_decay": Real(0),
+        "weight_decay": Real(0, HEAVIEST),
         "b1": Real(0, 1, open_above=True),
         "b2": Real(0, 1, open_above=True),
         "clip_norm": Real(0),

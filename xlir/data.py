@@ -135,6 +135,16 @@ def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
     return photos
 
 
+def check_batch_size(config: ConfigDict, captions: int) -> None:
+    """Raises ValueError where a batch takes more than all pairs of the training split."""
+    if config.data.batch_size > captions:
+        raise ValueError(
+            f"config.data.batch_size is {config.data.batch_size:,}, but the training split "
+            f"({config.data.train}) has {captions:,} captions: each pair would be in a batch "
+            f"several times; it must be at most {captions:,}"
+        )
+
+
 def validation_set(config: ConfigDict) -> RetrievalSet:
     """The validation split: in every language for emoji, in English for captions."""
     return _split(config, config.data.validation)

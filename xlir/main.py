@@ -195,15 +195,21 @@ def main() -> int:
     # Orbax and TFDS report every step of their work there, and an error that they raise besides.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        verb, *images = _parse(sys.argv)
+        code, (verb, *images) = 0, _parse(sys.argv)
         if verb == "help":
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         else:
-            return _RUN[verb](*images) or 0
+            code = _RUN[verb](*images) or 0
+        sys.stdout.flush()  # a reader that is gone is noticed here at the latest
+        return code
     except UsageError as error:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to resume", code=130)
+    except BrokenPipeError:
+        # As of `tag ... | head`, which has seen enough. What is still to be printed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return _report(error)
 

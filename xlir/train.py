@@ -100,6 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training = data.training_photos(config)
     captions = _flat(training.captions)
+    data.check_batch_size(config, len(captions))
     encoder = Encoder.create(config, captions, mesh) if starts else Encoder.open(workdir, mesh)
     validation = evaluate.Evaluator(encoder, data.validation_set(config), data.feature_cache())
     cached = evaluate.frozen_features(
@@ -305,6 +306,7 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
+        towers.abstract_model(config)
         return
     # Through JSON, in which a tuple is a list.
     started_with, given = (json.loads(c.to_json()) for c in (read_config(workdir), config))
@@ -425,8 +427,6 @@ class _Termination(contextlib.AbstractContextManager):
         self._came, self._calls = False, 0
         # JAX listens from the start where it was told that there may be several processes.
         self._jax_listens = jax.distributed.is_initialized()
-        if not self._jax_listens:
-            signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -442,6 +442,10 @@ class _Termination(contextlib.AbstractContextManager):
         self._calls += 1
         if self._jax_listens:
             return multihost_utils.reached_preemption_sync_point(self._calls)
+        # Before the first step there is nothing to save, and reading its batch and compiling may
+        # take minutes: until then the signal ends the process at once.
+        if self._calls == 1:
+            signal.signal(signal.SIGTERM, self._note)
         return self._came
 
 

@@ -139,6 +139,8 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
             filename, filepath = entry["filename"], entry.get("filepath", "")
             captions = [" ".join(sentence["raw"].split()) for sentence in entry["sentences"]]
             image_id = int(entry.get("cocoid", entry.get("imgid", place)))
+            if not -(2**63) <= image_id < 2**63:
+                raise ValueError(f"its id, {image_id}, is no 64-bit integer")
             split = entry["split"]
             if not all(isinstance(text, str) for text in (filename, filepath, split)):
                 raise TypeError("filename, filepath and split should be strings")
@@ -147,7 +149,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
                 raise ValueError(f"{split!r} can't be the name of a split")
             # Half of a surrogate pair is a str but not text that can be stored.
             "".join((filename, *captions)).encode()
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{annotations}: image {place} {fault}; {EXPECTED}") from error
         if not _inside(filename) or (filepath and not _inside(filepath)):

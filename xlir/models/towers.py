@@ -20,7 +20,7 @@ from input_pipeline import text as text_io
 from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
 from input_pipeline.images import Preprocessing
 from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
-from xlir.models import efficientnet, muse, pretrained, resnet, transformer, vit
+from xlir.models import dual_encoder, efficientnet, muse, pretrained, resnet, transformer, vit
 from xlir.models.dual_encoder import compute_dtype
 
 Description = dict
@@ -221,6 +221,30 @@ def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.
     if kind == "resnet":
         return resnet.ResNet(description["config"], **arguments)
     return vit.ViT(description["config"], pooling=description["pooling"], **arguments)
+
+
+def abstract_model(
+    config: ConfigDict, descriptions: Mapping[str, Description] | None = None
+) -> dual_encoder.DualEncoder:
+    """The dual encoder of a configuration, of shapes alone: it needs no weights and no memory.
+
+    Args:
+      config: the whole configuration.
+      descriptions: of both towers; default: `describe_published`.
+
+    Raises:
+      ValueError, FileNotFoundError: as `describe_text`; or the widths do not fit together.
+    """
+    described = describe_published(config) if descriptions is None else descriptions
+
+    def make() -> dual_encoder.DualEncoder:
+        rngs = nnx.Rngs(0)
+        text, image = (
+            create(described[side], config[side], rngs=rngs) for side in ("text", "image")
+        )
+        return dual_encoder.DualEncoder(config, text, image, rngs=rngs)
+
+    return nnx.eval_shape(make)
 
 
 def load(
