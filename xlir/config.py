@@ -17,6 +17,8 @@ INT32 = 2**31 - 1
 # float32 still holds the square of it.
 LARGEST = 1e18
 HEAVIEST = 1e6
+# Dropout rates are rounded to 1/256, and something has to be left.
+MOST_DROPPED = 0.99
 WIDEST = 65_536
 LARGEST_IMAGE = 8192  # pixels a side
 LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
@@ -171,7 +173,7 @@ def _tower(*poolings: str) -> dict[str, Allowed]:
         "remat": Flag(),
         "head": Choice(*HEADS),
         "hidden": Widths(),
-        "dropout": Real(0, 1, open_above=True),
+        "dropout": Real(0, MOST_DROPPED),
     }
 
 
@@ -210,7 +212,7 @@ FIELDS: dict[str, Any] = {
     },
     "image": _tower("cls", "pooler", "attention", "mean")
     | {
-        "size": Whole(8, LARGEST_IMAGE, also=(0,)),
+        "size": Whole(16, LARGEST_IMAGE, also=(0,)),
         "crop": Choice("", "squash", "center"),
         "min_area": Real(0, 1),
         "mirror": Flag(),

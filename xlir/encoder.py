@@ -398,7 +398,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         config.update(json.loads(file.read_text()))
         check_config(config)
         return config
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{file} is damaged, or of another version: {error}") from error
 
 

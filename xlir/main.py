@@ -114,7 +114,11 @@ _IMAGE = flags.DEFINE_string(
     "image", None, "import: folder of the published image encoder; default: that of --text."
 )
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
+    "devices",
+    None,
+    "shardings: how many; default: those of this machine.",
+    lower_bound=1,
+    upper_bound=2**20,
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: a TPU's generation and shape, as v5e:8x8 or v5p:2x2x4."

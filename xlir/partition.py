@@ -75,6 +75,7 @@ def check_platforms() -> None:
         if not asked:
             raise
         jax.config.update("jax_platforms", None)
+        _pass_over_absent_tpu()
         there = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ValueError(
             f"JAX_PLATFORMS={asked}: JAX finds no such devices here, but {there}; set "

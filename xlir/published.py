@@ -24,7 +24,7 @@ from input_pipeline import images
 from input_pipeline.huggingface import HuggingFaceTokenizer
 from xlir import partition
 from xlir.checkpoint import Checkpoints
-from xlir.config import Group, Real, Text, Whole, check_config, read_field
+from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
 from xlir.encoder import SIDES, Encoder
 from xlir.models import dual_encoder, pretrained, towers, transformer, vit
 from xlir.models.transformer import WIDTH
@@ -267,13 +267,15 @@ def _vision_config(published: Published) -> dict[str, Any]:
     if isinstance(vision.get("layers"), list):
         raise ValueError("a ResNet for an image tower (vision_cfg.layers) is not supported")
     size, width = vision.get("image_size", 224), read_field(vision, "width", WIDTH)
+    size = size[0] if isinstance(size, list) and size[:1] * 2 == size else size
+    read_field({"image_size": size}, "image_size", Whole(1, LARGEST_IMAGE))
     return {
         "model_type": "clip_vision_model",
         "hidden_size": width,
         "num_hidden_layers": read_field(vision, "layers", Whole(1)),
         "num_attention_heads": width // read_field(vision, "head_width", Whole(1, width), 64),
         "intermediate_size": int(width * read_field(vision, "mlp_ratio", Real(1, 1000), 4.0)),
-        "image_size": size[0] if isinstance(size, list) and size[:1] * 2 == size else size,
+        "image_size": size,
         "patch_size": read_field(vision, "patch_size", WIDTH),
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "layer_norm_eps": 1e-5,

@@ -251,6 +251,8 @@ def test_a_split_without_one_good_photo_is_named(folder, cache):
         ({"filename": "\udcff.jpg"}, "image 1 is malformed"),
         ({"sentences": [{"raw": "A dog \ud83d"}]}, "image 1 is malformed"),
         ({"cocoid": "x"}, "image 1 is malformed"),
+        ({"cocoid": 2**63}, f"image 1 is malformed: its id, {2**63}, is no 64-bit integer"),
+        ({"cocoid": float("inf")}, "image 1 is malformed"),
         ({"sentences": None}, "image 1 is malformed"),
         ({"sentences": ["A dog."]}, "image 1 is malformed"),
         ({"sentences": [{"raw": None}]}, "image 1 is malformed"),

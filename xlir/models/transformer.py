@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from xlir.config import WIDEST, Choice, Divisor, Real, Whole, read_field
+from xlir.config import MOST_DROPPED, WIDEST, Choice, Divisor, Real, Whole, read_field
 from xlir.models.layers import LayerNorm, Linear, dropout
 from xlir.partition import split_rows
 
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 # What numbers of a config.json may be.
-WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, 1, open_above=True), Real(0, 1)
+WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, MOST_DROPPED), Real(0, 1)
 POOLINGS = ("mean", "cls", "pooler")
 MODEL_TYPES = ("bert", "distilbert", "roberta", "xlm-roberta")
 
