@@ -186,11 +186,6 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
     assert "no coco_captions/2014" in tfds
 
 
-def test_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'cocoa'; known: emoji, captions, coco, coco_captions"):
-        data.training_photos(config_of(tmp_path, "cocoa"))
-
-
 def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
     """5,000 photos are 5 folds of 1,000; here 10 are 5 of 2. Five captions a photo count."""
     monkeypatch.setattr(data, "COCO_TEST", 10)

@@ -132,25 +132,3 @@ def test_gradient_is_finite_where_everything_coincides(name):
         config(name, push_apart=1.0), text, image, jnp.arange(6)
     )
     assert all(np.isfinite(g).all() for g in gradient)
-
-
-def test_unknown_names_say_what_is_known():
-    with pytest.raises(ValueError, match=r"'clip'; known: infonce, sigmoid, triplet, patr, m3l"):
-        losses.build(config("clip"))
-    with pytest.raises(ValueError, match=r"metric is 'l1'; known: euclidean"):
-        losses.build(config("m3l", metric="l1"))
-
-
-@pytest.mark.parametrize(
-    ("name", "push_apart", "chunk", "message"),
-    [
-        ("triplet", 0.0, 64, "chunk=64 goes with infonce and sigmoid alone: triplet looks"),
-        ("infonce", 0.3, 64, "chunk=64 goes with infonce and sigmoid alone: push_apart looks"),
-        ("sigmoid", 0.0, -1, "chunk is -1; it is a number"),
-    ],
-)
-def test_chunks_where_they_do_not_go(name, push_apart, chunk, message):
-    options = config(name, push_apart=push_apart)
-    options.chunk = chunk
-    with pytest.raises(ValueError, match=rf"^config\.loss\.{message}[^\n]*$"):
-        losses.build(options)

@@ -1,6 +1,7 @@
 """The command line: help, errors that a user can mend in one line, and COCO from end to end."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ import sys, types
 sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir: print(workdir))
 """
 QUICKSTART = "--config=configs/quickstart.py"
+TAG = ["--workdir=x", "--vocabulary=coco", "a.jpg"]
+PROCESS = ["--coordinator=localhost:1"]
 
 
 def refusal(process, code):
@@ -81,6 +84,15 @@ def test_help_lists_verbs_examples_and_flags(command):
         (["import", "--text=x"], ["import needs --workdir"]),
         (["eval", "--workdir=x", "--image=x"], ["--image goes with import, not with eval"]),
         (["eval", QUICKSTART, "--workdir=x"], ["from --workdir, not from --config"]),
+        (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
+        (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
+        (["tag", "--top_k=0", *TAG], ["--top_k=0"]),
+        (["tag", "--threshold=nan", *TAG], ["--threshold=nan is no share"]),
+        (["tag", "--threshold=inf", *TAG], ["--threshold=inf is no share"]),
+        (["tag", "--threshold=-0.1", *TAG], ["--threshold=-0.1 is no share"]),
+        ([QUICKSTART, *PROCESS, "--processes=0", "--process=0"], ["--processes=0"]),
+        ([QUICKSTART, *PROCESS, "--processes=2", "--process=-1"], ["--process=-1"]),
+        ([QUICKSTART, *PROCESS, "--processes=2", "--process=2"], ["--process=2 is none of"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -100,6 +112,44 @@ def test_usage_errors_are_one_line_and_need_no_jax(arguments, parts, command):
 def test_default_workdir_is_named_after_the_configuration(config, workdir, command):
     process = command(f"--config={config}", script=PRINT_WORKDIR)
     assert process.stdout.strip() == workdir
+
+
+@pytest.mark.parametrize(
+    "platform",
+    [
+        "banana",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="has a GPU")
+        ),
+    ],
+)
+@pytest.mark.parametrize("arguments", [["shardings", QUICKSTART], ["eval", "--workdir=x"]])
+def test_devices_that_are_absent(platform, arguments, command):
+    line = refusal(command(*arguments, check=False, JAX_PLATFORMS=platform), code=1)
+    assert f"JAX_PLATFORMS={platform}: JAX finds no such devices here, but " in line
+    assert "cpu" in line
+
+
+MANY_LINES = """
+from xlir import main
+main._RUN["train"] = lambda: print("a line\\n" * 100_000)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    """As of `tag ... | head`; the exit code is that of other programs in a shell."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-c", f"{MANY_LINES}\n{RUN_MAIN}", *arguments],
+        cwd=REPOSITORY,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_interrupt(command):

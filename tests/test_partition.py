@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 import xlir
 from configs import flickr8k, muse, quickstart, xlmr
+from tests.conftest import REPOSITORY
 from xlir import compile, optimizer, partition, train
 
 GOLDEN = pathlib.Path(__file__).parent / "shardings"
@@ -207,3 +210,52 @@ def test_weights_go_to_the_devices_in_parts():
     embedding = nnx.to_pure_dict(encoder.params)["text_tower"]["embedding"]
     assert embedding.sharding.spec == PartitionSpec(None, "fsdp")
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(260, 4)}
+
+
+WITHOUT_TPU = {
+    "JAX first": "import jax; import xlir; xlir.Encoder; jax.devices()",
+    "xlir first": "import xlir; xlir.Encoder; import jax; jax.devices()",
+    "a mesh": "from xlir import partition; partition.create_mesh()",
+}
+
+
+@pytest.mark.parametrize("script", WITHOUT_TPU.values(), ids=WITHOUT_TPU)
+def test_libtpu_says_nothing_where_there_is_no_tpu(script):
+    """Where `jax[tpu]` is installed to compile for TPUs, and JAX is free to choose."""
+    pytest.importorskip("libtpu")
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "device_files", "passed_over"),
+    [
+        (None, {}, True),
+        ("tpu,cpu", {}, False),  # chosen, by the user or by JAX, which has seen a TPU
+        (None, {"/dev/accel*": ["/dev/accel0"]}, False),
+        (None, {"/dev/vfio/[0-9]*": ["/dev/vfio/0"]}, False),
+    ],
+)
+def test_a_tpu_is_passed_over_only_where_there_is_none(
+    platforms, device_files, passed_over, monkeypatch
+):
+    registered = []
+    monkeypatch.setattr(
+        "jax.extend.backend.register_backend_factory",
+        lambda name, *args, **options: registered.append(name),
+    )
+    monkeypatch.setattr(partition.glob, "glob", lambda pattern: device_files.get(pattern, []))
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platforms)
+        partition._pass_over_absent_tpu()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert registered == (["tpu"] if passed_over else [])

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -439,13 +440,38 @@ def malicious(folder):
 
 OPEN, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 MODEL, TEXT_CFG = "model_cfg", ("model_cfg", "text_cfg")
+# Values that a field of open_clip's config can't have.
+ODD_VALUES = [
+    ((MODEL,), [1]),
+    (TEXT_CFG, "xlm-roberta-base"),
+    ((*TEXT_CFG, "hf_model_name"), 3),
+    ((*TEXT_CFG, "context_length"), "77"),
+    ((*TEXT_CFG, "context_length"), 0),
+    ((MODEL, "embed_dim"), 0),
+    ((MODEL, "vision_cfg"), [1]),
+    ((MODEL, "vision_cfg", "width"), "32"),
+    ((MODEL, "vision_cfg", "layers"), -1),
+    ((MODEL, "vision_cfg", "head_width"), 0),
+    ((MODEL, "vision_cfg", "mlp_ratio"), "4"),
+    ((MODEL, "vision_cfg", "patch_size"), 0),
+    ((MODEL, "vision_cfg", "image_size"), {}),
+    ((MODEL, "vision_cfg", "image_size"), [32, 64]),
+    (("preprocess_cfg",), [1]),
+]
 OPEN_CLIP_FAULTS = {
+    f"{'.'.join(path)}={value}": (
+        edit(OPEN, *path, value=value),
+        re.escape(f"{path[-1]} is {value!r}; it must be "),
+    )
+    for path, value in ODD_VALUES
+} | {
+    "no text_cfg": (edit(OPEN, *TEXT_CFG, value=None), "it lacks 'text_cfg'"),
     "no weights": (remove(WEIGHTS), r"has no weights: none of open_clip_model\.safetensors, "),
     "no config": (remove(OPEN), r"config\.json"),
     "no tokenizer": (remove("tokenizer.json"), "has no tokenizer"),
     "code": (malicious, r"open_clip_pytorch_model\.bin: refused to load os\.system"),
     "damaged": (lambda folder: (folder / OPEN).write_text("{"), r"config\.json is damaged"),
-    "no model_cfg": (edit(OPEN, MODEL, value=None), "its configuration lacks 'model_cfg'"),
+    "no model_cfg": (edit(OPEN, MODEL, value=None), "it lacks 'model_cfg'"),
     "no width": (edit(OPEN, MODEL, "vision_cfg", "width", value=None), "lacks 'width'"),
     "CLIP's text": (edit(OPEN, *TEXT_CFG, "hf_model_name", value=None), "CLIP's own encoder"),
     "unknown text": (

@@ -1,6 +1,7 @@
 """Training: resuming bit for bit, one step on any mesh, refusals, and what a run leaves behind."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -188,6 +189,28 @@ def test_a_batch_that_does_not_divide_over_the_devices(command, tiny, tmp_path):
     )
     assert process.returncode == 1
     assert "batch_size=12 does not divide over 8 devices" in process.stderr
+
+
+SIGNAL_IN_FIRST_BATCH = """
+import os, signal, time
+from input_pipeline import loader
+iterate = loader.iterate
+def signalled(*args, **options):
+    for batch in iterate(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        yield batch
+loader.iterate = signalled
+"""
+
+
+def test_sigterm_ends_a_run_at_once_before_its_first_step(command, tiny, tmp_path):
+    """Reading a large batch and compiling take minutes, and there is nothing to save."""
+    flags = [*tiny, f"--workdir={tmp_path / 'run'}"]
+    process = command(*flags, script=SIGNAL_IN_FIRST_BATCH, check=False)
+    assert process.returncode == -signal.SIGTERM, process.stderr
+    assert "SIGTERM" not in process.stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) == []
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -49,16 +49,7 @@ class AbstractEncoder:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.descriptions = towers.describe_published(config)
-
-        def create() -> dual_encoder.DualEncoder:
-            rngs = nnx.Rngs(0)
-            text, image = (
-                towers.create(self.descriptions[side], config[side], rngs=rngs)
-                for side in ("text", "image")
-            )
-            return dual_encoder.DualEncoder(config, text, image, rngs=rngs)
-
-        model = nnx.eval_shape(create)
+        model = towers.abstract_model(config, self.descriptions)
         self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
         self._feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
 

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from input_pipeline import datasets
 from input_pipeline.cache import cache_folder, fingerprint
+from xlir.config import DATA_SETS
 
 log = logging.getLogger(__name__)
 
-NAMES = ("emoji", "captions", "coco", "coco_captions")
 # Karpathy's test split of COCO: photos, folds of the 1K protocol, captions a photo that count.
 COCO_TEST, COCO_FOLDS, COCO_CAPTIONS = 5000, 5, 5
 
@@ -135,6 +135,16 @@ def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
     return photos
 
 
+def check_batch_size(config: ConfigDict, captions: int) -> None:
+    """Raises ValueError where a batch takes more than all pairs of the training split."""
+    if config.data.batch_size > captions:
+        raise ValueError(
+            f"config.data.batch_size is {config.data.batch_size:,}, but the training split "
+            f"({config.data.train}) has {captions:,} captions: each pair would be in a batch "
+            f"several times; it must be at most {captions:,}"
+        )
+
+
 def validation_set(config: ConfigDict) -> RetrievalSet:
     """The validation split: in every language for emoji, in English for captions."""
     return _split(config, config.data.validation)
@@ -232,11 +242,9 @@ def _builder(config: ConfigDict) -> tfds.core.DatasetBuilder:
     name, folder = config.data.name, config.data.dir
     if not name:
         raise ValueError(
-            f"no data set is named (config.data.name is empty; known: {', '.join(NAMES)}); a test "
-            "set of its own needs none: --test_set=FOLDER --images=FOLDER"
+            f"no data set is named (config.data.name is empty; known: {', '.join(DATA_SETS)}); a "
+            "test set of its own needs none: --test_set=FOLDER --images=FOLDER"
         )
-    if name not in NAMES:
-        raise ValueError(f"config.data.name is {name!r}; known: {', '.join(NAMES)}")
     if name == "coco":
         _check_coco(config)
     if name != "emoji" and not folder:

@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from configs import base
-from input_pipeline import files
+from input_pipeline import files, photo_limits
 from input_pipeline import images as image_io
-from input_pipeline import photo_limits
 from input_pipeline import text as text_io
 from xlir import partition
 from xlir.checkpoint import Checkpoints
+from xlir.config import check_config
 from xlir.models import dual_encoder, pretrained, towers
 
 log = logging.getLogger(__name__)
@@ -95,9 +95,10 @@ class Encoder:
           mesh: the devices to lay it on; default: the first one.
 
         Raises:
-          ValueError: the configuration names something unknown.
+          ValueError: the configuration can't be, or names something unknown.
           FileNotFoundError: weights or tokenizer are not installed.
         """
+        check_config(config)
         descriptions = {
             "text": towers.describe_text(config.text),
             "image": towers.describe_image(config.image),
@@ -187,7 +188,7 @@ class Encoder:
         with partition.on_host():
             for side in SIDES:
                 folder = workdir / f"{side}_tower"
-                descriptions[side] = pretrained.read_json(folder / DESCRIPTION_FILE)
+                descriptions[side] = towers.read_description(side, folder / DESCRIPTION_FILE)
                 create = functools.partial(towers.create, descriptions[side], config[side])
                 # Shapes only: what is about to be overwritten need not be drawn.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
@@ -415,7 +416,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
     Raises:
       FileNotFoundError: the folder is not a run's.
-      ValueError: the file is damaged.
+      ValueError: the file is damaged, or a field is not what it may be.
     """
     file, config = workdir / CONFIG_FILE, base.get_config()
     if not file.is_file():
@@ -425,8 +426,9 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     files.check_sums(workdir, [CONFIG_FILE])
     try:
         config.update(json.loads(file.read_text()))
+        check_config(config)
         return config
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{file} is damaged, or of another version: {error}") from error
 
 

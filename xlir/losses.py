@@ -307,20 +307,12 @@ def push_apart(
 
 
 def build(config: ConfigDict) -> Callable[..., Scalar]:
-    """The objective that `config.loss` describes.
+    """The objective that `config.loss` describes, which `xlir.config` has checked.
 
     Returns:
       `objective(text, image, image_id, scale, bias) -> loss`.
-
-    Raises:
-      ValueError: the objective or the metric is unknown, or `chunk` is negative or does not go
-        with the objective.
     """
     metric, name, chunk = config.metric, config.name, config.chunk
-    if metric not in ("euclidean", "squared_euclidean", "cosine"):
-        raise ValueError(
-            f"config.loss.metric is {metric!r}; known: euclidean, squared_euclidean, cosine"
-        )
     objectives = {
         "infonce": lambda t, v, ids, scale, bias: infonce(t, v, ids, scale, chunk=chunk),
         "sigmoid": functools.partial(sigmoid, chunk=chunk),
@@ -336,16 +328,6 @@ def build(config: ConfigDict) -> Callable[..., Scalar]:
             metric=metric,
         ),
     }
-    if name not in objectives:
-        raise ValueError(f"config.loss.name is {name!r}; known: {', '.join(objectives)}")
-    if chunk < 0:
-        raise ValueError(f"config.loss.chunk is {chunk}; it is a number of columns, or 0 for all")
-    if chunk and (name not in ("infonce", "sigmoid") or config.push_apart):
-        needs = name if name not in ("infonce", "sigmoid") else "push_apart"
-        raise ValueError(
-            f"config.loss.chunk={chunk} goes with infonce and sigmoid alone: {needs} looks for its "
-            "hardest negative in the whole batch"
-        )
     if not config.push_apart:
         return objectives[name]
 

@@ -55,6 +55,8 @@ import warnings
 from absl import flags
 from ml_collections import config_flags
 
+from xlir.config import check_config
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT."
 )
@@ -116,7 +118,11 @@ _IMAGE = flags.DEFINE_string(
     "image", None, "import: folder of the published image encoder; default: that of --text."
 )
 _DEVICES = flags.DEFINE_integer(
-    "devices", None, lower_bound=1, help="shardings: how many; default: those of this machine."
+    "devices",
+    None,
+    "shardings: how many; default: those of this machine.",
+    lower_bound=1,
+    upper_bound=2**20,
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: a TPU's generation and shape, as v5e:8x8 or v5p:2x2x4."
@@ -131,8 +137,8 @@ _COORDINATOR = flags.DEFINE_string(
     None,
     "train, eval: this is one of --processes; HOST:PORT where the first one listens.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", 1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
 _ACCEPT_CHANGED_DATA = flags.DEFINE_bool(
     "accept_changed_data",
     False,
@@ -208,8 +214,7 @@ def main() -> int:
     # Of a photo that Pillow finds large; what it may take is limited elsewhere.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
-        verb, *images = _parse(sys.argv)
-        code = 0
+        code, (verb, *images) = 0, _parse(sys.argv)
         if verb == "help":
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         else:
@@ -221,6 +226,10 @@ def main() -> int:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to resume", code=130)
+    except BrokenPipeError:
+        # As of `tag ... | head`, which has seen enough. What is still to be printed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return _report(error)
 
@@ -244,8 +253,9 @@ def _prepare() -> None:
 def _shardings() -> None:
     import jax
 
-    from xlir import compile
+    from xlir import compile, partition
 
+    partition.check_platforms()
     print(compile.sharding_table(_CONFIG.value, _DEVICES.value or jax.device_count()))
 
 
@@ -365,9 +375,12 @@ def _start_jax() -> None:
     import jax
 
     from input_pipeline.cache import cache_folder
+    from xlir import partition
 
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
         _join()
+    else:
+        partition.check_platforms()
     # Not of CPUs: what one has kept another may not be able to run, or refuses loudly
     # (https://github.com/jax-ml/jax/issues/38445).
     if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
@@ -413,6 +426,11 @@ def _check_flags(verb: str) -> None:
     together = (_COORDINATOR, _PROCESSES, _PROCESS)
     if len({flag.value is None for flag in together}) > 1:
         raise UsageError("--coordinator, --processes and --process go together")
+    if _PROCESS.value is not None and _PROCESS.value >= _PROCESSES.value:
+        raise UsageError(
+            f"--process={_PROCESS.value} is none of --processes={_PROCESSES.value}, which are "
+            "counted from 0"
+        )
     joins = _DISTRIBUTED.value or _COORDINATOR.value or verb not in FLAGS["distributed"]
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not joins:
         raise UsageError("SLURM runs several tasks of this step: add --distributed")
@@ -447,6 +465,11 @@ def _parse(arguments: list[str]) -> list[str]:
     if verb not in _RUN:
         raise UsageError(f"unknown verb {verb!r}; known: {', '.join(_RUN)}")
     _check_flags(verb)
+    if _CONFIG.value is not None:
+        try:
+            check_config(_CONFIG.value)
+        except ValueError as error:
+            raise UsageError(f"the configuration is not usable: {error}") from error
     if verb in TAKES_IMAGES and not images:
         raise UsageError(f"{verb} needs images: files, folders or patterns")
     return [verb, *images]

@@ -7,6 +7,7 @@ axes, so that no two devices repeat work.
 """
 
 import contextlib
+import glob
 import logging
 import math
 import re
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.extend.backend
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -39,6 +41,46 @@ RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 # Elements; what is smaller is not split either.
 SMALLEST = 1024
+
+
+def _pass_over_absent_tpu() -> None:
+    """Keeps JAX from starting libtpu, which prints errors, where it is installed without a TPU.
+
+    `jax[tpu]` is installed on such machines too, to compile for TPUs. Where no platform was chosen
+    JAX tries all that it knows. It has chosen the TPU's by now where it has seen one on the PCI
+    bus; one that it may not know by its number still has device files.
+    """
+    if jax.config.jax_platforms or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return
+
+    def absent() -> None:
+        raise RuntimeError("this machine has no TPU")
+
+    with contextlib.suppress(RuntimeError):  # JAX has started already
+        jax.extend.backend.register_backend_factory("tpu", absent, priority=0, fail_quietly=True)
+
+
+_pass_over_absent_tpu()
+
+
+def check_platforms() -> None:
+    """Raises ValueError where JAX_PLATFORMS names devices that are not there.
+
+    It starts JAX: where there are several processes they have to be joined before.
+    """
+    asked = jax.config.jax_platforms
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of CUDA without a GPU
+        if not asked:
+            raise
+        jax.config.update("jax_platforms", None)
+        _pass_over_absent_tpu()
+        there = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise ValueError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such devices here, but {there}; set "
+            "JAX_PLATFORMS to these, or unset it"
+        ) from error
 
 
 def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = None) -> Mesh:

@@ -24,8 +24,10 @@ from input_pipeline import images
 from input_pipeline.huggingface import HuggingFaceTokenizer
 from xlir import partition
 from xlir.checkpoint import Checkpoints
+from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
 from xlir.encoder import SIDES, Encoder
 from xlir.models import dual_encoder, pretrained, towers, transformer, vit
+from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,8 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
     config.text.update(text_side.options, tower=text)
     config.image.update(image_side.options, tower=image)
     _set_scale(config, of_image.weights | of_text.weights)
+    with _blamed_on(of_image):
+        check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
     descriptions = {"text": text_side.description, "image": image_side.description}
     _write(Encoder(config, model, tokenizer, descriptions), workdir)
@@ -161,7 +165,7 @@ def _m_clip_text(published: Published) -> Side:
     weights = dict(published.weights)
     kernel, bias = _taken(weights, "LinearTransformation.weight", "LinearTransformation.bias")
     return _transformer(
-        published.config["modelBase"],
+        read_field(published.config, "modelBase", Text(may_be_empty=False)),
         {name.removeprefix("transformer."): array for name, array in weights.items()},
         {"head": "affine"},
         {"kernel": kernel.T, "bias": bias},
@@ -170,8 +174,8 @@ def _m_clip_text(published: Published) -> Side:
 
 
 def _open_clip_text(published: Published) -> Side:
-    model = published.config["model_cfg"]
-    text = model["text_cfg"]
+    model = read_field(published.config, "model_cfg", Group())
+    text = read_field(model, "text_cfg", Group())
     if not text.get("hf_model_name"):
         raise ValueError("its texts are encoded by CLIP's own encoder; known: Hugging Face's")
     supported = {
@@ -197,11 +201,11 @@ def _open_clip_text(published: Published) -> Side:
     else:
         options, head = {"head": "none"}, {}
     return _transformer(
-        text["hf_model_name"],
+        read_field(text, "hf_model_name", Text()),
         {name.removeprefix("text.transformer."): array for name, array in weights.items()},
-        {"max_length": text.get("context_length", OPEN_CLIP_LENGTH), **options},
+        {"max_length": read_field(text, "context_length", Whole(3), OPEN_CLIP_LENGTH), **options},
         head,
-        model["embed_dim"],
+        read_field(model, "embed_dim", WIDTH),
     )
 
 
@@ -254,23 +258,25 @@ def _image_side(published: Published) -> Side:
 
 def _vision_config(published: Published) -> dict[str, Any]:
     """An open_clip model's image tower as the config.json of a CLIP vision model."""
-    model = published.config["model_cfg"]
-    vision = model["vision_cfg"]
+    model = read_field(published.config, "model_cfg", Group())
+    vision = read_field(model, "vision_cfg", Group())
     for field, value in vision.items():
         known = field in VISION_FIELDS + TRAINING_FIELDS or value == VISION_VALUES.get(field)
         if value and not known:
             raise ValueError(f"an image tower with vision_cfg.{field} {value!r} is not supported")
-    if not isinstance(vision["layers"], int):
+    if isinstance(vision.get("layers"), list):
         raise ValueError("a ResNet for an image tower (vision_cfg.layers) is not supported")
-    size, width = vision.get("image_size", 224), vision["width"]
+    size, width = vision.get("image_size", 224), read_field(vision, "width", WIDTH)
+    size = size[0] if isinstance(size, list) and size[:1] * 2 == size else size
+    read_field({"image_size": size}, "image_size", Whole(1, LARGEST_IMAGE))
     return {
         "model_type": "clip_vision_model",
         "hidden_size": width,
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": width // vision.get("head_width", 64),
-        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-        "image_size": size[0] if isinstance(size, list) and len(set(size)) == 1 else size,
-        "patch_size": vision["patch_size"],
+        "num_hidden_layers": read_field(vision, "layers", Whole(1)),
+        "num_attention_heads": width // read_field(vision, "head_width", Whole(1, width), 64),
+        "intermediate_size": int(width * read_field(vision, "mlp_ratio", Real(1, 1000), 4.0)),
+        "image_size": size,
+        "patch_size": read_field(vision, "patch_size", WIDTH),
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "layer_norm_eps": 1e-5,
     }
@@ -279,9 +285,11 @@ def _vision_config(published: Published) -> dict[str, Any]:
 def _preprocessing(config: Mapping, size: int) -> images.Preprocessing:
     """That of open_clip's evaluation: the model's own size, whatever preprocess_cfg says."""
     given = config.get("preprocess_cfg") or {}
+    if given:
+        read_field(config, "preprocess_cfg", Group())
     crops = {"shortest": "center_rounded", "squash": "squash"}
     mode = given.get("resize_mode") or "shortest"
-    if mode not in crops:
+    if mode not in tuple(crops):
         raise ValueError(f"preprocess_cfg.resize_mode {mode!r} is not supported")
     return images.Preprocessing(
         size=size,

@@ -26,6 +26,7 @@ from input_pipeline import datasets, loader, text
 from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
+from xlir.config import check_config
 from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
@@ -95,6 +96,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
         gradient is not finite.
       Stopped: a signal, as it comes before a preemption, has ended the run early.
     """
+    check_config(config)
     with run_folder.Lock(workdir):
         mesh = _train(config, workdir, accept_changed_data)
         finish(workdir, mesh)
@@ -109,6 +111,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     training, validation_set = data.training_photos(config), data.validation_set(config)
     captions = _flat(training.captions)
+    data.check_batch_size(config, len(captions))
     learned_from = {
         "photos": len(training),
         "captions": len(captions),
@@ -323,8 +326,9 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
+        towers.abstract_model(config)
         return
-    run_folder.check_config(read_config(workdir), config, workdir)
+    run_folder.check_unchanged(read_config(workdir), config, workdir)
 
 
 def _first_state(
@@ -416,9 +420,6 @@ class _Termination(contextlib.AbstractContextManager):
         # JAX listens to SIGTERM from the start where it was told that there may be several
         # processes; other signals are handed on to it as that one.
         self._jax_listens = jax.distributed.is_initialized()
-        for number in self.SIGNALS[self._jax_listens :]:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -436,6 +437,12 @@ class _Termination(contextlib.AbstractContextManager):
         """Whether to end after this step; every process has to ask after every step."""
         # JAX waits for a number that is one more than the largest it has seen, from 0.
         self._calls += 1
+        # Before the first step there is nothing to save, and reading its batch and compiling may
+        # take minutes: until then a signal ends the process at once.
+        if self._calls == 1:
+            for number in self.SIGNALS[self._jax_listens :]:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._note)
         if self._jax_listens:
             return multihost_utils.reached_preemption_sync_point(self._calls)
         return self._came

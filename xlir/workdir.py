@@ -88,7 +88,7 @@ def is_run(workdir: pathlib.Path) -> bool:
     return (workdir / "config.json").exists()
 
 
-def check_config(started_with: ConfigDict, given: ConfigDict, workdir: pathlib.Path) -> None:
+def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathlib.Path) -> None:
     """Refuses to go on with a configuration that would learn something else.
 
     Raises:

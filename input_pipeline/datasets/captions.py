@@ -166,7 +166,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
                 raise ValueError(f"{split!r} can't be the name of a split")
             # Half of a surrogate pair is a str but not text that can be stored.
             "".join((filename, *captions)).encode()
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{annotations}: image {place} {fault}; {EXPECTED}") from error
         if not _inside(filename) or (filepath and not _inside(filepath)):

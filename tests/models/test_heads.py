@@ -71,13 +71,6 @@ def test_only_an_affine_head_has_a_bias(name, parameters):
     assert set(nnx.to_pure_dict(nnx.state(head))) == parameters
 
 
-def test_an_unknown_head_is_refused():
-    config = base.get_config()
-    config.text.head = "affin"
-    with pytest.raises(ValueError, match=r"is 'affin'; known: none, .*affine, mlp, plain_mlp"):
-        dual_encoder._head("text", config, 12, nnx.Rngs(0))
-
-
 def test_without_keys_there_is_no_dropout():
     head = heads.MLP(12, 8, hidden=(16,), dropout=0.5, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (3, 12))

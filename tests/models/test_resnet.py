@@ -246,7 +246,11 @@ def test_a_tensor_that_the_table_does_not_know_is_reported():
         ("hidden_act", "gelu", "hidden_act in ResNet's config is 'gelu'; known: relu"),
         ("num_channels", 1, "known: 3"),
         ("depths", [3, 4, 6], "one width and one depth"),
-        ("depths", [3, 4, 0, 3], "at least 1"),
+        ("depths", [3, 4, 0, 3], "integers from 1"),
+        ("depths", 3, "depths is 3; it must be integers from 1"),
+        ("hidden_sizes", [256, -1, 1024, 2048], "hidden_sizes is .* integers from 4"),
+        ("embedding_size", "64", "embedding_size is '64'; it must be an integer from 1"),
+        ("downsample_in_bottleneck", "no", "downsample_in_bottleneck is 'no'; it must be True or"),
     ],
 )
 def test_a_config_of_another_model_is_refused(field, value, message):

@@ -147,14 +147,14 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
     [
         ("text.tower", "image", r"config\.text\.tower .* of type 'clip_vision_model'; known text"),
         ("image.tower", "text", r"config\.image\.tower .* of type 'xlm-roberta'; known image"),
-        ("text.tower", "", r"config\.text\.tower is empty"),
+        ("text.tower", "", r"config\.text\.tower is ''; it must be a text"),
         ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
         ("text.pooling", "max", "pooling is 'max'"),
         ("image.pooling", "attention", "pooling is 'attention'; of clip_vision_model it can be"),
         ("text.dtype", "float16", "dtype is 'float16'"),
         ("text.trim_vocab", "nowhere", r"trim_vocab: .*nowhere holds no \.txt files"),
         ("image.mirror", True, r"need a trained tower, --config\.image\.frozen=False"),
-        ("image.min_area", 1.5, r"min_area is 1\.5; it is a share"),
+        ("image.min_area", 1.5, r"min_area is 1\.5; it must be a number"),
     ],
 )
 def test_refusals(checkpoints, config, field, value, message):
@@ -203,7 +203,7 @@ def test_damaged_checkpoints_are_one_line(checkpoints, config, tmp_path):
     file = tmp_path / "text" / "config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in fields.items() if k != "hidden_size"}))
-    with pytest.raises(ValueError, match=r"config\.json lacks 'hidden_size'"):
+    with pytest.raises(ValueError, match=r"config\.json: it lacks 'hidden_size'"):
         xlir.Encoder.create(config)
     file.write_text(json.dumps(fields))
     (tmp_path / "text" / "model.safetensors").unlink()

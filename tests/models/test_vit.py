@@ -244,7 +244,15 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
         ),
         ({"model_type": "clip_vision_model"}, {"pooling": "pooler"}, "'pooler'; .*cls, mean"),
         ({"model_type": "siglip_vision_model"}, {"pooling": "cls"}, "'cls'; .*attention, mean"),
-        ({"model_type": "vit", "hidden_act": "swish"}, {}, "'swish' is not known"),
+        ({"model_type": "vit", "num_attention_heads": 0}, {}, "num_attention_heads is 0; it must"),
+        ({"model_type": "vit", "num_hidden_layers": -1}, {}, "num_hidden_layers is -1; it must be"),
+        ({"model_type": "vit", "hidden_size": "32"}, {}, "hidden_size is '32'; it must be"),
+        ({"model_type": "vit", "patch_size": 0}, {}, "patch_size is 0; it must be"),
+        ({"model_type": "vit", "patch_size": 500}, {}, "patch_size 500 is above image_size"),
+        ({"model_type": "vit", "image_size": []}, {}, r"image_size \[\] is not square"),
+        ({"model_type": "dinov2", "mlp_ratio": "4"}, {}, "mlp_ratio is '4'; it must be"),
+        ({"model_type": "clip", "vision_config": [1]}, {}, r"vision_config is \[1\]; it must hold"),
+        ({"model_type": "vit", "hidden_act": "swish"}, {}, "'swish'; known: gelu"),
     ],
 )
 def test_what_is_not_known_is_refused(fields, options, message):

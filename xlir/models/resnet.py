@@ -18,6 +18,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from xlir.config import WIDEST, Flag, Whole, Widths, read_field
+
 # What a config.json says where it says nothing: transformers' ResNetConfig.
 DEFAULTS = {
     "num_channels": 3,
@@ -285,11 +287,16 @@ def _checked(config: Mapping) -> dict:
         if config[field] not in known:
             names = ", ".join(map(str, known))
             raise ValueError(f"{field} in ResNet's config is {config[field]!r}; known: {names}")
-    widths, depths = config["hidden_sizes"], config["depths"]
-    if not depths or len(widths) != len(depths) or min(depths) < 1:
+    for field in ("downsample_in_first_stage", "downsample_in_bottleneck"):
+        read_field(config, field, Flag())
+    read_field(config, "embedding_size", Whole(1, WIDEST))
+    least = REDUCTION if config["layer_type"] == "bottleneck" else 1
+    widths = read_field(config, "hidden_sizes", Widths(least))
+    depths = read_field(config, "depths", Widths())
+    if not depths or len(widths) != len(depths):
         raise ValueError(
             f"ResNet's config has hidden_sizes {widths} and depths {depths}; "
-            "it needs one width and one depth, at least 1, for each stage"
+            "it needs one width and one depth for each stage"
         )
     return config
 

@@ -7,6 +7,7 @@ checkpoint that it started from.
 
 import dataclasses
 import functools
+import pathlib
 import pickle
 from collections.abc import Callable, Mapping
 
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 from input_pipeline import text as text_io
 from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
 from input_pipeline.images import Preprocessing
-from xlir.models import efficientnet, muse, pretrained, resnet, transformer, vit
+from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
+from xlir.models import dual_encoder, efficientnet, muse, pretrained, resnet, transformer, vit
 from xlir.models.dual_encoder import compute_dtype
 
 Description = dict
@@ -36,6 +38,10 @@ IMAGE_MODELS = {"resnet": "resnet"} | dict.fromkeys(
     ),
     "vit",
 )
+KINDS = {
+    "text": ("muse", *sorted(set(TEXT_MODELS.values()))),
+    "image": ("efficientnet", *sorted(set(IMAGE_MODELS.values()))),
+}
 # Random weights and a tokenizer of bytes: whole runs in seconds, for tests and first steps.
 TOYS = {
     "toy-xlmr": {
@@ -110,8 +116,48 @@ def describe_image(options: ConfigDict) -> Description:
         chosen = Preprocessing(chosen.size, 0, chosen.resample, "squash", chosen.mean, chosen.std)
     elif options.crop:
         chosen = dataclasses.replace(chosen, crop=options.crop)
-    _check_augmentation(options)
+    if description["kind"] == "vit":
+        patch = vit.vision_config(config)["patch_size"]
+        if chosen.size < patch:
+            raise ValueError(
+                f"config.image.size is {options.size}; {options.tower} takes patches of {patch} "
+                "pixels a side, so it must be at least that"
+            )
     return description | {"preprocessing": dataclasses.asdict(chosen)}
+
+
+def read_description(side: str, file: pathlib.Path) -> Description:
+    """The description of the text or the image tower of a run.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged: something in it is missing, or not what it may be.
+    """
+    description = pretrained.read_json(file)
+    try:
+        kind = read_field(description, "kind", Choice(*KINDS[side]))
+        if kind == "efficientnet":
+            read_field(description, "variant", Choice(*efficientnet.VARIANTS))
+        elif kind != "muse":
+            read_field(description, "pooling", Text())
+            _check_architecture(kind, read_field(description, "config", Group()))
+        if side == "image":
+            preprocessing = read_field(description, "preprocessing", Group())
+            read_field(preprocessing, "size", Whole(1, LARGEST_IMAGE))
+            Preprocessing(**preprocessing)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return description
+
+
+def _check_architecture(kind: str, config: Mapping) -> None:
+    """Raises ValueError where a config.json lacks something or says what can't be."""
+    if kind == "transformer":
+        transformer.text_shape(config)
+    elif kind == "resnet":
+        resnet.shapes(config)
+    else:
+        vit.vision_shape(vit.vision_config(config))
 
 
 def describe_published(config: ConfigDict) -> dict[str, Description]:
@@ -152,16 +198,6 @@ def missing(config: ConfigDict) -> list[str]:
     return lines
 
 
-def _check_augmentation(options: ConfigDict) -> None:
-    if not 0 <= options.min_area <= 1:
-        raise ValueError(f"config.image.min_area is {options.min_area}; it is a share, 0 to 1")
-    if options.frozen and (options.min_area or options.mirror):
-        raise ValueError(
-            "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
-            "a frozen one's outputs are computed once"
-        )
-
-
 def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The tower of a description, with random weights.
 
@@ -185,6 +221,30 @@ def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.
     if kind == "resnet":
         return resnet.ResNet(description["config"], **arguments)
     return vit.ViT(description["config"], pooling=description["pooling"], **arguments)
+
+
+def abstract_model(
+    config: ConfigDict, descriptions: Mapping[str, Description] | None = None
+) -> dual_encoder.DualEncoder:
+    """The dual encoder of a configuration, of shapes alone: it needs no weights and no memory.
+
+    Args:
+      config: the whole configuration.
+      descriptions: of both towers; default: `describe_published`.
+
+    Raises:
+      ValueError, FileNotFoundError: as `describe_text`; or the widths do not fit together.
+    """
+    described = describe_published(config) if descriptions is None else descriptions
+
+    def make() -> dual_encoder.DualEncoder:
+        rngs = nnx.Rngs(0)
+        text, image = (
+            create(described[side], config[side], rngs=rngs) for side in ("text", "image")
+        )
+        return dual_encoder.DualEncoder(config, text, image, rngs=rngs)
+
+    return nnx.eval_shape(make)
 
 
 def load(
@@ -232,11 +292,9 @@ def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokeniz
 
     Raises:
       FileNotFoundError: it is not at hand.
-      ValueError: it disagrees with the model, or takes no prefix.
+      ValueError: it disagrees with the model.
     """
     if description["kind"] == "muse":
-        if options.prefix or options.trim_vocab:
-            raise ValueError("config.text.prefix and trim_vocab are not for mUSE")
         return text_io.from_package("muse")
     if options.tower in TOYS:
         return byte_tokenizer(options.prefix)
@@ -265,19 +323,23 @@ def _of_architecture(side: str, architecture: Mapping, options: ConfigDict) -> D
 
 def _architecture(side: str, options: ConfigDict, models: Mapping[str, str]) -> dict:
     """The config.json of a toy or a checkpoint, which must be one of `models`."""
-    if not options.tower:
-        raise ValueError(f"config.{side}.tower is empty: name a tower, see configs/base.py")
     config = TOYS.get(options.tower)
     if config is None:
         try:
-            config = pretrained.read_config(pretrained.checkpoint_folder(options.tower))
+            folder = pretrained.checkpoint_folder(options.tower)
+            config = pretrained.read_config(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.{side}.tower: {error}") from error
-    if config.get("model_type") not in models:
+    if config.get("model_type") not in tuple(models):
         raise ValueError(
             f"config.{side}.tower is {options.tower!r}, a model of type "
             f"{config.get('model_type')!r}; known {side} models: {', '.join(models)}"
         )
+    if options.tower not in TOYS:
+        try:
+            _check_architecture(models[config["model_type"]], config)
+        except ValueError as error:
+            raise ValueError(f"{folder}/config.json: {error}") from error
     return dict(config)
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from xlir.config import MOST_DROPPED, WIDEST, Choice, Divisor, Real, Whole, read_field
 from xlir.models.layers import LayerNorm, Linear, dropout
 from xlir.partition import split_rows
 
@@ -30,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+# What numbers of a config.json may be.
+WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, MOST_DROPPED), Real(0, 1)
 POOLINGS = ("mean", "cls", "pooler")
 MODEL_TYPES = ("bert", "distilbert", "roberta", "xlm-roberta")
 
@@ -219,8 +222,6 @@ class Attention(nnx.Module):
     """Multi-head self-attention; the softmax is float32."""
 
     def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        if shape.hidden % shape.heads:
-            raise ValueError(f"{shape.heads} attention heads do not divide {shape.hidden}")
         dense = functools.partial(_dense, dtype=dtype, rngs=rngs)
         self.qkv = dense(shape.hidden, 3 * shape.hidden, use_bias=shape.qkv_bias)
         self.output = dense(shape.hidden, shape.hidden)
@@ -277,10 +278,6 @@ class FeedForward(nnx.Module):
     """`Dense -> activation -> Dense`; gated, the first is two, and one of them the gate."""
 
     def __init__(self, shape: Shape, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        if shape.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation {shape.activation!r} is not known; known: {', '.join(ACTIVATIONS)}"
-            )
         dense = functools.partial(_dense, dtype=dtype, rngs=rngs)
         self.inner = dense(shape.hidden, (2 if shape.gated else 1) * shape.inner)
         self.outer = dense(shape.inner, shape.hidden)
@@ -335,8 +332,10 @@ class TextTransformer(nnx.Module):
             raise ValueError("DistilBERT has no pooler: set pooling to mean or cls")
         normal = nnx.initializers.normal(0.02)
         self.dim, self.pooling, self.dropout = shape.hidden, pooling, shape.dropout
-        self.max_length = config["max_position_embeddings"] - position_offset(config)
-        self.embedding = nnx.Param(normal(rngs.params(), (config["vocab_size"], self.dim)))
+        offset = position_offset(config)
+        self.max_length = read_field(config, "max_position_embeddings", Whole(offset + 1)) - offset
+        pieces = read_field(config, "vocab_size", Whole(1))
+        self.embedding = nnx.Param(normal(rngs.params(), (pieces, self.dim)))
         self.position = nnx.Param(normal(rngs.params(), (self.max_length, self.dim)))
         self.embedding_norm = LayerNorm(self.dim, epsilon=shape.epsilon)
         self.layers = Layers(depth, shape, dtype=dtype, remat=remat, rngs=rngs)
@@ -379,37 +378,42 @@ class TextTransformer(nnx.Module):
 
 
 def text_shape(config: Mapping) -> tuple[int, Shape]:
-    """Depth and layer shape that a text model's config.json describes."""
+    """Depth and layer shape that a text model's config.json describes.
+
+    Raises:
+      ValueError: a field is missing, or is not what it may be.
+    """
     if config.get("model_type") not in MODEL_TYPES:
         raise ValueError(
             f"model_type {config.get('model_type')!r} of a text tower is not one of "
             f"{', '.join(MODEL_TYPES)}"
         )
+    read = functools.partial(read_field, config)
     if config["model_type"] == "distilbert":
-        return config["n_layers"], Shape(
-            hidden=config["dim"],
-            heads=config["n_heads"],
-            inner=config["hidden_dim"],
-            activation=config.get("activation", "gelu"),
+        return read("n_layers", Whole(1)), Shape(
+            hidden=read("dim", WIDTH),
+            heads=read("n_heads", Divisor(config["dim"])),
+            inner=read("hidden_dim", WIDTH),
+            activation=read("activation", Choice(*ACTIVATIONS), "gelu"),
             epsilon=1e-12,
             pre_norm=False,
-            dropout=config.get("dropout", 0.1),
-            attention_dropout=config.get("attention_dropout", 0.1),
+            dropout=read("dropout", RATE, 0.1),
+            attention_dropout=read("attention_dropout", RATE, 0.1),
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(
             f"position_embedding_type {config['position_embedding_type']!r} is not supported, "
             "only absolute"
         )
-    return config["num_hidden_layers"], Shape(
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        inner=config["intermediate_size"],
-        activation=config.get("hidden_act", "gelu"),
-        epsilon=config.get("layer_norm_eps", 1e-12),
+    return read("num_hidden_layers", Whole(1)), Shape(
+        hidden=read("hidden_size", WIDTH),
+        heads=read("num_attention_heads", Divisor(config["hidden_size"])),
+        inner=read("intermediate_size", WIDTH),
+        activation=read("hidden_act", Choice(*ACTIVATIONS), "gelu"),
+        epsilon=read("layer_norm_eps", EPSILON, 1e-12),
         pre_norm=False,
-        dropout=config.get("hidden_dropout_prob", 0.1),
-        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
+        dropout=read("hidden_dropout_prob", RATE, 0.1),
+        attention_dropout=read("attention_probs_dropout_prob", RATE, 0.1),
     )
 
 

@@ -14,8 +14,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from xlir.config import Choice, Divisor, Flag, Real, Whole, read_field
 from xlir.models.layers import LayerNorm, Linear
 from xlir.models.transformer import (
+    ACTIVATIONS,
+    EPSILON,
+    RATE,
+    WIDTH,
     FeedForward,
     Layers,
     Shape,
@@ -279,12 +284,19 @@ def vision_config(config: Mapping) -> dict:
         model_type = f"{model_type}_vision_model"
     if model_type not in _DEFAULTS:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(_DEFAULTS)}")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"vision_config is {config!r}; it must hold the image tower's fields")
     config = _DEFAULTS[model_type] | dict(config) | {"model_type": model_type}
     for side in ("image_size", "patch_size"):
-        if isinstance(config[side], Sequence):
-            if len(set(config[side])) != 1:
+        if isinstance(config[side], (list, tuple)):
+            if len(config[side]) not in (1, 2) or config[side][0] != config[side][-1]:
                 raise ValueError(f"{side} {config[side]} is not square")
             config[side] = config[side][0]
+        read_field(config, side, WIDTH)
+    if config["patch_size"] > config["image_size"]:
+        raise ValueError(
+            f"patch_size {config['patch_size']} is above image_size {config['image_size']}"
+        )
     if config.get("num_channels", 3) != 3:
         raise ValueError(f"images of {config['num_channels']} channels are not supported, only 3")
     if config.get("pooler_act", "tanh") != "tanh":
@@ -301,24 +313,27 @@ def default_pooling(config: Mapping) -> str:
 
 def vision_shape(config: Mapping) -> tuple[int, Shape]:
     """Depth and layer shape that a completed vision config describes."""
-    inner, gated = config["intermediate_size"], bool(config.get("use_swiglu_ffn"))
+    read = functools.partial(read_field, config)
+    hidden, gated = read("hidden_size", WIDTH), read("use_swiglu_ffn", Flag(), False)
     if config["model_type"] == "dinov2":
-        inner = int(config["hidden_size"] * config["mlp_ratio"])
+        inner = int(hidden * read("mlp_ratio", Real(1, 1000)))
         if gated:
             # Two thirds, rounded up to a multiple of 8, keep the count of parameters.
             inner = (int(inner * 2 / 3) + 7) // 8 * 8
-    return config["num_hidden_layers"], Shape(
-        hidden=config["hidden_size"],
-        heads=config["num_attention_heads"],
+    else:
+        inner = read("intermediate_size", WIDTH)
+    return read("num_hidden_layers", Whole(1)), Shape(
+        hidden=hidden,
+        heads=read("num_attention_heads", Divisor(hidden)),
         inner=inner,
-        activation="silu" if gated else config["hidden_act"],
-        epsilon=config["layer_norm_eps"],
+        activation="silu" if gated else read("hidden_act", Choice(*ACTIVATIONS)),
+        epsilon=read("layer_norm_eps", EPSILON),
         pre_norm=True,
-        dropout=config.get("hidden_dropout_prob", 0.0),
-        attention_dropout=config.get(
-            "attention_probs_dropout_prob", config.get("attention_dropout", 0.0)
+        dropout=read("hidden_dropout_prob", RATE, 0.0),
+        attention_dropout=read(
+            "attention_probs_dropout_prob", RATE, read("attention_dropout", RATE, 0.0)
         ),
-        qkv_bias=config.get("qkv_bias", True),
+        qkv_bias=read("qkv_bias", Flag(), True),
         layer_scale=config["model_type"] == "dinov2",
         gated=gated,
     )

@@ -1,0 +1,323 @@
+"""What every field of a configuration may be, and which fields go together.
+
+The fields themselves, their defaults and their meaning are in configs/base.py. `check_config` looks
+at all of them before any work is done; it needs no JAX, data or weights.
+"""
+
+import dataclasses
+import reprlib
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# The values that a field may have; its `str` says which, as the end of a sentence.
+Allowed = Container
+INT32 = 2**31 - 1
+# float32 still holds the square of it.
+LARGEST = 1e18
+HEAVIEST = 1e6
+# Dropout rates are rounded to 1/256, and something has to be left.
+MOST_DROPPED = 0.99
+WIDEST = 65_536
+LARGEST_IMAGE = 8192  # pixels a side
+LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
+# Those that can take the images of a batch in parts: none of them looks for a hardest negative.
+CHUNKED_LOSSES = ("infonce", "sigmoid")
+METRICS = ("euclidean", "squared_euclidean", "cosine")
+DTYPES = ("auto", "float32", "bfloat16")
+HEADS = ("none", "center", "linear", "affine", "mlp", "plain_mlp")
+DATA_SETS = ("emoji", "captions", "coco", "coco_captions")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Integers from `least` to `most`, and those of `also`."""
+
+    least: int
+    most: int = INT32
+    also: tuple[int, ...] = ()
+
+    def __contains__(self, value: object) -> bool:
+        # A bool is an int to Python, but not to whoever reads the configuration.
+        return type(value) is int and (self.least <= value <= self.most or value in self.also)
+
+    def __str__(self) -> str:
+        also = "".join(f"{value} or " for value in self.also)
+        return f"it must be {also}an integer from {self.least:,} to {self.most:,}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """Finite numbers from `least` to `most`; an end that is `open` is not among them."""
+
+    least: float | int
+    most: float | int = LARGEST
+    open_below: bool = False
+    open_above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if type(value) not in (int, float) or not self.least <= value <= self.most:
+            return False
+        return not (self.open_below and value == self.least) and not (
+            self.open_above and value == self.most
+        )
+
+    def __str__(self) -> str:
+        least = f"above {self.least:g}" if self.open_below else f"of at least {self.least:g}"
+        most = f"below {self.most:g}" if self.open_above else f"at most {self.most:g}"
+        return f"it must be a number {least} and {most}"
+
+
+class Flag:
+    """True and False."""
+
+    def __contains__(self, value: object) -> bool:
+        return type(value) is bool
+
+    def __str__(self) -> str:
+        return "it must be True or False"
+
+
+class Choice:
+    """One of some names."""
+
+    def __init__(self, *names: str):
+        self._names = names
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and value in self._names
+
+    def __str__(self) -> str:
+        empty = "or empty; " if "" in self._names else ""
+        return f"{empty}known: {', '.join(filter(None, self._names))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Any text, or any but the empty one."""
+
+    may_be_empty: bool = True
+
+    def __contains__(self, value: object) -> bool:
+        # No path may hold a zero byte.
+        return isinstance(value, str) and "\0" not in value and (self.may_be_empty or value != "")
+
+    def __str__(self) -> str:
+        return "it must be a text" + ("" if self.may_be_empty else ", and not an empty one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Any number of integers, of at least `least`: the widths of layers."""
+
+    least: int = 1
+
+    def __contains__(self, value: object) -> bool:
+        each = Whole(self.least, WIDEST)
+        return isinstance(value, (tuple, list)) and all(width in each for width in value)
+
+    def __str__(self) -> str:
+        return f"it must be integers from {self.least:,} to {WIDEST:,}, as (1024,)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Divisor:
+    """Integers of at least 1 that divide another one."""
+
+    whole: int
+
+    def __contains__(self, value: object) -> bool:
+        return value in Whole(1) and self.whole % value == 0
+
+    def __str__(self) -> str:
+        return f"it must be an integer of at least 1 that divides {self.whole:,}"
+
+
+class Group:
+    """Fields by name."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, Mapping)
+
+    def __str__(self) -> str:
+        return "it must be a group of fields"
+
+
+class Steps:
+    """The first and the last of some steps, or (0, 0) for none."""
+
+    _step = Whole(0)
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            return False
+        return all(step in self._step for step in value) and value[0] <= value[1]
+
+    def __str__(self) -> str:
+        return "it must be two steps, the first and the last, as (10, 12), or (0, 0) for none"
+
+
+def _tower(*poolings: str) -> dict[str, Allowed]:
+    return {
+        "tower": Text(may_be_empty=False),
+        "pooling": Choice("", *poolings),
+        "dtype": Choice(*DTYPES),
+        "frozen": Flag(),
+        "learning_rate_factor": Real(0),
+        # 0 would hold all layers still; what turns it off is 1.
+        "layer_decay": Real(0, 1, open_below=True),
+        "remat": Flag(),
+        "head": Choice(*HEADS),
+        "hidden": Widths(),
+        "dropout": Real(0, MOST_DROPPED),
+    }
+
+
+FIELDS: dict[str, Any] = {
+    # JAX takes the lower 32 bits; what shuffles the data takes all.
+    "seed": Whole(0, 2**63 - 1),
+    "steps": Whole(1),
+    "log_every": Whole(1),
+    "eval_every": Whole(1),
+    "embedding_dim": Whole(1, WIDEST),
+    "normalize": Flag(),
+    "head_dtype": Choice(*DTYPES),
+    "mesh": {"data": Whole(1, WIDEST, also=(-1,)), "fsdp": Whole(1, WIDEST, also=(-1,))},
+    "profile": {"steps": Steps()},
+    "data": {
+        # Empty in an imported model, which is evaluated on test sets of their own.
+        "name": Choice("", *DATA_SETS),
+        "dir": Text(),
+        "annotations": Text(),
+        "train": Text(may_be_empty=False),
+        "validation": Text(may_be_empty=False),
+        "test_set": Text(),
+        "test_images": Text(),
+        "xtd10": Text(),
+        "drop_junk": Flag(),
+        "batch_size": Whole(1, 2**24),
+        "microbatches": Whole(1, 2**24),
+        "prefetch": Whole(0, 1024),
+    },
+    "text": _tower("mean", "cls", "pooler")
+    | {
+        # Every tokenizer adds two tokens of its own.
+        "max_length": Whole(3, WIDEST),
+        "prefix": Text(),
+        "trim_vocab": Text(),
+    },
+    "image": _tower("cls", "pooler", "attention", "mean")
+    | {
+        "size": Whole(16, LARGEST_IMAGE, also=(0,)),
+        "crop": Choice("", "squash", "center"),
+        "min_area": Real(0, 1),
+        "mirror": Flag(),
+    },
+    "loss": {
+        "name": Choice(*LOSSES),
+        "push_apart": Real(0, HEAVIEST),
+        # Published models are imported with what they have learned, which may be below 0.01.
+        "temperature": Real(1e-6, 100),
+        "bias": Real(-1e4, 1e4),
+        "chunk": Whole(0),
+        "metric": Choice(*METRICS),
+        "margin": Real(0, HEAVIEST),
+        "rho": Real(0, 32, open_below=True),
+        "image_weight": Real(0, HEAVIEST),
+        "text_weight": Real(0, HEAVIEST),
+    },
+    "optimizer": {
+        "learning_rate": Real(0),
+        "warmup_steps": Whole(0),
+        "weight_decay": Real(0, HEAVIEST),
+        "b1": Real(0, 1, open_above=True),
+        "b2": Real(0, 1, open_above=True),
+        "clip_norm": Real(0),
+        "ema": Real(0, 1, open_above=True),
+    },
+}
+
+
+def check_config(config: ConfigDict | Mapping) -> None:
+    """Raises ValueError where a configuration can't be: one line with every fault in it.
+
+    Each fault names the field, its value and what it may be. What depends on data, checkpoints or
+    devices is not looked at.
+
+    Args:
+      config: all fields of configs/base.py, and no others.
+    """
+    fields = config.to_dict() if isinstance(config, ConfigDict) else config
+    # Where a field is not what it should be, whether it goes with others can't be said.
+    faults = list(_faults("config", fields, FIELDS)) or list(_conflicts(fields))
+    if faults:
+        raise ValueError(". ".join(faults))
+
+
+def read_field(fields: Mapping, name: str, allowed: Allowed, default: Any = None) -> Any:
+    """The value of a field of a configuration that others have written, as a checkpoint's.
+
+    Args:
+      fields: the configuration.
+      name: of the field.
+      allowed: what it may be, such as `Whole(1)`.
+      default: its value where it is absent; None: it must be there.
+
+    Raises:
+      ValueError: it is absent or not allowed; the message names the field, the value and the range.
+    """
+    value = fields.get(name, default)
+    if name not in fields and default is None:
+        raise ValueError(f"it lacks {name!r}; {allowed}")
+    if value not in allowed:
+        raise ValueError(_fault(name, value, allowed))
+    return value
+
+
+def _fault(name: str, value: object, allowed: Allowed) -> str:
+    return f"{name} is {_repr.repr(value)}; {allowed}"
+
+
+def _faults(path: str, fields: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that are absent, unknown, or not among the allowed values."""
+    if fields not in Group():
+        yield _fault(path, fields, Group())
+        return
+    for name in sorted(fields.keys() - known.keys(), key=str):
+        yield f"there is no field {path}.{name}"
+    for name, allowed in known.items():
+        if name not in fields:
+            yield f"{path}.{name} is missing"
+        elif isinstance(allowed, Mapping):
+            yield from _faults(f"{path}.{name}", fields[name], allowed)
+        elif fields[name] not in allowed:
+            yield _fault(f"{path}.{name}", fields[name], allowed)
+
+
+def _conflicts(config: Mapping) -> Iterator[str]:
+    """Fields that are each allowed, but not together."""
+    mesh, loss, text, image = (config[group] for group in ("mesh", "loss", "text", "image"))
+    if mesh["data"] == mesh["fsdp"] == -1:
+        yield "config.mesh.data and config.mesh.fsdp are both -1; one may be (all that are left)"
+    if loss["chunk"] and (loss["name"] not in CHUNKED_LOSSES or loss["push_apart"]):
+        needs = loss["name"] if loss["name"] not in CHUNKED_LOSSES else "push_apart"
+        yield (
+            f"config.loss.chunk={loss['chunk']} goes with {' and '.join(CHUNKED_LOSSES)} alone: "
+            f"{needs} looks for its hardest negative in the whole batch"
+        )
+    if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
+        yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
+    if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"]):
+        yield "config.text.prefix and trim_vocab are not for mUSE"
+    if image["frozen"] and (image["min_area"] or image["mirror"]):
+        yield (
+            "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
+            "a frozen one's outputs are computed once"
+        )
+    for side, options in (("text", text), ("image", image)):
+        if options["head"] == "center" and not options["frozen"]:
+            yield f"config.{side}.head is 'center', which needs a frozen tower"
