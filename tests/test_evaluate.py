@@ -101,8 +101,8 @@ def test_several_captions_an_image():
     english = results["languages"]["en"]
     assert (english["queries"], results["images"]) == (5, 3)
     assert english["text_to_image"]["R@1"] == pytest.approx(4 / 5)
-    # Image 2 has two captions of its own and one other at the same score, which may come first.
-    assert english["image_to_text"]["R@1"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    # Two captions of image 2 and one other score the same: the other is first in a third of orders.
+    assert english["image_to_text"]["R@1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
 def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
@@ -164,6 +164,24 @@ def test_pictures_of_a_set_smaller_than_a_row(photos, tmp_path):
     figures.plot_queries(data.captions, data.image_of, {"de": images}, images, pictures, file)
     with Image.open(file) as image:
         image.load()
+
+
+def test_the_rank_in_a_picture_counts_ties(photos, tmp_path, monkeypatch):
+    """Of twelve equal images the right one is at place 6.5 in the mean, as in the metrics."""
+    monkeypatch.setattr(figures.pyplot, "close", lambda figure: None)
+    same, data = np.ones((12, 3), np.float32), retrieval_set("de")
+    pictures = [photos / "images" / "00.jpg"] * 12
+    figures.plot_queries(
+        data.captions, data.image_of, {"de": same}, same, pictures, tmp_path / "queries.png"
+    )
+    figure = figures.pyplot.gcf()
+    monkeypatch.undo()
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    figures.pyplot.close(figure)
+    ranks = [text for text in texts if text.startswith("right image")]
+    assert ranks == ["right image: rank 6.5, tied with 11"] * figures.EXAMPLES
+    results = evaluate.retrieval(data, {"de": same}, same, step=0)
+    assert results["languages"]["de"]["text_to_image"]["median_rank"] == 6.5
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The tagger against brute force, and the verbs `tag` and `eval --task=tagging`."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from configs import base
 from input_pipeline import datasets, vocabularies
 from tests.test_main import NO_JAX, refusal
 from tests.test_photo_limits import odd_files, png
-from xlir import encoder, evaluate_tagging, figures, tagging
+from xlir import encoder, evaluate_tagging, figures, metrics, tagging
 
 SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
 
@@ -455,6 +456,37 @@ def test_what_is_true_of_emoji_is_their_own_name():
     for language, captions in expected.captions.items():
         names = chosen.vocabulary.names_in(language)
         assert [names[row] for row in own] == [(caption,) for caption in captions]
+
+
+@pytest.mark.parametrize("noise", [0, 1e-7])
+def test_a_collapsed_encoder_tags_at_chance(vocabulary, noise):
+    """Photos of several tags, of four; the expectation is that of scores that are exactly equal."""
+    rng = np.random.default_rng(0)
+    point = unit(rng, 1, 64)
+
+    class Collapsed(FakeEncoder):
+        def encode_text(self, texts):
+            return self.encode_image(texts)
+
+        def encode_image(self, images):
+            return (point * (1 + noise * rng.normal(size=(len(images), 64)))).astype(np.float32)
+
+    fake, config = Collapsed(), base.get_config()
+    config.data.name = "emoji"
+    positive = rng.random((400, 4)) < 0.4
+    chosen = dataclasses.replace(
+        evaluate_tagging.tagging_set(config), vocabulary=vocabulary, positive=positive
+    )
+    photos = tagging.Reference(fake.encode_image(range(60)), fake.encode_image(range(200)))
+    taggers = {code: tagging.Tagger(fake, vocabulary, code, photos) for code in ("en", "xx")}
+    images = fake.encode_image(range(400))
+    results = evaluate_tagging.evaluate_set(chosen, taggers, images, photos, 0)
+    counts = positive.sum(axis=1)
+    for result in results["languages"].values():
+        for kind in (result, result["cosine"]):
+            assert kind["hit@1"] == pytest.approx(counts[counts > 0].mean() / 4)
+            exact = metrics.tagging(np.zeros((400, 4)), positive, evaluate_tagging.TOP)
+            assert {name: kind[name] for name in exact} == pytest.approx(exact)
 
 
 def test_what_is_true_of_coco_is_its_instances_where_they_are(shared, tmp_path):

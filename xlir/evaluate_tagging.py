@@ -119,9 +119,11 @@ def evaluate_set(
     )
     english = next(iter(taggers.values())).embeddings
     one_cosine = np.quantile(reference.held_out @ english.T, level)
+    # In float64 equal photos have equal cosines.
+    exact = images.astype(np.float64)
     languages = {}
     for language, tagger in taggers.items():
-        scores, cosines = tagger.scores(images), images @ tagger.embeddings.T
+        scores, cosines = tagger.scores(exact), exact @ tagger.embeddings.T
         margins = tagger.margins(images)
         predicted = {
             "one_level": margins >= tagger.threshold(level),
@@ -130,8 +132,8 @@ def evaluate_set(
             "one_cosine": cosines >= one_cosine,
         }
         languages[language] = {
-            **metrics.tagging(scores, data.positive, TOP),
-            "cosine": metrics.tagging(cosines, data.positive, TOP),
+            **metrics.tagging(metrics.rounded(scores), data.positive, TOP),
+            "cosine": metrics.tagging(metrics.rounded(cosines), data.positive, TOP),
             "predicted_tags": {
                 name: float(chosen.sum() / len(images)) for name, chosen in predicted.items()
             },

@@ -14,6 +14,8 @@ from matplotlib.ft2font import FT2Font
 from input_pipeline import images as image_io
 from input_pipeline import photo_limits
 
+from xlir import metrics
+
 # Drawn off-screen: training runs on machines without one.
 matplotlib.use("Agg")
 
@@ -77,7 +79,7 @@ def plot_queries(
       file: where the PNG goes.
 
     Queries are picked evenly from the set, not by how well they do. The right image has a green
-    frame; where it is not among the five, its rank stands beside the query.
+    frame. Its rank stands beside the query; where other images score the same, the expected rank.
     """
     fonts = _fonts()
     languages = _drawable(captions, fonts)
@@ -95,8 +97,13 @@ def plot_queries(
             scores = images @ texts[language][query]
             right = int(image_of[language][query])
             best = np.argsort(-scores, kind="stable")[:TOP]
-            rank = 1 + int(np.sum(scores > scores[right]))
-            _draw_query(axes[i, 0], language, captions[language][query], rank)
+            ranks = metrics.retrieval_ranks(
+                texts[language][query : query + 1],
+                images,
+                np.array([right]),
+                np.arange(len(images)),
+            )
+            _draw_query(axes[i, 0], language, captions[language][query], ranks)
             for axis, row in zip(axes[i, 1:], best, strict=False):
                 _draw_picture(axis, pictures[int(row)], right=bool(row == right))
             # A set may hold fewer images.
@@ -149,12 +156,14 @@ def plot_tags(
         pyplot.close(figure)
 
 
-def _draw_query(axes: pyplot.Axes, language: str, caption: str, rank: int) -> None:
+def _draw_query(axes: pyplot.Axes, language: str, caption: str, ranks: metrics.Ranks) -> None:
     axes.axis("off")
     lines = _wrap(caption, 30)
     axes.text(0, 0.5, f"{language}:  {lines}", va="center", fontsize=10)
+    rank, tied = float(ranks.expected_rank()[0]), int(ranks.tied[0])
     colour = "#1a7f37" if rank <= TOP else "#b42318"
-    axes.text(0, 0.02, f"right image: rank {rank}", va="bottom", fontsize=8, color=colour)
+    label = f"right image: rank {rank:g}" + (f", tied with {tied}" if tied else "")
+    axes.text(0, 0.02, label, va="bottom", fontsize=8, color=colour)
 
 
 def _draw_picture(axes: pyplot.Axes, picture: bytes | str | os.PathLike, *, right: bool) -> None:

@@ -1,51 +1,89 @@
 """Metrics as pure functions: Recall@K, median rank and MRR of retrieval; mAP and F1@k of tagging.
 
-Scores that are equal count against the model. A tied group is taken to stand in random order, and
-every metric is its expectation over those orders: an encoder that maps everything to one point
-scores chance (K / candidates), where counting only strictly better candidates would give it 1.0.
+Equal scores are a tie, and count against the model: a tied group is taken to stand in random order,
+and every metric is its expectation over those orders. An encoder that maps everything to one point
+scores chance (K / candidates, with one positive each), where counting only strictly better
+candidates would give it 1.0.
+
+Functions of scores call equal only what is exactly equal, so that they hold for scores of any
+scale. Cosines of equal inputs differ by rounding errors, and `rounded` removes these:
+`retrieval_ranks` applies it; callers who pass cosines to the other functions apply it first.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-# Cosines closer than this are equal: float32 dot products differ by about 1e-7 with the order
-# of their sums.
-TIE = 1e-6
+# Decimal places of a cosine that count. An input's float32 embeddings differ with the batch that it
+# is in, which moves cosines by up to 3e-7 (mUSE); all of a collapsed encoder's have to be equal.
+DECIMALS = 6
 # Queries scored at once: bounds the score matrix to CHUNK x candidates.
-CHUNK = 1024
+CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Where each query's best positive stands.
+    """Where each query's best positive stands; the places of a tied group are all as likely.
 
     Attributes:
       better: number of negatives that score higher than the best positive, one entry a query.
-      tied: number of negatives that score the same.
+      tied: number of negatives that score the same as it.
+      positives: number of positives that score the same as it, itself included. The first of them
+        counts.
     """
 
     better: Int[np.ndarray, " queries"]
     tied: Int[np.ndarray, " queries"]
+    positives: Int[np.ndarray, " queries"]
 
     def recall_at(self, k: int) -> float:
-        """The expected share of queries whose positive is among the first k."""
-        return float(np.mean(np.clip((k - self.better) / (self.tied + 1), 0, 1)))
+        """The expected share of queries that have a positive among the first k."""
+        return float(np.mean(self._expectation(lambda rank: rank <= k)))
+
+    def expected_rank(self) -> Float[np.ndarray, " queries"]:
+        """The expected rank of each query's first positive; 1 is best.
+
+        The smallest of r places drawn from n without replacement is (n + 1) / (r + 1) in the mean.
+        """
+        return self.better + (self.tied + self.positives + 1) / (self.positives + 1)
 
     def median_rank(self) -> float:
         """The median of the expected rank; 1 is best."""
-        return float(np.median(1 + self.better + self.tied / 2))
+        return float(np.median(self.expected_rank()))
 
     def mean_reciprocal_rank(self) -> float:
         """The mean of the expected 1 / rank."""
-        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, self._last() + 1))])
-        span = harmonic[self.better + self.tied + 1] - harmonic[self.better]
-        return float(np.mean(span / (self.tied + 1)))
+        return float(np.mean(self._expectation(lambda rank: 1 / rank)))
 
-    def _last(self) -> int:
-        return int(np.max(self.better + self.tied)) + 1
+    def _expectation(
+        self, value: Callable[[Int[np.ndarray, " ranks"]], np.ndarray]
+    ) -> Float[np.ndarray, " queries"]:
+        """The expectation, for each query, of a function of the rank of its first positive."""
+        expected = value(self.better + 1).astype(np.float64)
+        rows = np.flatnonzero(self.tied)
+        # Many queries share a case where ties are many, and each case is computed once.
+        table = np.stack([self.better, self.tied, self.positives], axis=1)[rows]
+        cases, case = np.unique(table, axis=0, return_inverse=True)
+        means = [
+            _first_positive(tied, positives) @ value(better + np.arange(1, tied + 2))
+            for better, tied, positives in cases.tolist()
+        ]
+        expected[rows] = np.array(means)[case.reshape(-1)] if means else 0
+        return expected
+
+
+def _first_positive(tied: int, positives: int) -> Float[np.ndarray, " places"]:
+    """The probability that the first positive of a tied group is at its place 1, 2, .. tied + 1.
+
+    Given that no place before held one, a place holds one of the r positives with probability
+    r / (n + r), where n negatives are left.
+    """
+    left = np.arange(tied, -1, -1)
+    here = positives / (left + positives)
+    none_before = np.concatenate([[1.0], np.cumprod(1 - here[:-1])])
+    return none_before * here
 
 
 def retrieval_ranks(
@@ -67,17 +105,32 @@ def retrieval_ranks(
       ValueError: an embedding is not finite or has length zero, or a query has no positive.
     """
     queries, candidates = _unit(queries, "query"), _unit(candidates, "candidate")
-    better, tied = [], []
+    chunks = []
     for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ candidates.T
+        cosines = queries[start : start + CHUNK] @ candidates.T
         positive = query_ids[start : start + CHUNK, None] == candidate_ids[None, :]
         if not positive.any(axis=1).all():
             row = start + int(np.argmin(positive.any(axis=1)))
             raise ValueError(f"query {row} (photo {query_ids[row]}) has no matching candidate")
-        ranks = best_ranks(scores, positive)
-        better.append(ranks.better)
-        tied.append(ranks.tied)
-    return Ranks(np.concatenate(better), np.concatenate(tied))
+        ranks = best_ranks(rounded(cosines, axis=1), positive)
+        chunks.append((ranks.better, ranks.tied, ranks.positives))
+    return Ranks(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+
+
+def rounded(
+    cosines: Float[np.ndarray, "rows columns"], axis: int | None = None
+) -> Float[np.ndarray, "rows columns"]:
+    """How far each cosine is from the highest, to `DECIMALS` places: for exact comparison.
+
+    The highest becomes zero, and so does what is a rounding error below it: all scores of an
+    encoder that maps everything to one point are equal.
+
+    Args:
+      cosines: cosines, or sums of several.
+      axis: 1 where each row is ranked by itself, None where columns are ranked too.
+    """
+    below = cosines - np.max(cosines, axis=axis, keepdims=True)
+    return np.round(below, DECIMALS, out=below)
 
 
 def best_ranks(
@@ -86,9 +139,9 @@ def best_ranks(
 ) -> Ranks:
     """Where the best positive of each query stands; each has to have one."""
     best = np.max(scores, axis=1, where=positive, initial=-np.inf, keepdims=True)
-    negative_gap = np.where(positive, -np.inf, scores - best)
-    higher = np.sum(negative_gap > TIE, axis=1)
-    return Ranks(higher, np.sum(negative_gap >= -TIE, axis=1) - higher)
+    same = scores == best
+    positives = np.sum(same & positive, axis=1)
+    return Ranks(np.sum(scores > best, axis=1), np.sum(same, axis=1) - positives, positives)
 
 
 def average_precision(
@@ -109,7 +162,7 @@ def average_precision(
         raise ValueError("average precision needs a positive")
     order = np.argsort(-scores, kind="stable")
     ranked, right = scores[order], positive[order]
-    starts = np.concatenate([[0], 1 + np.flatnonzero(-np.diff(ranked) > TIE)])
+    starts = np.concatenate([[0], 1 + np.flatnonzero(ranked[1:] != ranked[:-1])])
     sizes = np.diff(np.concatenate([starts, [len(ranked)]]))
     hits = np.add.reduceat(right.astype(np.float64), starts)
     # Each photo's group, and its place in it, from 0.
@@ -122,13 +175,10 @@ def average_precision(
 
 def chosen_at(scores: Float[np.ndarray, "photos tags"], k: int) -> Float[np.ndarray, "photos tags"]:
     """The probability, 0 to 1, that a tag is among a photo's first k, tied tags in random order."""
-    chosen = np.empty(scores.shape, np.float64)
-    for row, score in enumerate(scores):
-        ascending = np.sort(score)
-        better = len(score) - np.searchsorted(ascending, score + TIE, side="right")
-        tied = len(score) - np.searchsorted(ascending, score - TIE, side="left") - better
-        chosen[row] = np.clip((k - better) / tied, 0, 1)
-    return chosen
+    last = np.partition(scores, -k, axis=1)[:, -k, None]
+    better, tied = scores > last, scores == last
+    free = k - np.sum(better, axis=1, keepdims=True)
+    return better + tied * (free / np.sum(tied, axis=1, keepdims=True))
 
 
 def tagging(
@@ -174,8 +224,8 @@ def summarize(ranks: Ranks, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 
 def _unit(embeddings: np.ndarray, kind: str) -> np.ndarray:
-    """Rows scaled to length one, in float32."""
-    embeddings = np.asarray(embeddings, np.float32)
+    """Rows scaled to length one, in float64: the order of sums changes a cosine by 1e-15."""
+    embeddings = np.asarray(embeddings, np.float64)
     if not np.isfinite(embeddings).all():
         bad = int(np.argmin(np.isfinite(embeddings).all(axis=1)))
         raise ValueError(f"the embedding of {kind} {bad} is not finite")
