@@ -212,11 +212,12 @@ def _check_text(options: ConfigDict, config: Mapping, pooling: str) -> None:
 
 
 def _check_image(options: ConfigDict, config: Mapping) -> None:
+    is_resnet = config["model_type"] == "resnet"
     with _blamed_on(options.tower):
-        if config["model_type"] == "resnet":
-            resnet.shapes(config)
-            return _check_own_pooling("image", options, "resnet")
-        vit.check_config(config)
+        resnet.shapes(config) if is_resnet else vit.check_config(config)
+    if is_resnet:
+        _check_own_pooling("image", options, "ResNet")
+        return
     try:
         vit.check_pooling(config, options.pooling)
     except ValueError as error:
@@ -334,11 +335,17 @@ def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokeniz
     if description["kind"] == "muse":
         if options.prefix or options.trim_vocab:
             raise ValueError("config.text.prefix and trim_vocab are not for mUSE")
-        return text_io.from_package("muse")
-    if options.tower in TOYS:
-        return byte_tokenizer(options.prefix)
-    folder = pretrained.checkpoint_folder(options.tower)
-    return HuggingFaceTokenizer.from_checkpoint(folder, description["config"], options.prefix)
+        tokenizer = text_io.from_package("muse")
+    elif options.tower in TOYS:
+        tokenizer = byte_tokenizer(options.prefix)
+    else:
+        folder, config = pretrained.checkpoint_folder(options.tower), description["config"]
+        tokenizer = HuggingFaceTokenizer.from_checkpoint(folder, config, options.prefix)
+    try:
+        tokenizer(["a"], max_length=options.max_length)
+    except ValueError as error:
+        raise ValueError(f"config.text.max_length: {error}") from error
+    return tokenizer
 
 
 def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:
