@@ -136,7 +136,10 @@ def _tower() -> ConfigDict:
     # "toy-vit", "toy-resnet", with random weights.
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
-    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: mean; as the image tower was trained.
+    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the tower was trained. For a text
+    # tower that is what its folder says (sentence-transformers' modules.json: the pooling, and
+    # dense layers after it), else mean. A text pooling that is given here goes without these
+    # layers, which were trained for the folder's own.
     config.pooling = ""
     # What the tower computes in, as head_dtype.
     config.dtype = "auto"

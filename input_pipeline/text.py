@@ -181,6 +181,7 @@ def length_batches(
     *,
     max_pieces: int,
     multiple: int = 4,
+    longest: int | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, " _"], int]]:
     """Groups texts of similar lengths into batches of few distinct padded shapes.
 
@@ -193,6 +194,7 @@ def length_batches(
       max_pieces: pieces in a batch, padding included; batches of longer texts hold fewer of them,
         and at least one.
       multiple: padded lengths are multiples of it: with 4 they are 4, 8, 12, 16, 24, 32, 48, ...
+      longest: no text is padded to more than this, which no text may exceed. None: no limit.
 
     Yields:
       The texts' indices, and the length to pad them to.
@@ -202,6 +204,7 @@ def length_batches(
     start = 0
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
+        length = length if longest is None else min(length, longest)
         # Powers of two, like a last batch that is rounded up: the same shape serves both.
         fitting = 1 << max(max_pieces // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]

@@ -1,6 +1,7 @@
 """Every objective against an independent float64 reference: values, gradients, masking."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,31 @@ def test_gradient_is_finite_where_everything_coincides(name):
         config(name, push_apart=1.0), text, image, jnp.arange(6)
     )
     assert all(np.isfinite(g).all() for g in gradient)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+def test_infonce_of_a_solved_batch_is_not_negative(scale, chunk):
+    """Each pair far apart from all others: what is left is rounding, and cross-entropy has none."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    value = jax.jit(jax.value_and_grad(losses.infonce, argnums=3), static_argnames="chunk")
+    lowest = math.inf
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        image = generator.normal(size=(48, 512))
+        text = image + 0.02 * generator.normal(size=image.shape)
+        text, image = (
+            (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (text, image)
+        )
+        ids = np.arange(48, dtype=np.int32)
+        ids[1] = ids[0]
+        loss, gradient = value(text, image, ids, np.float32(scale), chunk=chunk)
+        logits = scale * torch.from_numpy(text).double() @ torch.from_numpy(image).double().T
+        logits[0, 1] = logits[1, 0] = -math.inf
+        target = torch.arange(48)
+        cross_entropy = torch.nn.functional.cross_entropy
+        expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)).item() / 2
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=2e-6)
+        assert np.isfinite(gradient)
+        lowest = min(lowest, float(loss))
+    assert lowest >= 0

@@ -143,6 +143,17 @@ def test_a_batch_of_few_photos(name, photos):
         )
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_infonce_of_a_solved_batch_is_not_negative(chunk):
+    image = np.random.default_rng(0).normal(size=(ROWS, 512))
+    image = (image / np.linalg.norm(image, axis=1, keepdims=True)).astype(np.float32)
+    args = (image, image, np.arange(ROWS, dtype=np.int32), np.float32(100), np.float32(0))
+    mesh = mesh_of((4, 2))
+    with jax.set_mesh(mesh):
+        value, _ = value_and_gradients("infonce", 0.0, chunk)(*on_mesh(mesh, args))
+    assert 0 <= value <= 2e-6
+
+
 def temporary(name: str, chunk: int, rows: int):
     """Bytes that value and gradients need for a while, and the compiled program."""
     args = [jnp.zeros(x.shape, x.dtype) for x in batch(rows)]

@@ -342,6 +342,21 @@ def test_m_clip_as_in_torch(write_m_clip, clip, imported, suffix):
     np.testing.assert_allclose(encoder.encode_image(pictures()), clip_images(clip[1]), atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_as_in_torch(dtype, write_open_clip, imported):
+    """Computed in float32: tensors are cast before they are added up."""
+    folder, model = write_open_clip()
+    save_weights(model.to(dtype), folder, "open_clip_model", "safetensors")
+    model.float()
+    encoder = imported(folder)
+    images = pictures()
+    for ours, theirs in (
+        (encoder.encode_text(TEXTS), model.encode_text(TEXTS)),
+        (encoder.encode_image(images), model.encode_image(images)),
+    ):
+        np.testing.assert_allclose(ours, unit(theirs), atol=2.4e-6, rtol=0)
+
+
 def test_m_clip_with_an_image_tower_of_open_clip(m_clip, write_open_clip, imported):
     """Whose text tower is not looked at."""
     folder, model = write_open_clip()

@@ -1,6 +1,7 @@
 """Training: resuming bit for bit, one step on any mesh, refusals, and what a run leaves behind."""
 
 import json
+import math
 import signal
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import base
+from input_pipeline import datasets
 from xlir import optimizer, partition, train
 from xlir.encoder import Encoder, read_config
 from xlir.models import dual_encoder
@@ -263,3 +266,87 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
     moved = jax.tree.map(lambda a, b: (a != np.asarray(b)).any(), before, state.params)
     assert all(jax.tree.leaves({k: v for k, v in moved.items() if k != "bias"}))
     return state.params, state.ema
+
+
+@pytest.fixture(scope="module")
+def without_heads():
+    """An encoder of which only the temperature and the bias are trained, and its step."""
+
+    def create(temperature: float, learning_rate: float = 0.05):
+        config = base.get_config()
+        config.text.tower, config.image.tower = "toy-xlmr", "toy-vit"
+        config.text.head = config.image.head = "none"
+        config.embedding_dim, config.steps, config.loss.temperature = 32, 1000, temperature
+        config.optimizer.update(learning_rate=learning_rate, warmup_steps=0, ema=0.5)
+        encoder = Encoder.create(config)
+        transformation = optimizer.build(config)
+        layout, step = train.compile_step(encoder, transformation, encoder.mesh)
+        return encoder, train.initial_state(encoder, transformation, layout), step
+
+    return create
+
+
+def pairs_of(noise: float) -> dict[str, np.ndarray]:
+    """Features of pairs, the closer the less the noise."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(16, 32)).astype(np.float32)
+    image = text + noise * rng.normal(size=text.shape).astype(np.float32)
+    ids = np.arange(16, dtype=np.int32)
+    return {"text_features": text, "image_features": image, "image_id": ids}
+
+
+# CLIP's published logit_scale is 4.6052, a little above ln 100.
+@pytest.mark.parametrize(
+    ("temperature", "noise", "expected"),
+    [(0.01, 3.0, "falls"), (math.exp(-4.6052), 3.0, "falls"), (0.04, 0.9, "rises")],
+)
+def test_the_temperature_is_learned_up_to_its_bound(temperature, noise, expected, without_heads):
+    """The scale falls from the bound where pairs are hard to tell; elsewhere it ends there."""
+    encoder, state, step = without_heads(temperature, 0.05 if expected == "falls" else 0.2)
+    scales = [encoder.scale]
+    for _ in range(24):
+        state, metrics = step(state, encoder.frozen, pairs_of(noise))
+        assert metrics["gradient_norm"] > 0
+        for params in (state.ema, state.params):
+            encoder.replace_params(params)
+            assert params["log_scale"] <= np.float32(math.log(100))
+            assert encoder.scale <= 100
+        scales.append(encoder.scale)
+    if expected == "falls":
+        assert scales[0] == pytest.approx(100, rel=1e-6)
+        assert (np.diff(scales) < 0).all()
+        assert scales[-1] < 60
+    else:
+        assert scales[0] == pytest.approx(25)
+        assert max(scales) == pytest.approx(100, rel=1e-6)
+
+
+def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
+    """Runs of before the parameter was clipped: 100 as loaded, and it can still fall."""
+    encoder, state, step = without_heads(0.01)
+    beyond = {**state.params, "log_scale": jax.numpy.float32(5.5)}
+    encoder.replace_params(beyond)
+    assert encoder.scale == 100
+    state = train.TrainState(state.step, beyond, state.optimizer, state.ema)
+    state, metrics = step(state, encoder.frozen, pairs_of(3.0))
+    assert metrics["temperature"] == np.float32(0.01)
+    assert metrics["gradient_norm"] > 0
+    for _ in range(3):
+        state, _ = step(state, encoder.frozen, pairs_of(3.0))
+    assert state.params["log_scale"] < math.log(100) - 0.05
+
+
+def test_photos_are_told_apart_whatever_their_ids(photos, without_heads):
+    """Ids of 64 bits; two rows of one id are one photo."""
+    encoder, *_ = without_heads(0.01)
+    training = datasets.CaptionedImages(datasets.captions.prepare(photos), "train")
+    training.image_ids[:6] = 5, 2**32 + 5, 2**32 - 1, -1, 5, 2**63 - 1
+    ids = training.image_ids
+    cached = {side: np.zeros((len(ids), 4), np.float32) for side in ("text", "image")}
+    read = train._reader(training, [""] * len(ids), encoder, cached)
+    rows = np.array([3, 0, 1, 2, 4, 5, 0, 9])
+    image_id = read(rows, rows, 1, rows)["image_id"]
+    assert image_id.dtype == np.int32
+    np.testing.assert_array_equal(
+        image_id[:, None] == image_id[None, :], ids[rows][:, None] == ids[rows][None, :]
+    )

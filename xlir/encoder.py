@@ -108,7 +108,7 @@ class Encoder:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
             log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
-            descriptions["text"]["config"]["vocab_size"] = len(kept)
+            descriptions["text"] = towers.trimmed(descriptions["text"], kept)
         with partition.on_host():
             text_tower = towers.load(config.text, descriptions["text"], kept=kept)
             image_tower = towers.load(config.image, descriptions["image"])
@@ -247,10 +247,13 @@ class Encoder:
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
-        ids = self.tokenizer(texts, max_length=self.config.text.max_length)
+        longest = self.config.text.max_length
+        ids = self.tokenizer(texts, max_length=longest)
         size, pieces = TEXT_BATCH * self.mesh.size, TEXT_PIECES * self.mesh.size
         lengths = [len(i) for i in ids]
-        for rows, length in text_io.length_batches(lengths, size, max_pieces=pieces):
+        for rows, length in text_io.length_batches(
+            lengths, size, max_pieces=pieces, longest=longest
+        ):
             text_ids, text_mask = text_io.pad([ids[row] for row in self._share(rows)], length)
             yield rows, {"text_ids": text_ids, "text_mask": text_mask}
 

@@ -13,7 +13,6 @@ from matplotlib.ft2font import FT2Font
 
 from input_pipeline import images as image_io
 from input_pipeline import photo_limits
-
 from xlir import metrics
 
 # Drawn off-screen: training runs on machines without one.

@@ -63,12 +63,25 @@ def infonce(
     """
     if chunk:
         return _by_device(_infonce_by_chunks, text, image, image_id, scale, chunk=chunk)
+    own = jnp.eye(len(image_id), dtype=bool)
     positive = scale * jnp.sum(text * image, axis=-1)
-    false_negative = same_image(image_id) & ~jnp.eye(len(image_id), dtype=bool)
-    logits = jnp.where(false_negative, -jnp.inf, scale * dot_products(text, image))
+    logits = scale * dot_products(text, image)
+    logits = _with_positives(logits, positive, own, own | ~same_image(image_id))
     to_image = jax.nn.logsumexp(logits, axis=1) - positive
     to_text = jax.nn.logsumexp(logits, axis=0) - positive
     return (jnp.mean(to_image) + jnp.mean(to_text)) / 2
+
+
+def _with_positives(
+    logits: Chunk, positive: Float[Array, " rows"], own: Chosen, counted: Chosen
+) -> Chunk:
+    """The logits that are counted, with those of the positive pairs as computed row by row.
+
+    A matrix product adds up in another order than a sum over one row, and of a solved batch the
+    whole loss is smaller than that difference. A log-sum-exp is never below a number that it adds
+    up: with the same positive in both, the loss is never below zero.
+    """
+    return jnp.where(own, positive[:, None], jnp.where(counted, logits, -jnp.inf))
 
 
 def sigmoid(
@@ -121,8 +134,10 @@ def _infonce_by_chunks(
     axes: tuple[str, ...],
     chunk: int,
 ) -> Scalar:
+    positive = scale * jnp.sum(text * image, axis=-1)
+
     def log_sums(similarity: Chunk, own: Chosen, counted: Chosen) -> tuple[Array, Array]:
-        logits = jnp.where(counted, scale * similarity, -jnp.inf)
+        logits = _with_positives(scale * similarity, positive, own, counted)
         return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
 
     by_row, by_column = _map_chunks(log_sums, text, image, image_id, axes, chunk)
@@ -134,9 +149,9 @@ def _infonce_by_chunks(
     # The log-sum-exp over the rows of all devices; the maximum only keeps the sum in range.
     largest = jax.lax.pmax(jax.lax.stop_gradient(by_column), axes)
     to_text = largest + jnp.log(jax.lax.psum(jnp.exp(by_column - largest), axes))
-    positive = scale * jnp.sum(text * image, axis=-1)
-    of_rows = jax.lax.psum(jnp.sum(to_image - 2 * positive), axes)
-    return (of_rows + jnp.sum(to_text)) / (2 * rows * devices)
+    # Row by row, so that no difference is below zero.
+    of_rows = (to_image - positive) + (to_text[jax.lax.axis_index(axes)] - positive)
+    return jax.lax.psum(jnp.sum(of_rows), axes) / (2 * rows * devices)
 
 
 def _sigmoid_by_chunks(

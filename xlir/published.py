@@ -128,7 +128,8 @@ def _read(flag: str, name: str) -> Published:
         config, files = pretrained.read_config(folder), pretrained.WEIGHT_FILES
         layout = str(config.get("model_type"))
     try:
-        return Published(folder, layout, config, pretrained.read_checkpoint(folder, files))
+        weights = pretrained.in_float32(pretrained.read_checkpoint(folder, files))
+        return Published(folder, layout, config, weights)
     except pickle.UnpicklingError as error:
         raise ValueError(str(error)) from error
 
@@ -220,7 +221,8 @@ def _transformer(
             architecture = pretrained.read_config(pretrained.checkpoint_folder(name))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"needs the config.json of {name}: {error}") from error
-    positions = architecture["max_position_embeddings"] - transformer.position_offset(architecture)
+    transformer.check_config(architecture)
+    positions = transformer.longest_text(architecture)
     length = min(positions, options.get("max_length", positions))
     return Side(
         options={**options, "pooling": "mean", "max_length": length},

@@ -29,7 +29,7 @@ from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
 from xlir.encoder import Encoder, read_config
 from xlir.metric_log import MetricLog, Progress
-from xlir.models import towers
+from xlir.models import dual_encoder, towers
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,9 @@ def _reader(
 ) -> loader.Read:
     """What reads the rows of a batch: features of frozen towers, raw input of others."""
     length, seed = encoder.config.text.max_length, encoder.config.seed
-
+    # Ids may be of 64 bits, and those of a batch have 32: photos are numbered anew.
+    _, image_id = np.unique(photos.image_ids, return_inverse=True)
+    image_id = image_id.astype(np.int32)
     decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
     def decode(row: int, key: list[int]) -> np.ndarray:
@@ -203,7 +205,7 @@ def _reader(
         if "image" not in cached:
             keys = [[seed, step, place] for place in places.tolist()]
             batch["image"] = np.stack(list(decoders.map(decode, image_rows.tolist(), keys)))
-        return batch | {"image_id": photos.image_ids[image_rows].astype(np.int32)}
+        return batch | {"image_id": image_id[image_rows]}
 
     return read
 
@@ -300,7 +302,7 @@ def make_train_step(
             embed, loss_of, state.params, batch, key, config.data.microbatches
         )
         updates, opt_state = transformation.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = dual_encoder.clipped(optax.apply_updates(state.params, updates))
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from PIL import Image
 
 import xlir
@@ -149,8 +148,14 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
         ("image.tower", "text", r"config\.image\.tower .* of type 'xlm-roberta'; known image"),
         ("text.tower", "", r"config\.text\.tower is ''; it must be a text"),
         ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
-        ("text.pooling", "max", "pooling is 'max'"),
-        ("image.pooling", "attention", "pooling is 'attention'; of clip_vision_model it can be"),
+        ("text.pooling", "max", r"^config\.text\.pooling is 'max'; known: mean, cls, pooler$"),
+        ("text.max_length", 65, r"^config\.text\.max_length is 65, and .* of 64 tokens at most$"),
+        ("text.max_length", 2, r"^config\.text\.max_length: max_length is 2; special tokens"),
+        (
+            "image.pooling",
+            "attention",
+            r"^config\.image\.pooling is 'attention'; of clip_vision_model it can be",
+        ),
         ("text.dtype", "float16", "dtype is 'float16'"),
         ("text.trim_vocab", "nowhere", r"trim_vocab: .*nowhere holds no \.txt files"),
         ("image.mirror", True, r"need a trained tower, --config\.image\.frozen=False"),
@@ -185,15 +190,138 @@ def test_squashing_shows_the_whole_photo(checkpoints, config, tmp_path):
     assert (preprocessing.size, preprocessing.resize, preprocessing.crop) == (32, 32, "squash")
 
 
-def test_half_precision_checkpoints(checkpoints, config, tmp_path):
+def embedded_by_torch(model, folder, texts) -> np.ndarray:
+    """Mean-pooled, unit-length embeddings of a text model of transformers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"])[0].numpy()
+    mask = batch["attention_mask"].numpy()[..., None]
+    return unit((hidden * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_checkpoints(dtype, checkpoints, config, tmp_path):
+    """As transformers computes them in float32: tensors are cast before they are added up."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     folder, *_ = checkpoints
     shutil.copytree(folder / "text", tmp_path / "text")
-    file = tmp_path / "text" / "model.safetensors"
-    halves = {name: x.astype(np.float16) for name, x in safetensors.numpy.load_file(file).items()}
-    safetensors.numpy.save_file(halves, file)
-    whole = xlir.Encoder.create(config).encode_text(CORPUS)
-    config.text.tower = str(tmp_path / "text")
-    np.testing.assert_allclose(xlir.Encoder.create(config).encode_text(CORPUS), whole, atol=3e-3)
+    whole = transformers.XLMRobertaModel.from_pretrained(folder / "text")
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "embeddings.position" in name or "token_type" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    whole.to(getattr(torch, dtype)).save_pretrained(tmp_path / "text")
+    model = transformers.XLMRobertaModel.from_pretrained(tmp_path / "text", dtype=torch.float32)
+    config.text.tower, config.text.prefix = str(tmp_path / "text"), ""
+    texts = [*CORPUS, *OTHER]
+    ours = xlir.Encoder.create(config).encode_text(texts)
+    expected = embedded_by_torch(model.eval(), folder / "text", texts)
+    np.testing.assert_allclose(ours, expected, atol=2.4e-6, rtol=0)
+
+
+def test_a_padding_token_in_a_text(checkpoints, config, tmp_path):
+    """It is a token without a position, wherever it stands: also where the vocabulary is trimmed,
+    in padded batches, and in what was saved and loaded."""
+    transformers = pytest.importorskip("transformers")
+    folder, *_ = checkpoints
+    texts = [
+        "<pad>",
+        "Zwei <pad> Hunde",
+        "Ball! <pad><pad> <pad> Ball!",
+        "<pad> Gras " * 4,
+        *CORPUS,
+    ]
+    model = transformers.XLMRobertaModel.from_pretrained(folder / "text").eval()
+    expected = embedded_by_torch(model, folder / "text", texts)
+    config.text.prefix = ""
+    encoder = xlir.Encoder.create(config)
+    np.testing.assert_allclose(encoder.encode_text(texts), expected, atol=2e-5, rtol=0)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    config.data.dir, config.text.trim_vocab = str(tmp_path), "texts.txt"
+    trimmed = xlir.Encoder.create(config)
+    np.testing.assert_allclose(trimmed.encode_text(texts), expected, atol=2e-5, rtol=0)
+    trimmed.save(tmp_path / "run")
+    opened = xlir.Encoder.open(tmp_path / "run")
+    np.testing.assert_allclose(opened.encode_text(texts), expected, atol=2e-5, rtol=0)
+
+
+def test_a_trimmed_vocabulary_may_move_the_padding():
+    config = {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 4}
+    described = towers.trimmed({"kind": "transformer", "config": config}, np.int32([0, 2, 4, 7]))
+    assert described["pad_id"] == 2
+    assert described["config"] == config | {"vocab_size": 4}
+    described = towers.trimmed(
+        {"kind": "transformer", "config": config}, np.arange(6, dtype=np.int32)
+    )
+    assert "pad_id" not in described
+
+
+@pytest.mark.parametrize(("positions", "max_length"), [(79, 77), (66, 61)])
+def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, config, tmp_path):
+    """No batch is padded to more than the longest text may have."""
+    transformers = pytest.importorskip("transformers")
+    folder, *_ = checkpoints
+    shutil.copytree(folder / "text", tmp_path / "text")
+    fields = json.loads((folder / "text" / "config.json").read_text())
+    fields["max_position_embeddings"] = positions
+    model = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**fields)).eval()
+    model.save_pretrained(tmp_path / "text")
+    config.text.tower, config.text.prefix = str(tmp_path / "text"), ""
+    config.text.max_length = max_length
+    encoder = xlir.Encoder.create(config)
+    long = "Hund " * 100
+    cut = encoder.tokenizer([long], max_length=max_length)[0]
+    assert len(cut) == max_length
+    batches = list(encoder.text_batches([long, *CORPUS]))
+    assert max(batch["text_ids"].shape[1] for _, batch in batches) == max_length
+    ours = encoder.encode_text([long, *CORPUS])
+    expected = embedded_by_torch(model, folder / "text", CORPUS)
+    np.testing.assert_allclose(ours[1:], expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "value", "message"),
+    [
+        ("text", "is_decoder", True, "is_decoder is True: decoders are not supported"),
+        ("text", "add_cross_attention", True, "add_cross_attention is True: decoders"),
+        ("text", "pad_token_id", None, "pad_token_id is None; it has to be a token's id"),
+        ("text", "pad_token_id", 65, "max_position_embeddings is 66, and positions begin at 66"),
+        ("text", "num_attention_heads", 0, "num_attention_heads is 0; it has to be a whole number"),
+        ("text", "num_hidden_layers", -1, "num_hidden_layers is -1; it has to be a whole number"),
+        ("text", "hidden_size", "32", "hidden_size is '32'; it has to be a whole number"),
+        ("image", "num_attention_heads", 0, "num_attention_heads is 0; it has to be a whole"),
+        ("image", "num_attention_heads", 3, "3 attention heads do not divide 32"),
+        ("image", "patch_size", 64, "image_size is 32, less than a patch of 64"),
+    ],
+)
+def test_a_config_json_that_asks_for_something_else(
+    side, name, value, message, checkpoints, config, tmp_path
+):
+    """One line that names the file and the field, before anything is read or computed."""
+    folder, *_ = checkpoints
+    shutil.copytree(folder / side, tmp_path / side)
+    file = tmp_path / side / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    config[side].tower = str(tmp_path / side)
+    describe = {"text": towers.describe_text, "image": towers.describe_image}[side]
+    with pytest.raises(ValueError, match=rf"/config\.json: {message}[^\n]*$"):
+        describe(config[side])
+
+
+@pytest.mark.parametrize("tower", ["muse", "efficientnet-lite0", "toy-resnet"])
+def test_a_pooling_of_towers_that_have_their_own(tower, config):
+    """Also where the package that holds the tower is not installed."""
+    side = "text" if tower == "muse" else "image"
+    config[side].tower, config[side].pooling = tower, "banana"
+    describe = {"text": towers.describe_text, "image": towers.describe_image}[side]
+    with pytest.raises(ValueError, match=rf"^config\.{side}\.pooling is 'banana'; [^\n]*$"):
+        describe(config[side])
+    config[side].pooling = "" if side == "text" else "mean"
+    describe(config[side])
 
 
 def test_damaged_checkpoints_are_one_line(checkpoints, config, tmp_path):

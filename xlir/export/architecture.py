@@ -151,7 +151,7 @@ def _text_tower(encoder: Encoder) -> dict:
             "dim": muse.Muse.dim,
         }
     depth, shape = transformer.text_shape(description["config"])
-    weights = encoder.weights("text_tower")
+    weights, pad = encoder.weights("text_tower"), description.get("pad_id")
     return {
         "kind": "transformer",
         "vocabulary": len(weights["embedding"]),
@@ -159,6 +159,8 @@ def _text_tower(encoder: Encoder) -> dict:
         "depth": depth,
         "shape": _layer_shape(shape),
         "pooling": description["pooling"],
+        "dense": description.get("dense", []),
+        "pad": transformer.padding_id(description["config"]) if pad is None else pad,
     }
 
 

@@ -64,14 +64,15 @@ def run_sentence_transformers(folder, texts, images):
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     images = [opened(image) for image in images]
     prefix = model.prompts.get(model.default_prompt_name or "", "")
+    routes = json.loads((folder / "router_config.json").read_text(encoding="utf8"))["structure"]
     features, seen = [], {}
     for side, batch in (("text", [prefix + text for text in texts]), ("image", images)):
         modules = list(model[0].sub_modules[side])
         seen[side] = x = modules[0].preprocess(batch)
         x = {**x, "modality": side}
         with torch.inference_mode():
-            for module in modules:
-                if type(module).__name__ in ("LayerNorm", "Dense"):
+            for name, module in zip(routes[side], modules, strict=True):
+                if name.endswith(("_LayerNorm", "_Dense")):  # of the head
                     break
                 x = module(x)
         features.append(x["sentence_embedding"].numpy())

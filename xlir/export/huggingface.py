@@ -11,15 +11,18 @@ import numpy as np
 
 from input_pipeline.images import RESAMPLING
 from xlir.encoder import SIDES, Encoder
-from xlir.export.architecture import head_layers, tower_weights
-from xlir.models import pretrained, resnet, transformer, vit
+from xlir.export.architecture import HeadLayer, head_layers, tower_weights
+from xlir.models import pretrained, resnet, sentence_modules, transformer, vit
 
 # sentence-transformers' modules, by what they are here.
 _MODULES = "sentence_transformers.base.modules"
+# A dense layer of a tower, and not of a head.
+TOWER_DENSE = "TowerDense"
 TYPES = {
     "Router": f"{_MODULES}.router.Router",
     "Transformer": f"{_MODULES}.transformer.Transformer",
     "Dense": f"{_MODULES}.dense.Dense",
+    TOWER_DENSE: f"{_MODULES}.dense.Dense",
     "Normalize": f"{_MODULES}.normalize.Normalize",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
@@ -172,21 +175,36 @@ def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
     """The modules of one route: their types, and what writes each into its folder."""
     output, pooling = _output(encoder, side)
-    dim = encoder.feature_dims[side]
+    dense = _tower_dense(encoder, side)
+    dim = dense[0][0].weight.shape[1] if dense else encoder.feature_dims[side]
     modules = [("Transformer", lambda folder: _write_tower(encoder, side, folder, output, pooling))]
     if pooling:
         config = {"embedding_dimension": dim, "pooling_mode": pooling, "include_prompt": True}
         modules.append(("Pooling", lambda folder: _json(folder / "config.json", config)))
+    for layer, activation in dense:
+        modules.append(
+            (TOWER_DENSE, lambda folder, x=layer, a=activation: _write_dense(folder, x, a))
+        )
     layers = head_layers(encoder, side)
     for index, layer in enumerate(layers):
         if layer.kind == "norm":
             modules.append(("LayerNorm", lambda folder, layer=layer: _write_norm(folder, layer)))
         elif layer.kind == "dense":
             gelu = index + 1 < len(layers) and layers[index + 1].kind == "gelu"
+            activation = "gelu" if gelu else "identity"
             modules.append(
-                ("Dense", lambda folder, layer=layer, gelu=gelu: _write_dense(folder, layer, gelu))
+                ("Dense", lambda folder, x=layer, a=activation: _write_dense(folder, x, a))
             )
     return modules
+
+
+def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
+    """The dense layers that end a text tower, with the names of their activations."""
+    weights, layers = encoder.weights(f"{side}_tower"), []
+    for index, layer in enumerate(encoder.descriptions[side].get("dense", ())):
+        kernel, bias = (weights.get(f"dense.{index}.{part}") for part in ("kernel", "bias"))
+        layers.append((HeadLayer("dense", kernel.T, bias), layer["activation"]))
+    return layers
 
 
 def _write_tower(
@@ -223,16 +241,16 @@ def _write_norm(folder: pathlib.Path, layer) -> None:
     pretrained.save({"norm.weight": layer.weight, "norm.bias": layer.bias}, folder / WEIGHTS_FILE)
 
 
-def _write_dense(folder: pathlib.Path, layer, gelu: bool) -> None:
+def _write_dense(folder: pathlib.Path, layer: HeadLayer, activation: str) -> None:
     dim, features = layer.weight.shape
-    activation = "activation.GELU" if gelu else "linear.Identity"
+    names = {ours: theirs for theirs, ours in sentence_modules.ACTIVATIONS.items()}
     _json(
         folder / "config.json",
         {
             "in_features": features,
             "out_features": dim,
             "bias": layer.bias is not None,
-            "activation_function": f"torch.nn.modules.{activation}",
+            "activation_function": names[activation],
             "module_input_name": "sentence_embedding",
             "module_output_name": "sentence_embedding",
         },
@@ -263,6 +281,7 @@ def _output(encoder: Encoder, side: str) -> tuple[str, str | None] | None:
 def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
     """A tower's weights by the names of `transformers`."""
     weights, config = tower_weights(encoder, side), _config(encoder, side)
+    weights = {name: x for name, x in weights.items() if not name.startswith("dense.")}
     restore = {
         "transformer": transformer.restore_text,
         "vit": vit.restore,

@@ -1,5 +1,6 @@
 """The dual encoder: two towers, two heads, a temperature."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -16,6 +17,7 @@ from xlir.partition import split_rows
 
 # Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
 MAX_SCALE = 100.0
+MAX_LOG_SCALE = np.float32(math.log(MAX_SCALE))
 
 Batch = Mapping[str, Array | np.ndarray]
 
@@ -44,7 +46,8 @@ class DualEncoder(nnx.Module):
         self.image_tower = image_tower
         self.text_head = _head("text", config, text_tower.dim, rngs)
         self.image_head = _head("image", config, image_tower.dim, rngs)
-        self.log_scale = nnx.Param(-jnp.log(jnp.float32(config.loss.temperature)))
+        log_scale = -jnp.log(jnp.float32(config.loss.temperature))
+        self.log_scale = nnx.Param(jnp.minimum(log_scale, MAX_LOG_SCALE))
         self.bias = nnx.Param(jnp.float32(config.loss.bias))
 
     def encode_text(
@@ -69,8 +72,14 @@ class DualEncoder(nnx.Module):
 
     @property
     def scale(self) -> Float[Array, ""]:
-        """The inverse temperature, clamped."""
-        return jnp.minimum(jnp.exp(self.log_scale[...]), MAX_SCALE)
+        """The inverse temperature, at most `MAX_SCALE`.
+
+        `clipped` keeps the parameter in range. Of runs from before it did, the parameter may be
+        beyond: such a value is cut off here, and the gradient goes on as if it were not, or the
+        temperature could never come back.
+        """
+        scale = jnp.exp(self.log_scale[...])
+        return scale - jax.lax.stop_gradient(jax.nn.relu(scale - MAX_SCALE))
 
     def _finish(self, embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
         embeddings = split_rows(embeddings.astype(jnp.float32))
@@ -79,6 +88,17 @@ class DualEncoder(nnx.Module):
         return embeddings * jax.lax.rsqrt(
             jnp.sum(jnp.square(embeddings), axis=-1, keepdims=True) + 1e-12
         )
+
+
+def clipped(params: dict) -> dict:
+    """Trained parameters after an optimizer's step, with the temperature put back into its range.
+
+    As open_clip does it. A minimum inside of the model would have no gradient at the bound.
+
+    Args:
+      params: a pure tree of a `DualEncoder`'s parameters.
+    """
+    return params | {"log_scale": jnp.minimum(params["log_scale"], MAX_LOG_SCALE)}
 
 
 def trainable(config: ConfigDict) -> nnx.filterlib.Filter:

@@ -128,6 +128,18 @@ def read_checkpoint(
     raise FileNotFoundError(f"{folder} has no weights: none of {', '.join(files)}")
 
 
+def in_float32(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint with those of half precision, in place, in float32.
+
+    To be called before tensors are added up: a sum in half precision is rounded to it. One tensor
+    after the other, so that no second copy of all of them is held.
+    """
+    for name, value in weights.items():
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            weights[name] = value.astype(np.float32, copy=False)
+    return weights
+
+
 def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:

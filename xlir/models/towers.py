@@ -5,11 +5,12 @@ dictionary, kept as JSON beside the weights in a workdir, so that a run is loade
 checkpoint that it started from.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from flax import nnx
@@ -20,7 +21,16 @@ from input_pipeline import text as text_io
 from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
 from input_pipeline.images import Preprocessing
 from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
-from xlir.models import dual_encoder, efficientnet, muse, pretrained, resnet, transformer, vit
+from xlir.models import (
+    dual_encoder,
+    efficientnet,
+    muse,
+    pretrained,
+    resnet,
+    sentence_modules,
+    transformer,
+    vit,
+)
 from xlir.models.dual_encoder import compute_dtype
 
 Description = dict
@@ -74,6 +84,13 @@ TOY_PREPROCESSING = Preprocessing(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 
 # Those whose config.json says the size of the images that they are applied to.
 _SQUARE = ("vit", "clip_vision_model", "siglip_vision_model")
 _IMAGE_ARCHITECTURES = vit.ARCHITECTURES | resnet.ARCHITECTURES
+# What the modules.json of a Hub id says, for shapes where the checkpoint is not at hand.
+SENTENCE_MODULES = {
+    "sentence-transformers/LaBSE": {
+        "pooling": "cls",
+        "dense": [{"features": 768, "dim": 768, "bias": True, "activation": "tanh"}],
+    }
+}
 EFFICIENTNETS = {f"efficientnet-{variant}": variant for variant in efficientnet.VARIANTS}
 
 
@@ -85,10 +102,16 @@ def describe_text(options: ConfigDict) -> Description:
       FileNotFoundError: no tower has this name, and there is no such checkpoint.
     """
     if options.tower == "muse":
+        _check_own_pooling("text", options)
         return {"kind": "muse"}
     config = _architecture("text", options, TEXT_MODELS)
-    pooling = options.pooling or "mean"
-    return {"kind": "transformer", "config": config, "pooling": pooling}
+    with _blamed_on(options.tower):
+        transformer.check_config(config)
+    modules = _modules(options, config)
+    pooling = options.pooling or (modules.pooling if modules else "mean")
+    _check_text(options, config, pooling)
+    description = {"kind": "transformer", "config": config, "pooling": pooling}
+    return description | ({"dense": modules.dense} if modules and modules.dense else {})
 
 
 def describe_image(options: ConfigDict) -> Description:
@@ -99,12 +122,14 @@ def describe_image(options: ConfigDict) -> Description:
       FileNotFoundError: no tower has this name, and there is no such checkpoint.
     """
     if options.tower in EFFICIENTNETS:
+        _check_own_pooling("image", options)
         variant = EFFICIENTNETS[options.tower]
         published = Preprocessing(size=efficientnet.VARIANTS[variant].image_size)
         description = {"kind": "efficientnet", "variant": variant}
     else:
         config = _architecture("image", options, IMAGE_MODELS)
         kind = IMAGE_MODELS[config["model_type"]]
+        _check_image(options, config)
         description = {"kind": kind, "config": config, "pooling": options.pooling}
         if options.tower in TOYS:
             published = TOY_PREPROCESSING
@@ -153,7 +178,7 @@ def read_description(side: str, file: pathlib.Path) -> Description:
 def _check_architecture(kind: str, config: Mapping) -> None:
     """Raises ValueError where a config.json lacks something or says what can't be."""
     if kind == "transformer":
-        transformer.text_shape(config)
+        transformer.check_config(config)
     elif kind == "resnet":
         resnet.shapes(config)
     else:
@@ -198,6 +223,75 @@ def missing(config: ConfigDict) -> list[str]:
     return lines
 
 
+def trimmed(description: Description, kept: Int32[np.ndarray, " kept"]) -> Description:
+    """The description of a text tower of which only some rows of the embedding are kept.
+
+    The published config stays as it is, but for the number of rows: positions still begin after
+    its padding id. Where that token has another id from now on, `pad_id` says which.
+    """
+    config = description["config"]
+    pad_id = transformer.padding_id(config)
+    trimmed = {**description, "config": {**config, "vocab_size": len(kept)}}
+    if pad_id is not None and (new_id := int(np.searchsorted(kept, pad_id))) != pad_id:
+        trimmed["pad_id"] = new_id
+    return trimmed
+
+
+def _modules(options: ConfigDict, config: Mapping) -> sentence_modules.Modules | None:
+    """A sentence-transformers folder's pooling and dense layers, where config.text is silent."""
+    if options.pooling or options.tower in TOYS:
+        return None
+    folder = pretrained.checkpoint_folder(options.tower)
+    width = transformer.text_shape(config)[1].hidden
+    return sentence_modules.read(folder, width)
+
+
+def _check_text(options: ConfigDict, config: Mapping, pooling: str) -> None:
+    try:
+        transformer.check_pooling(config, pooling)
+    except ValueError as error:
+        raise ValueError(f"config.text.{error}") from error
+    if options.max_length > (longest := transformer.longest_text(config)):
+        raise ValueError(
+            f"config.text.max_length is {options.max_length}, and {options.tower} takes texts of "
+            f"{longest} tokens at most"
+        )
+
+
+def _check_image(options: ConfigDict, config: Mapping) -> None:
+    kind = IMAGE_MODELS[config["model_type"]]
+    with _blamed_on(options.tower):
+        _check_architecture(kind, config)
+    if kind == "resnet":
+        _check_own_pooling("image", options, "ResNet")
+        return
+    try:
+        vit.check_pooling(config, options.pooling)
+    except ValueError as error:
+        raise ValueError(f"config.image.{error}") from error
+
+
+def _check_own_pooling(side: str, options: ConfigDict, kind: str = "") -> None:
+    """Towers with one way of pooling; that of a convolutional one is the mean."""
+    if options.pooling and (side, options.pooling) != ("image", "mean"):
+        mean = " or 'mean'" if side == "image" else ""
+        raise ValueError(
+            f"config.{side}.pooling is {options.pooling!r}; {kind or options.tower} pools in a way "
+            f"of its own: it can be ''{mean}"
+        )
+
+
+@contextlib.contextmanager
+def _blamed_on(tower: str) -> Iterator[None]:
+    """Errors name the config.json."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{tower}/config.json lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{tower}/config.json: {error}") from error
+
+
 def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
     """The tower of a description, with random weights.
 
@@ -214,8 +308,10 @@ def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.
         return efficientnet.EfficientNet(description["variant"], dtype=dtype, rngs=rngs)
     arguments = {"dtype": dtype, "remat": options.remat, "rngs": rngs}
     if kind == "transformer":
+        # Runs from before there were such layers say nothing of them.
+        further = {name: description[name] for name in ("dense", "pad_id") if name in description}
         return transformer.TextTransformer(
-            description["config"], pooling=description["pooling"], **arguments
+            description["config"], pooling=description["pooling"], **further, **arguments
         )
     arguments |= {name: description["preprocessing"][name] for name in ("mean", "std")}
     if kind == "resnet":
@@ -275,11 +371,14 @@ def load(
     folder = pretrained.checkpoint_folder(options.tower)
     try:
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-        weights = _renaming(description)(pretrained.read_checkpoint(folder))
+        # Many checkpoints are published in half precision.
+        weights = pretrained.in_float32(pretrained.read_checkpoint(folder))
+        weights = _renaming(description)(weights)
+        if description.get("dense"):
+            weights |= sentence_modules.read_weights(_modules(options, description["config"]))
         if kept is not None:
             weights["embedding"] = weights["embedding"][kept]
-        # Many checkpoints are published in half precision.
-        pretrained.merge(module, {name: x.astype(np.float32) for name, x in weights.items()})
+        pretrained.merge(module, weights)
     except (ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: {error}") from error
     except KeyError as error:
@@ -295,11 +394,17 @@ def load_tokenizer(options: ConfigDict, description: Mapping) -> text_io.Tokeniz
       ValueError: it disagrees with the model.
     """
     if description["kind"] == "muse":
-        return text_io.from_package("muse")
-    if options.tower in TOYS:
-        return byte_tokenizer(options.prefix)
-    folder = pretrained.checkpoint_folder(options.tower)
-    return HuggingFaceTokenizer.from_checkpoint(folder, description["config"], options.prefix)
+        tokenizer = text_io.from_package("muse")
+    elif options.tower in TOYS:
+        tokenizer = byte_tokenizer(options.prefix)
+    else:
+        folder, config = pretrained.checkpoint_folder(options.tower), description["config"]
+        tokenizer = HuggingFaceTokenizer.from_checkpoint(folder, config, options.prefix)
+    try:
+        tokenizer(["a"], max_length=options.max_length)
+    except ValueError as error:
+        raise ValueError(f"config.text.max_length: {error}") from error
+    return tokenizer
 
 
 def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:
@@ -314,7 +419,13 @@ def _of_architecture(side: str, architecture: Mapping, options: ConfigDict) -> D
     kind = (TEXT_MODELS if side == "text" else IMAGE_MODELS)[architecture["model_type"]]
     description = {"kind": kind, "config": dict(architecture), "pooling": options.pooling}
     if side == "text":
-        return description | {"pooling": options.pooling or "mean"}
+        modules = {"pooling": "mean"}
+        if not options.pooling:
+            modules |= SENTENCE_MODULES.get(options.tower, {})
+        description |= modules | ({"pooling": options.pooling} if options.pooling else {})
+        _check_text(options, architecture, description["pooling"])
+        return description
+    _check_image(options, architecture)
     # ResNets and DINOv2 are applied at 224 pixels, whatever the latter's position table is for.
     applied_at = architecture["image_size"] if architecture["model_type"] in _SQUARE else 224
     preprocessing = Preprocessing(size=options.size or applied_at)

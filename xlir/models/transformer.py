@@ -9,7 +9,7 @@ first axis and applied by a scan, which compiles one layer and not all of them.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # What numbers of a config.json may be.
 WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, MOST_DROPPED), Real(0, 1)
 POOLINGS = ("mean", "cls", "pooler")
+# Of the dense layers that a sentence-transformers model has after the pooling.
+DENSE_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh, "identity": lambda x: x}
 MODEL_TYPES = ("bert", "distilbert", "roberta", "xlm-roberta")
 
 _BERT_BASE = {
@@ -298,12 +300,16 @@ class TextTransformer(nnx.Module):
     Dropout is BERT's; DistilBERT's own leaves out the one after the attention.
 
     The row of the token type that a single text has, and XLM-R's offset of positions
-    (`pad_token_id + 1`), are folded into the position table when weights are loaded.
+    (`pad_token_id + 1`), are folded into the position table when weights are loaded. In XLM-R a
+    padding token that is written out in a text counts as no position; the row of the published
+    table that it has instead is folded into the embedding of that token.
 
     Args:
       config: the content of a config.json; its fields are those of `transformers`.
       pooling: "mean" over the tokens, "cls" (the first token), or "pooler" (the checkpoint's own
         dense layer and tanh over the first token).
+      dense: layers after the pooling, as `sentence_modules.read` describes them.
+      pad_id: id of the padding token where the vocabulary was trimmed; default: as in the config.
       dtype: of the operands of matrix products; everything else is float32.
       remat: see `Layers`.
       rngs: keys for the initial parameters.
@@ -321,27 +327,31 @@ class TextTransformer(nnx.Module):
         config: Mapping,
         *,
         pooling: str = "mean",
+        dense: Sequence[Mapping] = (),
+        pad_id: int | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}; known: {', '.join(POOLINGS)}")
         depth, shape = text_shape(config)
-        if config["model_type"] == "distilbert" and pooling == "pooler":
-            raise ValueError("DistilBERT has no pooler: set pooling to mean or cls")
-        normal = nnx.initializers.normal(0.02)
-        self.dim, self.pooling, self.dropout = shape.hidden, pooling, shape.dropout
-        offset = position_offset(config)
-        self.max_length = read_field(config, "max_position_embeddings", Whole(offset + 1)) - offset
+        check_pooling(config, pooling)
+        normal, hidden = nnx.initializers.normal(0.02), shape.hidden
+        self.pooling, self.dropout = pooling, shape.dropout
+        self.pad_id = padding_id(config) if pad_id is None else pad_id
+        self.max_length = longest_text(config)
         pieces = read_field(config, "vocab_size", Whole(1))
-        self.embedding = nnx.Param(normal(rngs.params(), (pieces, self.dim)))
-        self.position = nnx.Param(normal(rngs.params(), (self.max_length, self.dim)))
-        self.embedding_norm = LayerNorm(self.dim, epsilon=shape.epsilon)
+        self.embedding = nnx.Param(normal(rngs.params(), (pieces, hidden)))
+        self.position = nnx.Param(normal(rngs.params(), (self.max_length, hidden)))
+        self.embedding_norm = LayerNorm(hidden, epsilon=shape.epsilon)
         self.layers = Layers(depth, shape, dtype=dtype, remat=remat, rngs=rngs)
         self.pooler = (
-            _dense(self.dim, self.dim, dtype=dtype, rngs=rngs) if pooling == "pooler" else None
+            _dense(hidden, hidden, dtype=dtype, rngs=rngs) if pooling == "pooler" else None
         )
+        # Without any there is no list: trees of parameters are as they were before there were some.
+        self.dense = (
+            nnx.List([Dense(**x, dtype=dtype, rngs=rngs) for x in dense]) if dense else None
+        )
+        self.dim = dense[-1]["dim"] if dense else hidden
 
     def __call__(
         self,
@@ -363,18 +373,79 @@ class TextTransformer(nnx.Module):
         length = text_ids.shape[1]
         if length > self.max_length:
             raise ValueError(f"texts of {length} tokens, but this tower takes {self.max_length}")
-        x = split_rows(self.embedding[...][text_ids]) + self.position[...][:length]
+        x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
         x = self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:
             key, embedding_key = jax.random.split(key)
-            x = dropout(x.reshape(-1, self.dim), self.dropout, embedding_key).reshape(x.shape)
-        x = self.layers(x, text_mask, key=key)
+            x = dropout(x.reshape(-1, x.shape[-1]), self.dropout, embedding_key).reshape(x.shape)
+        x = self._pool(self.layers(x, text_mask, key=key), text_mask)
+        for layer in self.dense or ():
+            x = layer(x)
+        return x
+
+    def _positions(self, text_ids: Int32[Array, "batch length"]) -> Float[Array, "... length dim"]:
+        """Rows of the position table; RoBERTa's count the tokens that are not padding."""
+        length = text_ids.shape[1]
+        if self.pad_id is None:
+            return self.position[...][:length]
+        counted = text_ids != self.pad_id
+        rows = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, self.max_length)
+        return split_rows(self.position[...].at[rows].get(mode="fill", fill_value=0))
+
+    def _pool(
+        self, x: Float[Array, "batch length hidden"], text_mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch hidden"]:
         if self.pooling == "mean":
             mask = text_mask[..., None]
             return jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
         x = x[:, 0]
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+
+class Dense(Linear):
+    """A dense layer of sentence-transformers, with its activation."""
+
+    def __init__(
+        self,
+        features: int,
+        dim: int,
+        bias: bool,
+        activation: str,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(features, dim, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "rows features"]) -> Float[Array, "rows dim"]:
+        """Applies both."""
+        return DENSE_ACTIVATIONS[self.activation](super().__call__(x))
+
+
+def check_config(config: Mapping) -> None:
+    """Refuses a checkpoint whose config.json asks for another computation than is done here.
+
+    Raises:
+      ValueError: it does, or a field is missing or not what it may be; the message names it.
+    """
+    for field in ("is_decoder", "add_cross_attention"):
+        if config.get(field):
+            raise ValueError(
+                f"{field} is {config[field]!r}: decoders are not supported, only encoders, in "
+                "which every token attends to all others"
+            )
+    text_shape(config)
+    longest_text(config)
+
+
+def check_pooling(config: Mapping, pooling: str) -> None:
+    """Raises ValueError where a text model can't be pooled so."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; known: {', '.join(POOLINGS)}")
+    if config["model_type"] == "distilbert" and pooling == "pooler":
+        raise ValueError("DistilBERT has no pooler: set pooling to mean or cls")
 
 
 def text_shape(config: Mapping) -> tuple[int, Shape]:
@@ -418,8 +489,28 @@ def text_shape(config: Mapping) -> tuple[int, Shape]:
 
 
 def position_offset(config: Mapping) -> int:
-    """Rows of the published position table that no token uses: RoBERTa's count from pad + 1."""
-    return config.get("pad_token_id", 1) + 1 if "roberta" in config["model_type"] else 0
+    """Rows of the published position table before a text's: RoBERTa's count from pad + 1."""
+    pad_id = padding_id(config)
+    return 0 if pad_id is None else pad_id + 1
+
+
+def padding_id(config: Mapping) -> int | None:
+    """The id of the padding token where positions depend on it, as RoBERTa's do; else None."""
+    if "roberta" not in config["model_type"]:
+        return None
+    pad_id = config.get("pad_token_id", 1)
+    if type(pad_id) is not int or pad_id < 0:
+        raise ValueError(
+            f"pad_token_id is {pad_id!r}; it has to be a token's id, as the positions of "
+            f"{config['model_type']} are counted from it"
+        )
+    return pad_id
+
+
+def longest_text(config: Mapping) -> int:
+    """Tokens that the position table of a text model is for."""
+    offset = position_offset(config)
+    return read_field(config, "max_position_embeddings", Whole(offset + 1)) - offset
 
 
 _BERT_LAYER = {
@@ -474,9 +565,14 @@ def rename_text(
     }
     renamed |= {ours: left.pop(theirs) for ours, theirs in moved.items() if theirs in left}
     if "embeddings.position_embeddings.weight" in left:
-        position = left.pop("embeddings.position_embeddings.weight")[position_offset(config) :]
+        position = left.pop("embeddings.position_embeddings.weight")
         types = left.pop("embeddings.token_type_embeddings.weight", None)
-        renamed["position"] = position if types is None else position + types[0]
+        position = position if types is None else position + types[0]
+        renamed["position"] = position[position_offset(config) :]
+        pad_id, embedding = padding_id(config), renamed.get("embedding")
+        if pad_id is not None and embedding is not None and position[pad_id].any():
+            renamed["embedding"] = embedding.copy()
+            renamed["embedding"][pad_id] += position[pad_id]
     for name, ours in (
         ("pooler.dense.weight", "pooler.kernel"),
         ("pooler.dense.bias", "pooler.bias"),

@@ -146,14 +146,7 @@ class ViT(nnx.Module):
         config = vision_config(config)
         siglip = config["model_type"] == "siglip_vision_model"
         self.pooling = pooling or default_pooling(config)
-        fitting = {"siglip_vision_model": ("attention", "mean"), "vit": ("cls", "pooler", "mean")}
-        known = fitting.get(config["model_type"], ("cls", "mean"))
-        if self.pooling not in known:
-            raise ValueError(
-                f"pooling is {pooling!r}; of {config['model_type']} it can be {', '.join(known)}"
-            )
-        if self.pooling == "attention" and config.get("vision_use_head") is False:
-            raise ValueError("this SigLIP tower has no attention pooling head: set pooling to mean")
+        check_pooling(config, pooling)
         depth, shape = vision_shape(config)
         self.dim, self.image_size, self.patch = (
             shape.hidden,
@@ -304,6 +297,23 @@ def vision_config(config: Mapping) -> dict:
     if (config.get("pooler_output_size") or config["hidden_size"]) != config["hidden_size"]:
         raise ValueError("a pooler that changes the width (pooler_output_size) is not supported")
     return config
+
+
+def check_pooling(config: Mapping, pooling: str) -> None:
+    """Raises ValueError where an image tower can't be pooled so; empty is its own pooling."""
+    config = vision_config(config)
+    fitting = {"siglip_vision_model": ("attention", "mean"), "vit": ("cls", "pooler", "mean")}
+    known = fitting.get(config["model_type"], ("cls", "mean"))
+    pooled = pooling or default_pooling(config)
+    if pooled not in known:
+        raise ValueError(
+            f"pooling is {pooling!r}; of {config['model_type']} it can be {', '.join(known)}"
+        )
+    if pooled == "attention" and config.get("vision_use_head") is False:
+        raise ValueError(
+            f"pooling is {pooling!r}, and this SigLIP tower has no attention pooling head: set it "
+            "to mean"
+        )
 
 
 def default_pooling(config: Mapping) -> str:

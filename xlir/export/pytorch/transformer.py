@@ -18,12 +18,16 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector: pooling is "mean", "cls", or "pooler" (dense and tanh over it)."""
+    """Token ids to one vector: pooling is "mean", "cls", or "pooler" (dense and tanh over it).
 
-    def __init__(self, vocabulary, positions, depth, shape, pooling):
+    `dense` layers come after it. Where `pad` is not None, that token counts as no position.
+    """
+
+    def __init__(self, vocabulary, positions, depth, shape, pooling, dense, pad):
         super().__init__()
         hidden = shape["hidden"]
         self.embedding = nn.Embedding(vocabulary, hidden)
@@ -31,19 +35,47 @@ class TextTransformer(nn.Module):
         self.embedding_norm = nn.LayerNorm(hidden, shape["epsilon"])
         self.layers = nn.ModuleList(Layer(**shape) for _ in range(depth))
         self.pooler = nn.Linear(hidden, hidden) if pooling == "pooler" else None
-        self.pooling = pooling
+        self.dense = nn.ModuleList(Dense(**layer) for layer in dense)
+        self.pooling, self.pad = pooling, pad
 
     def forward(self, ids, mask):
-        """[batch, length] ids and mask to [batch, hidden]."""
-        x = self.embedding(ids) + self.position[: ids.shape[1]]
+        """[batch, length] ids and mask to [batch, dim]."""
+        x = self.embedding(ids) + self.positions(ids)
         x = self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x, mask)
+        x = self.pool(x, mask)
+        for layer in self.dense:
+            x = layer(x)
+        return x
+
+    def positions(self, ids):
+        """Rows of the position table, [length, hidden] or [batch, length, hidden]."""
+        if self.pad is None:
+            return self.position[: ids.shape[1]]
+        counted = ids != self.pad
+        rows = self.position[(counted.cumsum(1) - 1).clamp(min=0)]
+        return rows * counted[..., None].to(rows.dtype)
+
+    def pool(self, x, mask):
+        """[batch, length, hidden] to [batch, hidden]."""
         if self.pooling == "mean":
             weight = mask[..., None].to(x.dtype)
             return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
         x = x[:, 0]
         return x if self.pooler is None else torch.tanh(self.pooler(x))
+
+
+class Dense(nn.Linear):
+    """A dense layer with its activation."""
+
+    def __init__(self, features, dim, bias, activation):
+        super().__init__(features, dim, bias=bias)
+        self.activation = (ACTIVATIONS | DENSE_ACTIVATIONS)[activation]
+
+    def forward(self, x):
+        """[..., features] to [..., dim]."""
+        return self.activation(super().forward(x))
 
 
 class ViT(nn.Module):
