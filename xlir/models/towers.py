@@ -178,7 +178,8 @@ def read_description(side: str, file: pathlib.Path) -> Description:
 def _check_architecture(kind: str, config: Mapping) -> None:
     """Raises ValueError where a config.json lacks something or says what can't be."""
     if kind == "transformer":
-        transformer.check_config(config)
+        transformer.longest_text(config)
+        transformer.text_shape(config)
     elif kind == "resnet":
         resnet.shapes(config)
     else:
