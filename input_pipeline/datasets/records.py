@@ -120,9 +120,9 @@ def open_prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
     """
     way_out = way_out_of(folder)
     try:
-        files.check_sums(folder, _small_files(folder), way_out)
+        files.check_sums(folder, way_out=way_out)
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing. {way_out}") from error
+        raise ValueError(f"{error}. {way_out}") from error
     try:
         return tfds.builder_from_directory(folder)
     # Of versions that wrote no digests: whatever TFDS makes of damaged JSON.
