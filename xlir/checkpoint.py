@@ -109,11 +109,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, targets)
         damaged = dict(self._damaged)
         for step in sorted(self._records, key=self._score if best else None, reverse=True):
-            items, fault = self._try(step, targets)
-            if partition.agree_minimum(not fault):
+            items, fault = self._read(step, targets)
+            if not partition.agree_minimum(not fault):
+                damaged[step] = fault or "another process can't read it"
+            elif differing := self._differing(step, items):
+                damaged[step] = f"{differing[0]} is not what was saved"
+            else:
                 self._set_aside(damaged, step)
                 return step, items
-            damaged[step] = fault or "another process can't read it"
         reasons = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
         raise ValueError(
             f"no checkpoint in {self.folder} can be restored. They are damaged, or of another "
@@ -121,23 +124,24 @@ class Checkpoints(contextlib.AbstractContextManager):
             "or start in a new --workdir"
         )
 
-    def _try(self, step: int, targets: Items) -> tuple[Items, str]:
-        """The items of a checkpoint, or why it can't be restored."""
+    def _read(self, step: int, targets: Items) -> tuple[Items, str]:
+        """The items of a checkpoint, or why they can't be read."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         try:
-            items = dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments))), ""
         except (MemoryError, PermissionError):
             raise
         except Exception as error:  # Orbax, TensorStore and their parsers raise nearly anything
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             return {}, " ".join((str(error) or type(error).__name__).split())[:200]
+
+    def _differing(self, step: int, items: Items) -> list[str]:
+        """The paths of arrays that are not those that were saved."""
         expected = self._records[step].get("digests")
         if expected is None:  # saved by a version that kept no digests
-            return items, ""
-        found = digests(items).items()
-        differing = [name for name, digest in found if expected.get(name) != digest]
-        return items, f"{differing[0]} is not what was saved" if differing else ""
+            return []
+        return [name for name, digest in digests(items).items() if expected.get(name) != digest]
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         """Reports damaged checkpoints, and renames them so that their steps can be saved again."""

@@ -130,7 +130,8 @@ class Encoder:
 
         Args:
           workdir: the folder of a training run; nothing else is needed, no network either.
-          checkpoint: "best" (by validation) or "latest".
+          checkpoint: "best" (by validation) or "latest". Where it is damaged, the next best or the
+            one before is loaded, which the log says; `step` tells which one it is.
           weights: "ema", the moving average over training, or "raw"; default: "ema" where the run
             keeps one.
           dtype: what to compute in; default: as the configuration says.

@@ -226,10 +226,6 @@ def main() -> int:
         return _fail(f"{error}; see python -m xlir.main --help", code=2)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to resume", code=130)
-    except BrokenPipeError:
-        # As of `tag ... | head`, which has seen enough. What is still to be printed goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
         return _report(error)
 
@@ -502,7 +498,7 @@ def _report(error: Exception) -> int:
     if getattr(error, "errno", 0) == errno.ENOSPC or NO_SPACE in str(error):
         return _fail(f"the disk is full: free some space and run again to resume. {_line(error)}")
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        # As `| head` leaves it: the end without a word that other programs come to.
+        # As `tag ... | head` leaves it: like other programs, this one then ends without a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if isinstance(error, OSError | ValueError):
