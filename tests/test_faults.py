@@ -25,6 +25,7 @@ from tests.test_processes import (
     terminate,
 )
 from tests.test_train import checkpoint_of, metrics_of
+from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
 
 # Seconds until all processes have ended, from when one of them failed.
@@ -189,6 +190,41 @@ def test_sigterm_loses_nothing(flags, uninterrupted, tmp_path):
     assert resumed.code == 0, resumed.err
     assert "resuming from step 13\n" in resumed.err
     assert_bit_for_bit(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_checkpoint_that_is_whole(flags, uninterrupted, tmp_path):
+    """The last one is damaged, so that reading it fails, and the one before is used by both."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / str(STEPS) / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+    resumed = run(tmp_path, flags, processes=2)
+    assert resumed.code == 0, resumed.err
+    assert "Traceback" not in resumed.err
+    assert resumed.err.count(f"checkpoint {STEPS} is damaged (") == 1
+    assert "resuming from step 10\n" in resumed.err
+    assert (tmp_path / "run" / "checkpoints" / f"damaged-{STEPS}").is_dir()
+    assert_same_curves(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_other_signals_are_as_sigterm(name, flags, uninterrupted, tmp_path):
+    """A lost connection, and a batch system's warning."""
+    ended = run(tmp_path, flags, script=after_step(13, f"os.kill(os.getpid(), signal.{name})"))
+    assert ended.code == 128 + signal.SIGTERM
+    assert f"stopped by {name} after step 13, which is saved" in ended.err.splitlines()[-1]
+    with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 13
+
+
+@pytest.mark.slow
+def test_a_lost_connection_of_one_of_two_processes(flags, uninterrupted, tmp_path):
+    script = after_step(13, "os.kill(os.getpid(), signal.SIGHUP)", process=1, pause=1)
+    ended = run(tmp_path, flags, script=script, processes=2)
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    assert run(tmp_path, flags, processes=2).code == 0
+    assert_same_curves(tmp_path / "run", uninterrupted)
 
 
 @pytest.fixture

@@ -145,20 +145,25 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _set_aside(self, damaged: dict[int, str], used: int) -> None:
         """Reports damaged checkpoints, and renames them so that their steps can be saved again."""
-        for step, why in sorted(damaged.items()):
-            log.warning("checkpoint %d is damaged (%s)", step, why)
-        if damaged:
-            log.warning("using the checkpoint of step %d", used)
-        if self._read_only or not damaged:
+        if not damaged:
             return
-        for step in damaged:
+        first = jax.process_index() == 0  # it speaks for all, and moves
+        for step, why in sorted(damaged.items()):
+            if first:
+                log.warning("checkpoint %d is damaged (%s)", step, why)
+            if self._read_only:
+                continue
             self._records.pop(step, None)
-            if jax.process_index() == 0:
+            if first:
                 aside = self.folder / f"damaged-{step}"
                 while aside.exists():  # it was saved again, and damaged again
                     aside = aside.with_name(f"{aside.name}-again")
                 (self.folder / str(step)).rename(aside)
                 log.warning("it was moved to %s", aside)
+        if first:
+            log.warning("using the checkpoint of step %d", used)
+        if self._read_only:
+            return
         self._damaged = {}
         partition.wait_for_all()
         self._manager.reload()
