@@ -183,7 +183,7 @@ FIELDS: dict[str, Any] = {
     "steps": Whole(1),
     "log_every": Whole(1),
     "eval_every": Whole(1),
-    "embedding_dim": Whole(1, WIDEST),
+    "embedding_dim": Whole(1, 2**24),
     "normalize": Flag(),
     "head_dtype": Choice(*DTYPES),
     "mesh": {"data": Whole(1, WIDEST, also=(-1,)), "fsdp": Whole(1, WIDEST, also=(-1,))},
