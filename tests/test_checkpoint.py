@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
 import xlir
@@ -228,4 +229,20 @@ def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
     assert f"using the checkpoint of step {other}" in caplog.text
     shutil.rmtree(run / "checkpoints" / str(other) / "ema")  # not: the weights without average
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be restored"):
+        xlir.Encoder.load(run)
+
+
+def test_a_tokenizer_of_another_model(toy_run, tmp_path):
+    """It is noticed by its digest; without digests, where it has pieces beyond the table."""
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    file = run / "text_tower" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.add_tokens([f"piece{number}" for number in range(100)])
+    tokenizer.save(str(file))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged: its digest is not"):
+        xlir.Encoder.load(run)
+    (run / "SHA256SUMS").unlink()
+    with pytest.raises(
+        ValueError, match="the tokenizer has 360 pieces, and the tower an embedding"
+    ):
         xlir.Encoder.load(run)

@@ -197,6 +197,12 @@ class Encoder:
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         tokenizer = text_io.load_tokenizer(workdir / "text_tower")
+        rows = descriptions["text"].get("config", {}).get("vocab_size", tokenizer.vocab_size)
+        if tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"{workdir / 'text_tower'}: the tokenizer has {tokenizer.vocab_size} pieces, and "
+                f"the tower an embedding of {rows}; it is the tokenizer of another model"
+            )
         return cls(config, model, tokenizer, descriptions, mesh)
 
     def save(self, workdir: pathlib.Path) -> None:
