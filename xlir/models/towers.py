@@ -5,12 +5,11 @@ dictionary, kept as JSON beside the weights in a workdir, so that a run is loade
 checkpoint that it started from.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from flax import nnx
@@ -105,8 +104,6 @@ def describe_text(options: ConfigDict) -> Description:
         _check_own_pooling("text", options)
         return {"kind": "muse"}
     config = _architecture("text", options, TEXT_MODELS)
-    with _blamed_on(options.tower):
-        transformer.check_config(config)
     modules = _modules(options, config)
     pooling = options.pooling or (modules.pooling if modules else "mean")
     _check_text(options, config, pooling)
@@ -260,10 +257,7 @@ def _check_text(options: ConfigDict, config: Mapping, pooling: str) -> None:
 
 
 def _check_image(options: ConfigDict, config: Mapping) -> None:
-    kind = IMAGE_MODELS[config["model_type"]]
-    with _blamed_on(options.tower):
-        _check_architecture(kind, config)
-    if kind == "resnet":
+    if IMAGE_MODELS[config["model_type"]] == "resnet":
         _check_own_pooling("image", options, "ResNet")
         return
     try:
@@ -280,17 +274,6 @@ def _check_own_pooling(side: str, options: ConfigDict, kind: str = "") -> None:
             f"config.{side}.pooling is {options.pooling!r}; {kind or options.tower} pools in a way "
             f"of its own: it can be ''{mean}"
         )
-
-
-@contextlib.contextmanager
-def _blamed_on(tower: str) -> Iterator[None]:
-    """Errors name the config.json."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"{tower}/config.json lacks {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{tower}/config.json: {error}") from error
 
 
 def create(description: Mapping, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -449,7 +432,10 @@ def _architecture(side: str, options: ConfigDict, models: Mapping[str, str]) -> 
         )
     if options.tower not in TOYS:
         try:
-            _check_architecture(models[config["model_type"]], config)
+            if side == "text":
+                transformer.check_config(config)
+            else:
+                _check_architecture(models[config["model_type"]], config)
         except ValueError as error:
             raise ValueError(f"{folder}/config.json: {error}") from error
     return dict(config)
