@@ -26,7 +26,7 @@ main._RUN["train"] = fail
 """
 PRINT_WORKDIR = """
 import sys, types
-sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir: print(workdir))
+sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir, **_: print(workdir))
 """
 QUICKSTART = "--config=configs/quickstart.py"
 TAG = ["--workdir=x", "--vocabulary=coco", "a.jpg"]

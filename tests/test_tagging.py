@@ -363,6 +363,7 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
     config = json.loads((run / "config.json").read_text())
     config["data"]["dir"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(config))
+    (run / "SHA256SUMS").unlink()
     arguments = ["tag", f"--workdir={run}", f"--vocabulary={folder / 'shapes.tsv'}"]
     arguments += ["--language=de", "--output=-", str(folder / "images" / "07.jpg")]
     process = command(*arguments, "--threshold=0.3")

@@ -108,9 +108,11 @@ def test_what_a_run_leaves_behind(workdir):
         "text_tower/weights.safetensors",
         "text_tower/sentencepiece.model",
         "image_tower/weights.safetensors",
+        "data.json",
+        "SHA256SUMS",
     } <= files
     kinds = {name.split(".", 1)[-1] for name in files if name.startswith("results/")}
-    assert kinds == {"json", "recall.png", "queries.png"}
+    assert kinds == {"json", "recall.png", "queries.png", "results/SHA256SUMS"}
     assert any(name.startswith("tensorboard/events") for name in files)
     # Frozen towers are in no checkpoint: heads and their optimizer state are small.
     assert sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*")) < 3_000_000
