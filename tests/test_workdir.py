@@ -137,6 +137,18 @@ def test_damaged_metrics_are_counted_and_kept_beside(tmp_path, caplog):
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes().startswith(damaged)
 
 
+@pytest.mark.parametrize(
+    ("half", "damaged"),
+    [('{"step": 9, "lo', False), ('{"step": 8, "lo', True), ('{"st', False), ("", False)],
+)
+def test_a_half_written_record_of_a_step_that_was_saved(half, damaged, tmp_path, caplog):
+    text = write_records(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(text + half)
+    MetricLog(tmp_path, resume_at=8).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert ("1 damaged records dropped, the first in line 9" in caplog.text) == damaged
+
+
 def test_results_are_shown_where_they_cannot_be_kept(toy_run, tmp_path, capsys, caplog):
     """A file in the folder's place, as tests run as root, who may write anywhere."""
     encoder = Encoder.load(toy_run)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ def _drop_after(file: pathlib.Path, step: int) -> None:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             damaged.append(number)
-    if half and last < step:
+    started = re.match(rb'{"step": ([0-9]+),', half)
+    if half and (int(started[1]) if started else last + 1) <= step:
         damaged.append(len(lines) + 1)
     if damaged:
         copy = file.with_name(f"{file.name}.damaged")
