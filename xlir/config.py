@@ -92,8 +92,8 @@ class Choice:
         return isinstance(value, str) and value in self._names
 
     def __str__(self) -> str:
-        empty = "or empty; " if "" in self._names else ""
-        return f"{empty}known: {', '.join(filter(None, self._names))}"
+        empty = " (or empty)" if "" in self._names else ""
+        return f"known: {', '.join(filter(None, self._names))}{empty}"
 
 
 @dataclasses.dataclass(frozen=True)
