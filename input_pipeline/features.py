@@ -69,8 +69,8 @@ def cached(
       ValueError: `compute` gave another shape, or a feature that is not finite.
     """
     name = fingerprint({**description, "count": count, "dim": dim})
-    # A second run that wants the same features waits for the first, then reads them. Not where
-    # processes compute together: two runs' could wait for each other for ever.
+    # A second run that needs the same features waits for the first one and then reads them. Where
+    # processes compute together it does not wait: two runs could wait for each other for ever.
     with _lock(folder / f"{name}.lock", wait=agree is None) as obstacle:
         rows = _Rows(folder / f"{name}.npy", count, dim, obstacle)
         agree = agree or (lambda row: row)
@@ -82,7 +82,7 @@ def cached(
                 stop = min(start + block, count)
                 rows.put(start, _checked(compute(start, stop), (stop - start, dim), start, label))
                 bar.update(int(rows.intact.sum()) - bar.n)
-                # Who has these rows computes them with those who don't.
+                # Every process computes the block, also those whose own rows are intact.
                 start = agree(rows.first_missing())
         return rows.array()
 
@@ -135,11 +135,11 @@ class _Rows:
         self._memory: np.ndarray | None = None
         self._lines: list[bytes] = []
         self.intact: Bool[np.ndarray, " count"] = np.zeros(count, bool)
-        # A file that can't be read has no intact rows.
+        # If the file can't be read, no row counts as intact.
         with contextlib.suppress(OSError):
             self._verify()
         if not obstacle:
-            # What killed runs left, and what an earlier version had not finished.
+            # Unfinished files of runs that were killed, and of earlier versions.
             for left in file.parent.glob(f"{file.stem}.*partial"):
                 log.info("%s is removed: a run was stopped while it wrote it", left)
                 left.unlink(missing_ok=True)

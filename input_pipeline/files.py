@@ -92,7 +92,7 @@ def check_sums(
 ) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
-    What it does not list is of a version that wrote no digests, and is not checked.
+    Files that it does not list were written by a version without digests and are not checked.
 
     Args:
       folder: where the files are.
@@ -121,7 +121,7 @@ def check_sums(
 def checking(folder: pathlib.Path) -> Iterator[None]:
     """As `check_sums`, in a thread beside what the files are read for.
 
-    Where a file is damaged that is what is raised, not what reading it has led to.
+    If a file is damaged, that error is raised in place of any error that reading it has led to.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         check = pool.submit(check_sums, folder)
@@ -138,7 +138,7 @@ def write_digested(file: pathlib.Path, content: object) -> None:
 
 
 def read_digested(file: pathlib.Path) -> Any | None:
-    """What `write_digested` wrote; None where it is not there, or damaged, which a line says."""
+    """Reads what `write_digested` wrote; None if it is missing or, with a warning, damaged."""
     if not file.exists():
         return None
     digest, _, text = file.read_bytes().partition(b"\n")

@@ -1,8 +1,8 @@
-"""What one photo may take, as a small file can hold a picture of gigabytes, and a name no file.
+"""Limits on the photos that are read: regular files, and a bound on the memory of each.
 
-Only regular files are read: a FIFO would be waited for, a device never ends. What a file and its
-pixels take in memory is estimated from its size and its header, before anything is decoded, and
-refused above $XLIR_PHOTO_MB.
+A FIFO would block, a device has no end, and a small file can hold a picture that takes gigabytes.
+The memory that a file and its pixels take is estimated from the file's size and its header, before
+anything is decoded. A photo that would take more than $XLIR_PHOTO_MB is refused.
 """
 
 import os
@@ -42,7 +42,7 @@ CHUNK, PACKED_CHUNK = 1 << 20, 1 << 12
 
 
 class Refused(ValueError):
-    """A photo that is not read or not decoded, as it is no file or would take too much memory."""
+    """The photo is not a regular file, or would take too much memory."""
 
 
 def limit() -> int:
@@ -86,7 +86,7 @@ def read(file: str | os.PathLike) -> bytes:
 
 
 def _open_at_once(file: str, flags: int) -> int:
-    """Opens a file without waiting for somebody who writes to it, where it is a FIFO."""
+    """Opens a file. Where it is a FIFO, this does not wait for a writer."""
     return os.open(file, flags | os.O_NONBLOCK)
 
 

@@ -147,7 +147,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Reports damaged checkpoints, and renames them so that their steps can be saved again."""
         if not damaged:
             return
-        first = jax.process_index() == 0  # it speaks for all, and moves
+        first = jax.process_index() == 0  # the only process that logs and renames
         for step, why in sorted(damaged.items()):
             if first:
                 log.warning("checkpoint %d is damaged (%s)", step, why)

@@ -42,7 +42,7 @@ class Whole:
     also: tuple[int, ...] = ()
 
     def __contains__(self, value: object) -> bool:
-        # A bool is an int to Python, but not to whoever reads the configuration.
+        # In Python a bool is an int; in a configuration it is a mistake.
         return type(value) is int and (self.least <= value <= self.most or value in self.also)
 
     def __str__(self) -> str:
@@ -252,7 +252,7 @@ def check_config(config: ConfigDict | Mapping) -> None:
       config: all fields of configs/base.py, and no others.
     """
     fields = config.to_dict() if isinstance(config, ConfigDict) else config
-    # Where a field is not what it should be, whether it goes with others can't be said.
+    # Combinations are only checked once each field is valid by itself.
     faults = list(_faults("config", fields, FIELDS)) or list(_conflicts(fields))
     if faults:
         raise ValueError(". ".join(faults))

@@ -136,7 +136,7 @@ def training_photos(config: ConfigDict) -> datasets.CaptionedImages:
 
 
 def check_batch_size(config: ConfigDict, captions: int) -> None:
-    """Raises ValueError where a batch takes more than all pairs of the training split."""
+    """Raises ValueError where a batch is larger than the number of training captions."""
     if config.data.batch_size > captions:
         raise ValueError(
             f"config.data.batch_size is {config.data.batch_size:,}, but the training split "

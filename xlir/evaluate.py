@@ -259,7 +259,7 @@ def report(
     Where the set has folds, a second file and table hold their mean. Of several processes, which
     all embed, the first one writes.
     """
-    # Before the work: the folder may be one that can only be read.
+    # Checked before the work: the run's folder may be read-only.
     folder = results_folder(workdir)
     texts, images = Evaluator(encoder, data, cache).embeddings()
     if jax.process_index():

@@ -199,7 +199,7 @@ def table(results: dict) -> str:
 
 def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
     """Evaluates and shows it: results file, table in the terminal, contact sheet."""
-    # Before the work: the folder may be one that can only be read.
+    # Checked before the work: the run's folder may be read-only.
     folder = results_folder(workdir)
     images = _embed(encoder, data, cache)
     reference = tagging.reference(encoder, workdir)

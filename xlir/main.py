@@ -211,7 +211,7 @@ def main() -> int:
     # Orbax and TFDS report every step of their work, and, besides raising it, every error.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    # Of a photo that Pillow finds large; what it may take is limited elsewhere.
+    # Pillow warns of large photos; `input_pipeline.photo_limits` limits their memory.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         code, (verb, *images) = 0, _parse(sys.argv)
@@ -219,7 +219,7 @@ def main() -> int:
             print(f"{__doc__}\nFlags:\n{_flag_help()}")
         else:
             code = _RUN[verb](*images) or 0
-        # What can't be written is noticed here, and not when Python ends.
+        # Flushed here, so that a failing write is reported, which it would not be at exit.
         sys.stdout.flush()
         return code
     except UsageError as error:
