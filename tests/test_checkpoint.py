@@ -246,3 +246,17 @@ def test_a_tokenizer_of_another_model(toy_run, tmp_path):
         ValueError, match="the tokenizer has 360 pieces, and the tower an embedding"
     ):
         xlir.Encoder.load(run)
+
+
+def test_a_command_says_it_without_a_traceback(workdir, command, tmp_path):
+    """Reads of the damaged checkpoint that are still under way end unheard."""
+    run = shutil.copytree(workdir, tmp_path / "run")
+    with Checkpoints(run, read_only=True) as checkpoints:
+        best = checkpoints.best_step()
+    for file in (run / "checkpoints" / str(best)).rglob("d/*"):
+        file.write_bytes(b"")
+    process = command("eval", f"--workdir={run}", "--test_set=split:val")
+    assert f"checkpoint {best} is damaged (" in process.stderr
+    assert "using the checkpoint of step " in process.stderr
+    assert "Traceback" not in process.stderr
+    assert "text to image" in process.stdout

@@ -211,6 +211,7 @@ def main() -> int:
     # Orbax and TFDS report every step of their work, and, besides raising it, every error.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     # Pillow warns of large photos; `input_pipeline.photo_limits` limits their memory.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
@@ -235,7 +236,6 @@ def _train() -> None:
     _start_jax()
     from xlir import train
 
-    sys.unraisablehook = _report_unraisable
     workdir = pathlib.Path(_WORKDIR.value or _default_workdir())
     train.train(_CONFIG.value, workdir, accept_changed_data=_ACCEPT_CHANGED_DATA.value)
 
@@ -528,7 +528,7 @@ def _reader_is_gone() -> bool:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """As Python does, but for writes that end after another one's failure has ended the save."""
+    """As Python does, but for reads and writes that end after a failed one has ended them all."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
