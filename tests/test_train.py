@@ -252,7 +252,7 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
     model = dual_encoder.DualEncoder(
         config, opened.text_tower, opened.image_tower, rngs=nnx.Rngs(config.seed)
     )
-    encoder = Encoder(config, model, source.tokenizer, source.descriptions, mesh)
+    encoder = Encoder(config, model, source.tokenizer, source.specs, mesh)
     transformation = optimizer.build(config)
     layout, step = train.compile_step(encoder, transformation, mesh)
     params = nnx.to_pure_dict(encoder.params)

@@ -43,13 +43,13 @@ class AbstractEncoder:
     Attributes:
       config, graph: as an `Encoder`'s.
       params, frozen: as an `Encoder`'s, but shapes.
-      descriptions: of the towers.
+      specs: of the towers.
     """
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.descriptions = towers.describe_published(config)
-        model = towers.abstract_model(config, self.descriptions)
+        self.specs = towers.describe_published(config)
+        model = towers.abstract_model(config, self.specs)
         self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
         self._feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
 
@@ -64,7 +64,7 @@ class AbstractEncoder:
             shapes["text_ids"] = ((size, config.text.max_length), jnp.int32)
             shapes["text_mask"] = ((size, config.text.max_length), jnp.bool_)
         if not config.image.frozen:
-            pixels = self.descriptions["image"]["preprocessing"]["size"]
+            pixels = self.specs["image"].preprocessing.size
             shapes["image"] = ((size, pixels, pixels, 3), jnp.uint8)
         return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 

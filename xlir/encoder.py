@@ -33,6 +33,7 @@ from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
 from xlir.models import dual_encoder, pretrained, towers
+from xlir.models.family import TowerSpec
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ class Encoder:
         config: ConfigDict,
         model: dual_encoder.DualEncoder,
         tokenizer: text_io.Tokenizer,
-        descriptions: dict[str, towers.Description],
+        specs: dict[str, TowerSpec],
         mesh: Mesh | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
-        self.descriptions = descriptions
+        self.specs = specs
         self.step = 0
-        self.preprocessing = image_io.Preprocessing(**descriptions["image"]["preprocessing"])
+        self.preprocessing = specs["image"].preprocessing
         self._described: dict[str, dict[str, object]] = {}
         self.feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
         self.mesh = mesh or partition.single_device_mesh()
@@ -99,22 +100,22 @@ class Encoder:
           FileNotFoundError: weights or tokenizer are not installed.
         """
         check_config(config)
-        descriptions = {
+        specs = {
             "text": towers.describe_text(config.text),
             "image": towers.describe_image(config.image),
         }
-        tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
+        tokenizer, kept = towers.load_tokenizer(config.text, specs["text"]), None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
             log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
-            descriptions["text"] = towers.trimmed(descriptions["text"], kept)
+            specs["text"] = specs["text"].family.trimmed(specs["text"], kept)
         with partition.on_host():
-            text_tower = towers.load(config.text, descriptions["text"], kept=kept)
-            image_tower = towers.load(config.image, descriptions["image"])
+            text_tower = towers.load(config.text, specs["text"], kept=kept)
+            image_tower = towers.load(config.image, specs["image"])
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
-        return cls(config, model, tokenizer, descriptions, mesh)
+        return cls(config, model, tokenizer, specs, mesh)
 
     @classmethod
     def load(
@@ -185,25 +186,25 @@ class Encoder:
     ) -> "Encoder":
         if dtype:
             config.head_dtype = config.text.dtype = config.image.dtype = dtype
-        descriptions, loaded = {}, {}
+        specs, loaded = {}, {}
         with partition.on_host():
             for side in SIDES:
                 folder = workdir / f"{side}_tower"
-                descriptions[side] = towers.read_description(side, folder / DESCRIPTION_FILE)
-                create = functools.partial(towers.create, descriptions[side], config[side])
+                specs[side] = towers.read_spec(side, folder / SPEC_FILE)
+                create = functools.partial(towers.create, specs[side], config[side])
                 # Shapes only: what is about to be overwritten need not be drawn.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
                 pretrained.load(loaded[side], folder / WEIGHTS_FILE)
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         tokenizer = text_io.load_tokenizer(workdir / "text_tower")
-        rows = descriptions["text"].get("config", {}).get("vocab_size", tokenizer.vocab_size)
+        rows = specs["text"].config.get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
                 f"{workdir / 'text_tower'}: the tokenizer has {tokenizer.vocab_size} pieces, and "
                 f"the tower an embedding of {rows}; it is the tokenizer of another model"
             )
-        return cls(config, model, tokenizer, descriptions, mesh)
+        return cls(config, model, tokenizer, specs, mesh)
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes configuration, towers and tokenizer, the parts that training does not change.
@@ -218,7 +219,7 @@ class Encoder:
             folder = workdir / f"{side}_tower"
             folder.mkdir(parents=True, exist_ok=True)
             pretrained.save(weights[side], folder / WEIGHTS_FILE)
-            (folder / DESCRIPTION_FILE).write_text(json.dumps(self.descriptions[side], indent=1))
+            (folder / SPEC_FILE).write_text(json.dumps(self.specs[side].to_json(), indent=1))
         self.tokenizer.save(workdir / "text_tower")
         config = json.dumps(self.config.to_dict(), indent=1)
         files.write_sums(workdir, _tower_files(workdir), {CONFIG_FILE: config})
@@ -350,7 +351,7 @@ class Encoder:
             digest.update(np.ascontiguousarray(array))
         options = self.config[side]
         description: dict[str, object] = {
-            "tower": self.descriptions[side],
+            "tower": self.specs[side].to_json(),
             "weights": digest.hexdigest(),
             "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
         }
@@ -417,7 +418,7 @@ class Encoder:
 SIDES = ("text", "image")
 # In the folder of a tower in a workdir.
 WEIGHTS_FILE = "weights.safetensors"
-DESCRIPTION_FILE = "tower.json"
+SPEC_FILE = "tower.json"
 CONFIG_FILE = "config.json"
 
 

@@ -10,9 +10,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from xlir.models import pretrained
-from xlir.models.vit import ARCHITECTURES, ViT, bicubic_weights, rename, vision_config
+from input_pipeline.images import Preprocessing
+from xlir.models import pretrained, registry
+from xlir.models.family import TowerSpec
+from xlir.models.vision_transformer import VisionTransformer, bicubic_weights
 
+ARCHITECTURES = {
+    name: config
+    for name, config in registry.architectures("image").items()
+    if registry.family_of("image", config).kind == "vit"
+}
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 TINY = {
     "hidden_size": 32,
@@ -78,18 +85,27 @@ def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
     return pretrained.read_config(folder), pretrained.read_checkpoint(folder)
 
 
-def create(config: dict, **options) -> ViT:
+def create(
+    config: dict, *, pooling: str = "", dtype=jnp.float32, remat: bool = False
+) -> VisionTransformer:
     """Shapes without values."""
-    return nnx.eval_shape(lambda: ViT(config, mean=MEAN, std=STD, rngs=nnx.Rngs(0), **options))
+    family = registry.family_of("image", config)
+    family.check_pooling(config, pooling)
+    spec = TowerSpec(family, config, pooling, preprocessing=Preprocessing(32, mean=MEAN, std=STD))
+    return nnx.eval_shape(lambda: family.create(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
 
 
-def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> ViT:
+def rename(weights: dict[str, np.ndarray], config: dict, pooling: str) -> dict[str, np.ndarray]:
+    return registry.family_of("image", config).rename(weights, config, pooling)
+
+
+def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> VisionTransformer:
     model = create(config, **options)
     pretrained.merge(model, rename(weights, config, options.get("pooling", "")))
     return model
 
 
-def random_model(fields: dict | None = None, **options) -> ViT:
+def random_model(fields: dict | None = None, **options) -> VisionTransformer:
     """Without torch: every parameter at random."""
     model = create({"model_type": "dinov2"} | DINOV2 | (fields or {}), **options)
     generator = np.random.default_rng(0)
@@ -232,7 +248,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"model_type": "swin"}, {}, "model_type 'swin' is not one of vit, clip"),
+        ({"model_type": "swin"}, {}, "of type 'swin'; known image models: resnet, vit, clip"),
         ({"model_type": "vit", "num_channels": 1}, {}, "1 channels"),
         ({"model_type": "vit", "image_size": [32, 48]}, {}, "not square"),
         ({"model_type": "vit", "pooler_act": "gelu"}, {}, "pooler_act 'gelu'"),
@@ -264,7 +280,8 @@ def test_fields_that_a_config_lacks_have_the_defaults_of_transformers():
     transformers = pytest.importorskip("transformers")
     for name in ("ViTConfig", "CLIPVisionConfig", "Dinov2Config", "SiglipVisionConfig"):
         theirs = getattr(transformers, name)().to_dict()
-        ours = vision_config({"model_type": theirs["model_type"]})
+        family = registry.families("image")[theirs["model_type"]]
+        ours = family.complete({"model_type": theirs["model_type"]})
         read = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
         assert all(not theirs.get(field) for field in read)
         # DINOv2 has a ratio in place of it.
