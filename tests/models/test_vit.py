@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from input_pipeline.images import Preprocessing
+from input_pipeline.preprocessing import Preprocessing
 from xlir.models import pretrained, registry
 from xlir.models.family import TowerSpec
 from xlir.models.vision_transformer import VisionTransformer, bicubic_weights

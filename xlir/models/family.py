@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 
-from input_pipeline.images import Preprocessing
+from input_pipeline.preprocessing import Preprocessing
 
 Weights = Mapping[str, np.ndarray]
 

@@ -7,7 +7,7 @@ published implementation in a test.
 from collections.abc import Mapping
 from typing import Any
 
-from input_pipeline.images import Preprocessing
+from input_pipeline.preprocessing import Preprocessing
 from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
 from xlir.models import bert, clip, dinov2, efficientnet, muse, resnet, siglip, vit
 from xlir.models.family import Family, TowerSpec
