@@ -184,7 +184,7 @@ def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.n
         if not name.startswith("classifier.") and not name.endswith(".num_batches_tracked")
     }
     renamed = {}
-    for ours, theirs in _names(config):
+    for ours, theirs in convolution_names(config):
         names = [f"{theirs}.convolution.weight"] + [
             f"{theirs}.normalization.{part}"
             for part in ("weight", "bias", "running_mean", "running_var")
@@ -201,7 +201,7 @@ def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.
     Batch normalisation stays folded in: the one that is written changes nothing but the bias.
     """
     left, restored = dict(weights), {}
-    for ours, theirs in _names(config):
+    for ours, theirs in convolution_names(config):
         kernel, bias = left.pop(f"{ours}.kernel"), left.pop(f"{ours}.bias")
         kernel = kernel if kernel.ndim == 4 else kernel[None, None]
         restored |= {
@@ -215,7 +215,7 @@ def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.
     return restored | left
 
 
-def _names(config: Mapping) -> Iterator[tuple[str, str]]:
+def convolution_names(config: Mapping) -> Iterator[tuple[str, str]]:
     """Each convolution's name here and in the checkpoint, which counts blocks by stage."""
     yield "stem", "embedder.embedder"
     index = 0
