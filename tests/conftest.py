@@ -221,3 +221,21 @@ def toy_run(toy_config, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("toy") / "run"
     train.train(toy_config, folder)
     return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Exported folders are checked in this process, which saves the import of torch each time."""
+    from xlir.export import check, verification
+
+    def run(folder, format, pairs):
+        return check.outputs(format, folder, pairs.texts, pairs.images)
+
+    monkeypatch.setattr(verification, "_run", run)
+    # Each folder's modules have the same names.
+    before = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - before[0]:
+        if name.split(".")[0] in ("dual_encoder", "inputs"):
+            del sys.modules[name]
+    sys.path[:] = before[1]

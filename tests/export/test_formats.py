@@ -21,7 +21,7 @@ from input_pipeline.tokenizers import byte_tokenizer
 from xlir import export
 from xlir.data import RetrievalSet
 from xlir.encoder import Encoder
-from xlir.export import architecture, check, verification
+from xlir.export import architecture, verification
 from xlir.models import dual_encoder, pretrained, registry, towers
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -173,24 +173,6 @@ def preprocessing(options) -> dict:
     fields = {"resample": "bilinear"} if options.size else crop
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     return dataclasses.asdict(Preprocessing(size=size, mean=mean, std=std, **fields))
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """The check in this process, which saves the import of torch and its friends."""
-
-    def run(folder, format, pairs):
-        return check.outputs(format, folder, pairs.texts, pairs.images)
-
-    monkeypatch.setattr(verification, "_run", run)
-    # Each folder's modules have the same names.
-
-    before = set(sys.modules), list(sys.path)
-    yield
-    for name in set(sys.modules) - before[0]:
-        if name.split(".")[0] in ("dual_encoder", "inputs"):
-            del sys.modules[name]
-    sys.path[:] = before[1]
 
 
 def encoded(mode: str, size: tuple[int, int], format: str, **options) -> bytes:

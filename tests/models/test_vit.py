@@ -125,7 +125,7 @@ def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
     }
 
 
-def photos(height: int, width: int, count: int = 2) -> np.ndarray:
+def photos_of(height: int, width: int, count: int = 2) -> np.ndarray:
     """Smooth, as photos are."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 9, 9, 3), np.uint8)
     return np.stack([Image.fromarray(image).resize((width, height)) for image in coarse])
@@ -157,7 +157,7 @@ def test_outputs_equal_torch(case, tmp_path):
     assert (ours.dim, ours.image_size) == (32, fields["image_size"])
     apply = nnx.jit(lambda model, images: model(images))
     for height, width in SIZES if case in ALL_SIZES else SIZES[::3]:
-        images = photos(height, width)
+        images = photos_of(height, width)
         with torch.inference_mode():
             expected = pooled(theirs, images, pooling).numpy()
         assert np.abs(expected).max() > 0.3
@@ -174,7 +174,7 @@ def test_gradients_equal_torch(case, tmp_path):
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     name, fields, pooling = CASES[case]
-    theirs, images = reference(name, fields), photos(40, 27)
+    theirs, images = reference(name, fields), photos_of(40, 27)
     seed = np.random.default_rng(2).normal(size=(2, 32)).astype(np.float32)
     (pooled(theirs, images, pooling) * torch.from_numpy(seed)).sum().backward()
     config, weights = written(theirs, tmp_path / "weights")
@@ -301,7 +301,7 @@ def test_resized_positions_equal_torch():
 
 
 def test_bfloat16_changes_little():
-    images = photos(32, 32, 4)
+    images = photos_of(32, 32, 4)
     for fields in ({}, {"model_type": "siglip_vision_model"}):
         whole, half = (
             np.asarray(nnx.jit(lambda m: m(images))(random_model(fields, dtype=dtype)))
@@ -313,7 +313,7 @@ def test_bfloat16_changes_little():
 
 
 def test_rematerialisation_changes_nothing_and_takes_less_memory():
-    images = photos(48, 48, 8)
+    images = photos_of(48, 48, 8)
     models = [random_model({"num_hidden_layers": 6}, remat=remat) for remat in (False, True)]
     values, temporaries = [], []
     for model in models:
@@ -332,7 +332,7 @@ def test_rematerialisation_changes_nothing_and_takes_less_memory():
 
 
 def test_dropout_is_on_with_keys_only():
-    images = photos(32, 32)
+    images = photos_of(32, 32)
     model = random_model({"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
     plain = model(images)
     apply = nnx.jit(lambda model, key: model(images, rngs=nnx.Rngs(dropout=key)))
