@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import xlir
-from input_pipeline.images import CLIP
+from input_pipeline.preprocessing import CLIP
 from tests.models.test_towers import MALICIOUS, PROCESSOR
-from tests.test_huggingface import CORPUS, OTHER, unigram
+from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
 from xlir import published
 from xlir.checkpoint import Checkpoints
 
@@ -565,7 +565,7 @@ M_CLIP_FAULTS = {
         "has no open_clip_config.json, and the model_type in its config.json is 'xlm-roberta'; "
         "known: M-CLIP",
     ),
-    "tokenizer": (another_tokenizer, "pieces and the model an embedding of .* not of one"),
+    "tokenizer": (another_tokenizer, "tokens and the model an embedding of .* not of one"),
     "head": (
         edit_weights("model.safetensors", lambda w: w.pop("LinearTransformation.bias")),
         r"its weights lack LinearTransformation\.bias",
@@ -638,7 +638,9 @@ def test_import_eval_and_tag(command, m_clip, clip, photos, tmp_path):
     photo = str(photos / "images" / "00.jpg")
     process = command("tag", f"--workdir={run}", "--vocabulary=coco", "--language=de", photo)
     (line,) = process.stderr.splitlines()
-    assert line.startswith("scores are plain cosines, without levels: no data set is named")
+    assert line.startswith(
+        "scores are plain cosines, without calibrated percentiles: no data set is named"
+    )
     assert len(process.stdout.splitlines()) == 1
     for more in ([], ["--task=tagging"]):
         process = command("eval", f"--workdir={run}", *more, check=False)

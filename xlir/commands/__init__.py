@@ -1,0 +1,111 @@
+"""The verbs of the command line, one module each.
+
+The module of a verb has
+
+- a docstring, which `VERB --help` shows; the list of all verbs shows its first line;
+- `define(flags)`, which declares the verb's flags (`xlir.commands.flags.Flags`);
+- `run(values)`, which does the work. `values.workdir` is the value of --workdir, and so on. It
+  returns the exit code, or None for 0, and raises `UsageError` where flags do not go together;
+- `WORDS`, only where the verb takes words besides its flags: what the help calls them. `run` takes
+  them as further arguments.
+
+JAX takes seconds to import. So a module imports nothing at its top that imports JAX, and `run`
+checks the flags before it does: help and most refusals then come at once.
+
+A new verb is a new module, and a line in `VERBS`.
+"""
+
+import importlib
+import types
+from collections.abc import Sequence
+
+import absl.flags
+
+from xlir.commands.errors import UsageError
+from xlir.commands.flags import Flags
+
+# Verb -> its module in this package.
+VERBS = {
+    "train": "train",
+    "prepare": "prepare",
+    "eval": "evaluate",
+    "tag": "tag",
+    "export": "export",
+    "import": "import_model",
+    "shardings": "shardings",
+    "compile": "compile",
+}
+# The verb of a command line without one.
+DEFAULT = "train"
+
+
+def load(verb: str) -> types.ModuleType:
+    """The module of a verb."""
+    return importlib.import_module(f"xlir.commands.{VERBS[verb]}")
+
+
+def find_verb(arguments: Sequence[str]) -> str | None:
+    """The first argument that is a verb; None where none is."""
+    return next((argument for argument in arguments if argument in VERBS), None)
+
+
+def declared_flags(verb: str) -> Flags:
+    """The flags of a verb, without values."""
+    flags = Flags(verb)
+    load(verb).define(flags)
+    return flags
+
+
+def parse(verb: str, arguments: Sequence[str]) -> tuple[absl.flags.FlagValues, list[str]]:
+    """The values of a verb's flags, and the words that the verb is given.
+
+    Args:
+      verb: the verb of this command line.
+      arguments: the program's name, and those of the command line.
+
+    Raises:
+      UsageError: the command line is not usable.
+    """
+    flags = declared_flags(verb)
+    try:
+        words = flags.parse(arguments)
+    except absl.flags.UnrecognizedFlagError as error:
+        raise UsageError(_unknown_flag(error.flagname, verb)) from error
+    if words and words[0] != verb:
+        if words[0] in VERBS:
+            raise UsageError(f"the verb comes first: {words[0]}")
+        raise UsageError(f"unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
+    if words[1:] and not hasattr(load(verb), "WORDS"):
+        raise UsageError(f"expected one verb, got {' '.join(words)}")
+    flags.check()
+    return flags.values, words[1:]
+
+
+def summaries() -> str:
+    """A line for each verb."""
+    return "\n".join(f"  {verb:<11}{_summary(verb)}" for verb in VERBS)
+
+
+def help_of(verb: str) -> str:
+    """What a verb does, with examples and flags."""
+    module = load(verb)
+    words = f" {module.WORDS}" if hasattr(module, "WORDS") else ""
+    return (
+        f"python -m xlir.main {verb} [FLAGS]{words}\n\n{module.__doc__.strip()}\n\n"
+        f"Flags:\n{declared_flags(verb).help()}"
+    )
+
+
+def _summary(verb: str) -> str:
+    return load(verb).__doc__.splitlines()[0].rstrip(".")
+
+
+def _unknown_flag(name: str, verb: str) -> str:
+    """What to say of a flag that the verb does not have, though others may."""
+    name, *_ = name.split(".")
+    others = [other for other in VERBS if name in declared_flags(other).values]
+    if not others:
+        return f"unknown flag --{name}"
+    listed = " and ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
+    hint = ": the run's folder has its configuration" if name == "config" else ""
+    return f"--{name} goes with {listed}, not with {verb}{hint}"
