@@ -512,7 +512,7 @@ OPEN_CLIP_FAULTS = {
     "letterbox": (edit(OPEN, "preprocess_cfg", "resize_mode", value="longest"), "'longest'"),
     "patches": (
         edit(OPEN, MODEL, "vision_cfg", "patch_size", value=16),
-        r"do not fit ViT: wrong shape or dtype .*patches\.kernel",
+        r"do not fit VisionTransformer: wrong shape or dtype .*patches\.kernel",
     ),
     "dimensions": (
         edit(OPEN, MODEL, "embed_dim", value=20),
