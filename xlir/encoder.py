@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from configs import base
 from input_pipeline import files, photo_limits
 from input_pipeline import images as image_io
-from input_pipeline import text as text_io
+from input_pipeline import tokenizers as text_io
 from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # Inputs that go through a tower, or rows that go through a head, at once on each device.
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
-TEXT_PIECES = 2048  # padding included; mUSE's activations then stay in a CPU's cache
+TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
 # Which inputs, and this process's share of them under a training batch's keys.
@@ -106,7 +106,7 @@ class Encoder:
         tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
-            log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
+            log.info("vocabulary: %d of %d tokens kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
             descriptions["text"] = towers.trimmed(descriptions["text"], kept)
         with partition.on_host():
@@ -200,7 +200,7 @@ class Encoder:
         rows = descriptions["text"].get("config", {}).get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
-                f"{workdir / 'text_tower'}: the tokenizer has {tokenizer.vocab_size} pieces, and "
+                f"{workdir / 'text_tower'}: the tokenizer has {tokenizer.vocab_size} tokens, and "
                 f"the tower an embedding of {rows}; it is the tokenizer of another model"
             )
         return cls(config, model, tokenizer, descriptions, mesh)
@@ -256,10 +256,10 @@ class Encoder:
         """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
         longest = self.config.text.max_length
         ids = self.tokenizer(texts, max_length=longest)
-        size, pieces = TEXT_BATCH * self.mesh.size, TEXT_PIECES * self.mesh.size
+        size, tokens = TEXT_BATCH * self.mesh.size, TEXT_TOKENS * self.mesh.size
         lengths = [len(i) for i in ids]
         for rows, length in text_io.length_batches(
-            lengths, size, max_pieces=pieces, longest=longest
+            lengths, size, max_tokens=tokens, longest=longest
         ):
             text_ids, text_mask = text_io.pad([ids[row] for row in self._share(rows)], length)
             yield rows, {"text_ids": text_ids, "text_mask": text_mask}

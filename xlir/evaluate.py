@@ -94,8 +94,7 @@ def frozen_features(
         side: features.cached(
             cache,
             {**encoder.describe_tower(side), "source": sources[side]},
-            len(inputs[side]),
-            encoder.feature_dims[side],
+            (len(inputs[side]), encoder.feature_dims[side]),
             functools.partial(compute, side),
             label=f"{label} {side}s",
             block=FEATURE_BATCH * encoder.mesh.size,

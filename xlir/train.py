@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from input_pipeline import datasets, loader, text
+from input_pipeline import datasets, loader, tokenizers
 from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
@@ -127,7 +127,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     )
     _center(encoder, cached)
     batches = loader.Batches(
-        loader.Order(
+        loader.Sampler(
             config.seed, [len(captions) for captions in training.captions], config.data.batch_size
         ),
         _reader(training, captions, encoder, cached),
@@ -201,7 +201,7 @@ def _reader(
         batch = {f"{side}_features": array[rows[side]] for side, array in cached.items()}
         if "text" not in cached:
             ids = encoder.tokenizer([captions[row] for row in caption_rows], max_length=length)
-            batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
+            batch["text_ids"], batch["text_mask"] = tokenizers.pad(ids, length)
         if "image" not in cached:
             keys = [[seed, step, place] for place in places.tolist()]
             batch["image"] = np.stack(list(decoders.map(decode, image_rows.tolist(), keys)))
