@@ -1,8 +1,11 @@
 """Runs that several tests share: how they are started, and what is read of them afterwards."""
 
+import contextlib
 import dataclasses
 import fcntl
+import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -10,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +38,41 @@ def once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.
     return folder
 
 
+def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs the command line in this process, on its eight devices; returns what a process would.
+
+    It saves the seconds in which a process imports JAX and compiles. What kills, replaces modules
+    or reads the output while it comes needs a process: the fixture `command`.
+    """
+    # Not before jaxtyping's checks are in place, which come after conftest.py.
+    from xlir import data, main
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf8", write_through=True) for _ in range(2))
+    handler = logging.StreamHandler(err)
+    logging.root.addHandler(handler)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    data._prepared.cache_clear()  # as in another process
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", ["xlir", *arguments]),
+            mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
+            mock.patch.dict(os.environ),
+            warnings.catch_warnings(),
+        ):
+            code = main.main()
+    finally:
+        logging.root.removeHandler(handler)
+        for number, action in signals.items():
+            signal.signal(number, action)
+    printed = (file.buffer.getvalue().decode() for file in (out, err))
+    process = subprocess.CompletedProcess(arguments, code, *printed)
+    if check:
+        assert code == 0, process.stdout + process.stderr
+    return process
+
+
 def metrics_of(workdir):
     """The records of a run without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -43,6 +82,8 @@ def metrics_of(workdir):
 
 def checkpoint_of(workdir, step):
     """All arrays of a checkpoint."""
+    import orbax.checkpoint as ocp  # imports JAX, which not all need that read this file
+
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         names = ("params", "optimizer")
         items = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
