@@ -524,11 +524,11 @@ OPEN_CLIP_FAULTS = {
     ),
     "unused, image": (
         edit_weights(WEIGHTS, lambda w: w.update({"visual.attn_pool.query": torch.zeros(2)})),
-        r"do not fit ViT: unused attn_pool\.query",
+        r"do not fit VisionTransformer: unused attn_pool\.query",
     ),
     "missing": (
         edit_weights(WEIGHTS, lambda weights: weights.pop("visual.ln_pre.bias")),
-        r"do not fit ViT: missing input_norm\.bias",
+        r"do not fit VisionTransformer: missing input_norm\.bias",
     ),
     "missing head": (
         edit_weights(WEIGHTS, lambda weights: weights.pop("text.proj.2.weight")),
