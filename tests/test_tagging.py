@@ -169,7 +169,7 @@ class CountingEncoder(encoder.Encoder):
     mesh = types.SimpleNamespace(size=1)
 
     def __init__(self):
-        self.sizes = []
+        self.sizes, self.embedder = [], self
 
     def decode(self, file):
         if int(file.name) % 7 == 3:

@@ -268,7 +268,8 @@ def _compile() -> int:
 def _evaluate() -> None:
     _start_jax()
     from xlir import data, evaluate, partition
-    from xlir.encoder import Encoder, read_config
+    from xlir.encoder import Encoder
+    from xlir.workdir import read_config
 
     workdir = pathlib.Path(_WORKDIR.value)
     mesh = partition.fitting_mesh(read_config(workdir).mesh)
