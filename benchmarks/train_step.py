@@ -55,7 +55,7 @@ def ours(config, text, image):
             "image_id": images.astype(np.int32),
         }
 
-    order = loader.Order(0, [CAPTIONS] * PHOTOS, config.data.batch_size)
+    order = loader.Sampler(0, [CAPTIONS] * PHOTOS, config.data.batch_size)
     rows = partition.local_rows(config.data.batch_size, mesh)
     batches = loader.Batches(order, read, 10**6, rows)
     for batch in loader.iterate(batches, first_step=0, prefetch=config.data.prefetch):

@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     config.image = _tower()
     # Put before every text; the E5 models want "query: ".
     config.text.prefix = ""
-    # Keep only the pieces of the vocabulary that the training captions and these texts use: files
+    # Keep only the tokens of the vocabulary that the training captions and these texts use: files
     # with a text a line, or folders of .txt files, relative to data.dir and joined with commas;
     # give texts in every language that will be searched in. Empty: keep all. A checkpoint's
     # embedding table is most of it.

@@ -58,7 +58,7 @@ def _tune(config):
     config.text.remat = True
     # One caption in a hundred is longer, and a fifth less work than with 40.
     config.text.max_length = 32
-    # 250,037 pieces, nine in ten of which no caption of these languages uses.
+    # 250,037 tokens, nine in ten of which no caption of these languages uses.
     config.text.trim_vocab = "multilingual_test"
     config.text.learning_rate_factor = 0.03
     config.text.head = "linear"

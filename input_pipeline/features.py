@@ -41,26 +41,24 @@ LINE = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,18}) ([0-9]{1,18})")
 def cached(
     folder: pathlib.Path,
     description: Mapping[str, object],
-    count: int,
-    dim: int,
+    shape: tuple[int, int],
     compute: Callable[[int, int], Float[np.ndarray, "rows dim"]],
     *,
     label: str,
     block: int = BLOCK,
     agree: Callable[[int], int] | None = None,
 ) -> Float[np.ndarray, "count dim"]:
-    """The features of `count` inputs, from the cache or computed into it.
+    """The features of all inputs, from the cache or computed into it.
 
     Args:
       folder: where cache files live.
       description: everything the features depend on; part of the file's name.
-      count: number of inputs.
-      dim: width of a feature vector.
+      shape: number of inputs, and width of a feature vector.
       compute: (start, stop) -> the features of those inputs.
       label: what the progress bar calls them.
       block: rows computed between two writes.
-      agree: where several processes compute together, each with a folder of its own: a row of each
-        process -> the lowest of them, in every process.
+      agree: for several processes that compute together, each with a folder of its own: takes a row
+        number in each process, and gives all of them the lowest.
 
     Returns:
       A read-only array, memory-mapped where all rows are kept on disk.
@@ -68,6 +66,7 @@ def cached(
     Raises:
       ValueError: `compute` gave another shape, or a feature that is not finite.
     """
+    count, dim = shape
     name = fingerprint({**description, "count": count, "dim": dim})
     # A second run that needs the same features waits for the first one and then reads them. Where
     # processes compute together it does not wait: two runs could wait for each other for ever.
@@ -82,14 +81,14 @@ def cached(
                 stop = min(start + block, count)
                 rows.put(start, _checked(compute(start, stop), (stop - start, dim), start, label))
                 bar.update(int(rows.intact.sum()) - bar.n)
-                # Every process computes the block, also those whose own rows are intact.
+                # A process whose own rows are intact computes the block too: all compute together.
                 start = agree(rows.first_missing())
         return rows.array()
 
 
 @contextlib.contextmanager
 def _lock(file: pathlib.Path, *, wait: bool) -> Iterator[str]:
-    """Keeps other runs from writing a cache; gives what forbids to write it here, or nothing."""
+    """Keeps other runs from writing a cache; yields why it can't be written, or an empty text."""
     with contextlib.ExitStack() as stack:
         obstacle = ""
         try:

@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 Read = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Batch]
 
 
-class Order:
+class Sampler:
     """Which (photo, caption) pairs make up each global batch.
 
     Args:
@@ -65,20 +65,20 @@ class Batches(grain.sources.RandomAccessDataSource):
     """One process's share of every global batch: element `step` is the rows at `places` of it.
 
     Args:
-      order: what the global batches are.
+      sampler: says which pairs make up each global batch.
       read: reads rows.
       steps: how many batches.
       places: which rows of each batch are this process's (`partition.local_rows`).
     """
 
-    def __init__(self, order: Order, read: Read, steps: int, places: Int[np.ndarray, " rows"]):
-        self._order, self._read, self._steps, self._places = order, read, steps, places
+    def __init__(self, sampler: Sampler, read: Read, steps: int, places: Int[np.ndarray, " rows"]):
+        self._sampler, self._read, self._steps, self._places = sampler, read, steps, places
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
-        images, captions = self._order(step)
+        images, captions = self._sampler(step)
         return self._read(images[self._places], captions[self._places], step, self._places)
 
 

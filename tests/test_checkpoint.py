@@ -236,7 +236,7 @@ def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
 
 
 def test_a_tokenizer_of_another_model(toy_run, tmp_path):
-    """It is noticed by its digest; without digests, where it has pieces beyond the table."""
+    """It is noticed by its digest; without digests, where it has tokens beyond the table."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     file = run / "text_tower" / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -246,7 +246,7 @@ def test_a_tokenizer_of_another_model(toy_run, tmp_path):
         xlir.Encoder.load(run)
     (run / "SHA256SUMS").unlink()
     with pytest.raises(
-        ValueError, match="the tokenizer has 360 pieces, and the tower an embedding"
+        ValueError, match="the tokenizer has 360 tokens, and the tower an embedding"
     ):
         xlir.Encoder.load(run)
 

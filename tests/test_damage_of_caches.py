@@ -172,7 +172,7 @@ def cached():
     def compute(start, stop):
         time.sleep(0.002)
         return np.random.default_rng(start).normal(size=(stop - start, 64))
-    array = features.cached(cache, {}, 5000, 64, compute, label="x", block=50)
+    array = features.cached(cache, {}, (5000, 64), compute, label="x", block=50)
     return hashlib.sha256(array).hexdigest()
 
 work = {"prepare": prepare, "cached": cached}[sys.argv[1]]

@@ -28,7 +28,7 @@ def build(folder, calls, description=None, upto=None, **options):
         return EXPECTED[start:stop]
 
     source = description or {"w": 1}
-    return features.cached(folder, source, COUNT, DIM, compute, label="test", **options)
+    return features.cached(folder, source, (COUNT, DIM), compute, label="test", **options)
 
 
 def damage(folder, block):
@@ -142,7 +142,7 @@ def compute(start, stop):
     if start >= last * t.BLOCK:
         os.kill(os.getpid(), signal.SIGKILL)
     return t.EXPECTED[start:stop]
-t.features.cached(folder, {{"w": 1}}, t.COUNT, t.DIM, compute, label="killed")
+t.features.cached(folder, {{"w": 1}}, (t.COUNT, t.DIM), compute, label="killed")
 """
 
 
@@ -319,5 +319,5 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, caplog):
 def test_broken_features_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         features.cached(
-            tmp_path, {}, COUNT, DIM, lambda start, stop: rows(stop - start), label="test"
+            tmp_path, {}, (COUNT, DIM), lambda start, stop: rows(stop - start), label="test"
         )

@@ -18,19 +18,19 @@ def read(images, captions, step, places):
 
 def test_every_epoch_is_a_permutation_in_another_order():
     size = len(COUNTS)
-    order = loader.Order(0, COUNTS, batch_size=3)
-    stream = np.concatenate([order(step)[0] for step in range(size * 4)])
+    sampler = loader.Sampler(0, COUNTS, batch_size=3)
+    stream = np.concatenate([sampler(step)[0] for step in range(size * 4)])
     epochs = stream[: size * 12].reshape(-1, size)
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 8
 
 
 def test_the_captions_of_a_photo_take_turns():
-    order = loader.Order(1, COUNTS, batch_size=len(COUNTS))
+    sampler = loader.Sampler(1, COUNTS, batch_size=len(COUNTS))
     first = np.cumsum(COUNTS) - COUNTS
     seen = [[] for _ in COUNTS]
     for step in range(60):  # 60 epochs: a multiple of every count
-        for image, caption in zip(*order(step), strict=True):
+        for image, caption in zip(*sampler(step), strict=True):
             assert first[image] <= caption < first[image] + COUNTS[image]
             seen[image].append(caption - first[image])
     for count, turns in zip(COUNTS, seen, strict=True):
@@ -38,17 +38,17 @@ def test_the_captions_of_a_photo_take_turns():
 
 
 def test_another_seed_is_another_order():
-    a, b = (loader.Order(seed, COUNTS, batch_size=70)(0) for seed in (0, 1))
+    a, b = (loader.Sampler(seed, COUNTS, batch_size=70)(0) for seed in (0, 1))
     assert (a[0] != b[0]).any()
     assert (a[1] != b[1]).any()
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_global_batch(processes):
-    order = loader.Order(0, COUNTS, batch_size=12)
-    whole = loader.Batches(order, read, 20, np.arange(12))
+    sampler = loader.Sampler(0, COUNTS, batch_size=12)
+    whole = loader.Batches(sampler, read, 20, np.arange(12))
     parts = [
-        loader.Batches(order, read, 20, places) for places in np.arange(12).reshape(processes, -1)
+        loader.Batches(sampler, read, 20, places) for places in np.arange(12).reshape(processes, -1)
     ]
     for step in (0, 7, 19):
         for key, rows in whole[step].items():
@@ -57,7 +57,7 @@ def test_processes_share_the_global_batch(processes):
 
 
 def test_reading_starts_at_any_step_and_keeps_the_order():
-    batches = loader.Batches(loader.Order(3, COUNTS, batch_size=4), read, 40, np.arange(4))
+    batches = loader.Batches(loader.Sampler(3, COUNTS, batch_size=4), read, 40, np.arange(4))
     straight = list(loader.iterate(batches, first_step=0, prefetch=4))
     resumed = list(loader.iterate(batches, first_step=17, prefetch=3))
     assert (len(straight), len(resumed)) == (40, 23)
@@ -67,4 +67,4 @@ def test_reading_starts_at_any_step_and_keeps_the_order():
 
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="no photos"):
-        loader.Order(0, np.array([], int), 4)
+        loader.Sampler(0, np.array([], int), 4)

@@ -9,20 +9,19 @@ import sys
 import zipfile
 
 import pytest
-from absl import flags
 from PIL import Image
 
 from tests.conftest import REPOSITORY, RUN_MAIN
 from tests.test_processes import run_on_one_device
-from xlir import data, main
+from xlir import commands, data, main
 
 # Whatever imports JAX after this fails.
 NO_JAX = "import sys; sys.modules['jax'] = None"
 FAIL = """
-from xlir import main
-def fail():
+from xlir.commands import train
+def fail(values):
     raise {error}
-main._RUN["train"] = fail
+train.run = fail
 """
 PRINT_WORKDIR = """
 import sys, types
@@ -42,13 +41,27 @@ def refusal(process, code):
     return line
 
 
-def test_help_lists_verbs_examples_and_flags(command):
-    process = command("--help", script=NO_JAX)
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_lists_the_verbs(arguments, command):
+    process = command(*arguments, script=NO_JAX)
     assert process.stderr == ""
-    for part in ("  train ", "  prepare ", "  eval ", QUICKSTART):
-        assert part in process.stdout
-    for flag in main.FLAGS:
-        assert f"--{flag}: " in process.stdout
+    assert "main VERB --help" in process.stdout
+    assert QUICKSTART in process.stdout
+    for verb in commands.VERBS:
+        (line,) = (line for line in process.stdout.splitlines() if line.startswith(f"  {verb} "))
+        assert len(line) > 40
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
+    process = command(verb, "--help", script=NO_JAX)
+    assert process.stderr == ""
+    text, flags = process.stdout.split("\nFlags:\n")
+    assert f"python -m xlir.main {'' if verb == 'train' else verb}" in text.split("Example")[1]
+    listed = [line.split()[0] for line in flags.splitlines() if line.startswith("  --")]
+    assert listed == [f"--{name}" for name in commands.declared_flags(verb).values]
+    assert ("--sheet" in listed) == (verb == "tag")
+    assert command("help", verb, script=NO_JAX).stdout == process.stdout
 
 
 @pytest.mark.parametrize(
@@ -74,7 +87,11 @@ def test_help_lists_verbs_examples_and_flags(command):
         ([QUICKSTART, "--images=x"], ["--images goes with eval"]),
         ([QUICKSTART, "--drop_junk"], ["--drop_junk goes with eval, not with train"]),
         (["prepare"], ["prepare needs --config"]),
-        (["prepare", QUICKSTART, "--workdir=x"], ["--workdir goes with train and eval"]),
+        (
+            ["prepare", QUICKSTART, "--workdir=x"],
+            ["--workdir goes with train, eval, tag, export and"],
+        ),
+        (["--workdir", "train", "eval"], ["the verb comes first: eval"]),
         (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images goes with eval and export, not with prepare"],
@@ -83,7 +100,7 @@ def test_help_lists_verbs_examples_and_flags(command):
         (["import", "--workdir=x"], ["import needs --text"]),
         (["import", "--text=x"], ["import needs --workdir"]),
         (["eval", "--workdir=x", "--image=x"], ["--image goes with import, not with eval"]),
-        (["eval", QUICKSTART, "--workdir=x"], ["from --workdir, not from --config"]),
+        (["eval", QUICKSTART, "--workdir=x"], ["--config goes with train", "not with eval"]),
         (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
         (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
         (["tag", "--top_k=0", *TAG], ["--top_k=0"]),
@@ -131,8 +148,8 @@ def test_devices_that_are_absent(platform, arguments, command):
 
 
 MANY_LINES = """
-from xlir import main
-main._RUN["train"] = lambda: print("a line\\n" * 100_000)
+from xlir.commands import train
+train.run = lambda values: print("a line\\n" * 100_000)
 """
 
 
@@ -159,11 +176,11 @@ def test_interrupt(command):
 
 
 ENDLESS = """
-from xlir import main
-def endless():
+from xlir.commands import train
+def endless(values):
     while True:
         print("a line")
-main._RUN["train"] = endless
+train.run = endless
 """
 
 
@@ -241,17 +258,11 @@ def run(monkeypatch, capsys):
     def run(*arguments):
         # As in a process of its own.
         data._prepared.cache_clear()
-        for name in list(flags.FLAGS):
-            if name.startswith("config."):
-                delattr(flags.FLAGS, name)
-        for name in main.FLAGS:
-            flags.FLAGS[name].unparse()
         monkeypatch.setattr("sys.argv", ["xlir", *arguments])
         code = main.main()
         return code, capsys.readouterr().err.splitlines()
 
-    yield run
-    flags.FLAGS.unparse_flags()
+    return run
 
 
 def test_eval_of_a_folder_that_is_no_run(run, tmp_path):

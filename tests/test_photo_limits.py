@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import images, photo_limits
+from input_pipeline.preprocessing import Preprocessing
 from tests.conftest import REPOSITORY
 
 # Megabytes that a photo may take in these tests; a real one may take ten times as many.
@@ -143,6 +144,7 @@ def test_a_member_that_unpacks_to_more_than_it_says(tmp_path, packing, most):
 MEASURE = """
 import json, os, sys
 from input_pipeline import images
+from input_pipeline.preprocessing import Preprocessing
 from PIL import Image
 Image.init()
 def resident(field):
@@ -155,7 +157,7 @@ for name in sys.argv[1:]:
         with open(name, "rb") as file:
             start, reason = resident("VmRSS"), ""
             try:
-                images.decode(file.read(), images.Preprocessing(64))
+                images.decode(file.read(), Preprocessing(64))
             except images.ImageError as error:
                 reason = str(error)
         os.write(write, json.dumps([resident("VmHWM") - start, reason]).encode())
@@ -268,11 +270,11 @@ def test_formats_whose_header_tells_nothing_are_refused():
     eps = encoded(Image.new("RGB", (16, 16)), "EPS")
     for data in (icon, eps):
         with pytest.raises(images.ImageError, match="no image format of BMP, DIB, GIF, JPEG, PNG"):
-            images.decode(data, images.Preprocessing(32))
+            images.decode(data, Preprocessing(32))
 
 
 def test_several_photos_in_one_file_are_read_as_the_first():
     first, second = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
     data = encoded(first, "MPO", save_all=True, append_images=[second])
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert np.abs(images.decode(data, images.Preprocessing(8)) - (254.0, 0, 0)).max() <= 2
+    assert np.abs(images.decode(data, Preprocessing(8)) - (254.0, 0, 0)).max() <= 2

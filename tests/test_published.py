@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import xlir
-from input_pipeline.images import CLIP
+from input_pipeline.preprocessing import CLIP
 from tests.models.test_towers import MALICIOUS, PROCESSOR
-from tests.test_huggingface import CORPUS, OTHER, unigram
+from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
 from xlir import published
 from xlir.checkpoint import Checkpoints
 
@@ -565,7 +565,7 @@ M_CLIP_FAULTS = {
         "has no open_clip_config.json, and the model_type in its config.json is 'xlm-roberta'; "
         "known: M-CLIP",
     ),
-    "tokenizer": (another_tokenizer, "pieces and the model an embedding of .* not of one"),
+    "tokenizer": (another_tokenizer, "tokens and the model an embedding of .* not of one"),
     "head": (
         edit_weights("model.safetensors", lambda w: w.pop("LinearTransformation.bias")),
         r"its weights lack LinearTransformation\.bias",

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from input_pipeline import features as feature_cache
 from input_pipeline import images as image_io
-from input_pipeline import text as text_io
+from input_pipeline import tokenizers
 from input_pipeline.cache import fingerprint
+from input_pipeline.preprocessing import Preprocessing
 from xlir import decoding, partition
 from xlir.models import dual_encoder, pretrained, towers
 
@@ -28,7 +29,7 @@ SIDES = ("text", "image")
 # Inputs that go through a tower, or rows that go through a head, at once on each device.
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
-TEXT_PIECES = 2048  # padding included; mUSE's activations then stay in a CPU's cache
+TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
 # Which inputs are in a batch, and this process's share of them under a training batch's keys.
@@ -91,14 +92,14 @@ class Embedder:
         self,
         config: ConfigDict,
         graph: nnx.GraphDef,
-        tokenizer: text_io.Tokenizer,
+        tokenizer: tokenizers.Tokenizer,
         descriptions: dict[str, towers.Description],
         feature_dims: dict[str, int],
         mesh: Mesh,
     ):
         self.config, self.graph, self.tokenizer = config, graph, tokenizer
         self.descriptions, self.feature_dims, self.mesh = descriptions, feature_dims, mesh
-        self.preprocessing = image_io.Preprocessing(**descriptions["image"]["preprocessing"])
+        self.preprocessing = Preprocessing(**descriptions["image"]["preprocessing"])
         # Every process, and the host, gets all rows of what is embedded.
         compiled = functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
         self._embed = {side: compiled(functools.partial(self._embed_batch, side)) for side in SIDES}
@@ -151,13 +152,13 @@ class Embedder:
         """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
         longest = self.config.text.max_length
         ids = self.tokenizer(texts, max_length=longest)
-        size, pieces = TEXT_BATCH * self.mesh.size, TEXT_PIECES * self.mesh.size
+        size, tokens = TEXT_BATCH * self.mesh.size, TEXT_TOKENS * self.mesh.size
         lengths = [len(i) for i in ids]
-        for rows, length in text_io.length_batches(
-            lengths, size, max_pieces=pieces, longest=longest
+        for rows, length in tokenizers.length_batches(
+            lengths, size, max_tokens=tokens, longest=longest
         ):
             share = padded_share(rows, self.mesh)
-            text_ids, text_mask = text_io.pad([ids[row] for row in share], length)
+            text_ids, text_mask = tokenizers.pad([ids[row] for row in share], length)
             yield rows, {"text_ids": text_ids, "text_mask": text_mask}
 
     def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
@@ -317,8 +318,7 @@ def frozen_features(
         side: feature_cache.cached(
             folder,
             {**description, "source": sources[side][1]},
-            len(sources[side][0]),
-            embedder.feature_dims[side],
+            (len(sources[side][0]), embedder.feature_dims[side]),
             functools.partial(compute, side),
             label=f"{inputs.name} {side}s",
             block=FEATURE_BATCH * embedder.mesh.size,

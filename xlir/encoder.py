@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from input_pipeline import files
-from input_pipeline import text as text_io
+from input_pipeline import files, tokenizers
 from xlir import embed, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
@@ -61,7 +60,7 @@ class Encoder:
         cls,
         config: ConfigDict,
         model: dual_encoder.DualEncoder,
-        tokenizer: text_io.Tokenizer,
+        tokenizer: tokenizers.Tokenizer,
         descriptions: dict[str, towers.Description],
         mesh: Mesh | None = None,
     ) -> "Encoder":
@@ -103,7 +102,7 @@ class Encoder:
         tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
-            log.info("vocabulary: %d of %d pieces kept", len(kept), tokenizer.vocab_size)
+            log.info("vocabulary: %d of %d tokens kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
             descriptions["text"] = towers.trimmed(descriptions["text"], kept)
         with partition.on_host():
@@ -194,11 +193,11 @@ class Encoder:
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         folder = run_folder.tower_folder(workdir, "text")
-        tokenizer = text_io.load_tokenizer(folder)
+        tokenizer = tokenizers.load_tokenizer(folder)
         rows = descriptions["text"].get("config", {}).get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, and the tower an "
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, and the tower an "
                 f"embedding of {rows}; it is the tokenizer of another model"
             )
         return cls.from_model(config, model, tokenizer, descriptions, mesh)

@@ -20,8 +20,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
-from input_pipeline import images
-from input_pipeline.huggingface import HuggingFaceTokenizer
+from input_pipeline.preprocessing import CLIP, Preprocessing
+from input_pipeline.tokenizers import HuggingFaceTokenizer
 from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
@@ -240,9 +240,7 @@ def _image_side(published: Published) -> Side:
         preprocessing = _preprocessing(published.config, config["image_size"])
     else:
         config = published.config
-        preprocessing = images.Preprocessing.from_config(
-            pretrained.read_preprocessing(published.folder)
-        )
+        preprocessing = Preprocessing.from_config(pretrained.read_preprocessing(published.folder))
     (projection,) = _taken(weights, "visual_projection.weight")
     return Side(
         options={"head": "linear"},
@@ -284,7 +282,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
     }
 
 
-def _preprocessing(config: Mapping, size: int) -> images.Preprocessing:
+def _preprocessing(config: Mapping, size: int) -> Preprocessing:
     """That of open_clip's evaluation: the model's own size, whatever preprocess_cfg says."""
     given = config.get("preprocess_cfg") or {}
     if given:
@@ -293,12 +291,12 @@ def _preprocessing(config: Mapping, size: int) -> images.Preprocessing:
     mode = given.get("resize_mode") or "shortest"
     if mode not in tuple(crops):
         raise ValueError(f"preprocess_cfg.resize_mode {mode!r} is not supported")
-    return images.Preprocessing(
+    return Preprocessing(
         size=size,
         resample="bilinear" if given.get("interpolation") == "bilinear" else "bicubic",
         crop=crops[mode],
-        mean=given.get("mean") or images.CLIP["image_mean"],
-        std=given.get("std") or images.CLIP["image_std"],
+        mean=given.get("mean") or CLIP["image_mean"],
+        std=given.get("std") or CLIP["image_std"],
     )
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from input_pipeline import datasets, loader, text
+from input_pipeline import datasets, loader, tokenizers
 from xlir import data, decoding, evaluate, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
@@ -153,7 +153,7 @@ def _prepare(
     features = encoder.frozen_features(inputs, data.feature_cache())
     params = _centered(config, encoder.parameters.trained, features, mesh)
     batches = loader.Batches(
-        loader.Order(config.seed, list(map(len, photos.captions)), config.data.batch_size),
+        loader.Sampler(config.seed, list(map(len, photos.captions)), config.data.batch_size),
         batch_reader(photos, captions, embedder, features),
         config.steps,
         partition.local_rows(config.data.batch_size, mesh),
@@ -206,7 +206,7 @@ def batch_reader(
         batch = {f"{side}_features": array[rows[side]] for side, array in features.items()}
         if "text" not in features:
             ids = embedder.tokenizer([captions[row] for row in caption_rows], max_length=length)
-            batch["text_ids"], batch["text_mask"] = text.pad(ids, length)
+            batch["text_ids"], batch["text_mask"] = tokenizers.pad(ids, length)
         if "image" not in features:
             keys = [[seed, step, place] for place in places.tolist()]
             items = zip(image_rows.tolist(), keys, strict=True)

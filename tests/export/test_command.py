@@ -118,7 +118,7 @@ def test_the_moving_average_or_the_weights_themselves(transformers_run, tmp_path
 def test_what_can_not_be_exported_is_one_line_and_leaves_nothing(
     transformers_run, workdir, photos, tmp_path
 ):
-    """The command's own words are what these raise (`main._report`)."""
+    """The command's own words are what these raise (`xlir.commands.errors`)."""
     target = tmp_path / "out" / "new" / "exported"
     (tmp_path / "out").mkdir()
     half = tmp_path / "half"

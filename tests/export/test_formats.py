@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")
 
 from configs import base
-from input_pipeline.huggingface import byte_tokenizer
-from input_pipeline.images import Preprocessing
+from input_pipeline.preprocessing import Preprocessing
+from input_pipeline.tokenizers import byte_tokenizer
 from xlir import export
 from xlir.data import RetrievalSet
 from xlir.encoder import Encoder

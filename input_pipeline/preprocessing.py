@@ -1,0 +1,196 @@
+"""How an image becomes what a tower takes, and what a checkpoint's files say of it."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+RESAMPLING = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
+}
+CROPS = ("squash", "center", "center_rounded")
+
+STANDARD = {"resample": 3, "image_mean": 0.5, "image_std": 0.5}
+CLIP = {
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+# transformers' image processors, less "ImageProcessor", and what they do where a config is silent.
+PROCESSORS: dict[str, dict] = {
+    "ViT": STANDARD | {"size": {"height": 224, "width": 224}, "resample": 2},
+    "DeiT": STANDARD
+    | {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
+    "Siglip": STANDARD | {"size": {"height": 224, "width": 224}},
+    "CLIP": CLIP,
+    "Bit": CLIP,
+    "ConvNext": STANDARD | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
+}
+# Those whose size, where it is one number, means both sides, and not the shorter one.
+SQUARING = ("ViT", "DeiT")
+# From this size on ConvNext's processor does not crop.
+CONVNEXT_SQUASH = 384
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what a tower takes.
+
+    Attributes:
+      size: pixels per side of the result.
+      resize: pixels that the shorter side is resized to ("center") or both sides are ("squash")
+        before the middle is cut out; 0 for the size itself.
+      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as Pillow does.
+      crop: "squash" resizes both sides; "center" keeps the proportions and cuts the longer side.
+        Of an odd margin transformers rounds the half down; torchvision, and so open_clip, rounds it
+        to an even number: "center_rounded".
+      mean, std: the tower was trained on (pixels / 255 - mean) / std, red, green and blue. It does
+        that itself, `decode` does not.
+
+    Raises:
+      ValueError: a field is none of these.
+    """
+
+    size: int
+    resize: int = 0
+    resample: str = "bicubic"
+    crop: str = "squash"
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        if self.resample not in RESAMPLING:
+            raise ValueError(f"resample is {self.resample!r}; known: {', '.join(RESAMPLING)}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop is {self.crop!r}; known: {', '.join(CROPS)}")
+        object.__setattr__(self, "resize", self.resize or self.size)
+        if not 0 < self.size <= self.resize:
+            raise ValueError(
+                f"images of {self.size} pixels a side can't be cut out of images resized to "
+                f"{self.resize}: the size must be at least 1 and at most that"
+            )
+        for field in ("mean", "std"):
+            values = tuple(map(float, getattr(self, field)))
+            if len(values) != 3:
+                raise ValueError(f"{field} is {values}; it takes three numbers, one for a channel")
+            object.__setattr__(self, field, values)
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; it must be above 0")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        """The preprocessing that a checkpoint's preprocessor_config.json describes.
+
+        Args:
+          config: the file's content, or processor_config.json's with an `image_processor` in it.
+
+        Raises:
+          ValueError: the image processor is unknown, or asks for what is not implemented.
+        """
+        config = config.get("image_processor", config)
+        kind = _processor(config)
+        given = {field: value for field, value in config.items() if value is not None}
+        config = PROCESSORS[kind] | given
+        _refuse_unsupported(kind, config)
+        size, resize, crop = _geometry(kind, config)
+        normalize = config.get("do_normalize", True)
+        return cls(
+            size=size,
+            resize=resize,
+            resample=_resample(config["resample"]),
+            crop=crop,
+            mean=_channels(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            std=_channels(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
+        )
+
+    def resized(self, size: int) -> "Preprocessing":
+        """The same for another resolution: `resize` is in proportion, rounded down."""
+        return dataclasses.replace(self, size=size, resize=self.resize * size // self.size)
+
+
+def _processor(config: Mapping[str, Any]) -> str:
+    """The key in PROCESSORS: the type's name without what tells its variants apart."""
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if not name:
+        raise ValueError(
+            "the image processor's config names no image_processor_type; "
+            'add one, such as "ViTImageProcessor" or "CLIPImageProcessor"'
+        )
+    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    if kind not in PROCESSORS:
+        known = ", ".join(f"{known}ImageProcessor" for known in PROCESSORS)
+        raise ValueError(f"no image processor {name!r} here; known: {known}")
+    return kind
+
+
+def _refuse_unsupported(kind: str, config: Mapping[str, Any]) -> None:
+    reasons = {
+        "do_resize is false, and images of one size are needed": not config.get("do_resize", True),
+        "do_rescale is false, and pixels are rescaled to [0, 1]": not config.get(
+            "do_rescale", True
+        ),
+        f"rescale_factor is {config.get('rescale_factor')}, and only 1/255 is known": (
+            not math.isclose(config.get("rescale_factor", 1 / 255) * 255, 1, rel_tol=1e-6)
+        ),
+        "do_pad is true, and padding is not known": config.get("do_pad", False),
+        "do_center_crop is true, and crop_pct already says how it crops": kind == "ConvNext"
+        and config.get("do_center_crop", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"the {kind} image processor's config can't be followed: {reason}")
+
+
+def _geometry(kind: str, config: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Preprocessing's size, resize and crop."""
+    given = config["size"]
+    if isinstance(given, Mapping) and set(given) == {"shortest_edge"}:
+        given, crop = given["shortest_edge"], "center"
+    else:
+        crop = "center" if isinstance(given, int) and kind not in SQUARING else "squash"
+    size = resize = _square("size", given)
+    if kind == "ConvNext":
+        if crop == "squash":
+            raise ValueError(f"the ConvNext image processor's size is {given}, not a shortest_edge")
+        if size >= CONVNEXT_SQUASH:
+            return size, size, "squash"
+        return size, int(size / config["crop_pct"]), crop
+    if config.get("do_center_crop"):
+        return _square("crop_size", config["crop_size"]), resize, crop
+    if crop == "center":
+        raise ValueError(
+            f"the {kind} image processor's config resizes the shorter side to {resize} and does "
+            "not crop: a square is needed; set do_center_crop, or size to height and width"
+        )
+    return size, resize, crop
+
+
+def _square(field: str, size: Any) -> int:
+    """Pixels per side, given as one number, as [height, width], or by name."""
+    sides = size
+    if isinstance(size, Mapping):
+        sides = [size.get(side) for side in ("height", "width")] if len(size) == 2 else []
+    elif isinstance(size, int):
+        sides = [size, size]
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
+        raise ValueError(f"the image processor's {field} is {size!r}; a square is needed")
+    return sides[0]
+
+
+def _resample(number: int) -> str:
+    for name, filter_ in RESAMPLING.items():
+        if filter_ == number:
+            return name
+    known = ", ".join(f"{int(filter_)} ({name})" for name, filter_ in RESAMPLING.items())
+    raise ValueError(f"the image processor's resample is {number}; known: {known}")
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    """One number for each channel, or one for all."""
+    return tuple(map(float, value if isinstance(value, Sequence) else (value,) * 3))

@@ -1,0 +1,43 @@
+"""Texts to token ids: SentencePiece models, Hugging Face's tokenizers, and padded batches."""
+
+import json
+import pathlib
+
+from input_pipeline.tokenizers.batches import length_batches, pad, padded_length
+from input_pipeline.tokenizers.huggingface import HuggingFaceTokenizer, byte_tokenizer
+from input_pipeline.tokenizers.saved import DESCRIPTION_FILE
+from input_pipeline.tokenizers.sentencepiece import SentencePieceTokenizer, from_package
+
+__all__ = [
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "byte_tokenizer",
+    "from_package",
+    "length_batches",
+    "load_tokenizer",
+    "pad",
+    "padded_length",
+]
+
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+TOKENIZERS = {
+    tokenizer.kind: tokenizer for tokenizer in (SentencePieceTokenizer, HuggingFaceTokenizer)
+}
+
+
+def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
+    """The tokenizer that was saved in a folder.
+
+    Raises:
+      FileNotFoundError: the folder holds no tokenizer, or not all of it.
+      ValueError: a file of it is corrupt, or its kind is unknown.
+    """
+    file = folder / DESCRIPTION_FILE
+    try:
+        kind = json.loads(file.read_text())["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a tokenizer") from error
+    if kind not in TOKENIZERS:
+        raise ValueError(f"{file}: kind is {kind!r}; known: {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].load(folder)

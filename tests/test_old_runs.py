@@ -1,0 +1,50 @@
+"""A run folder that an earlier version wrote still loads, gives the same results, and resumes.
+
+`data/run-of-ea4c6af.zip` holds a run of toy towers that the version of commit ea4c6af was stopped
+in after 5 of 8 steps (both towers trained, a moving average, checkpoints of steps 4 and 5), its
+data set of 24 drawings, and what that version gave: the results and embeddings of the best
+checkpoint, and the loss curve and the results of the run that went on to its end.
+"""
+
+import json
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.test_train import metrics_of
+from xlir import data, evaluate, train
+from xlir.encoder import Encoder
+from xlir.workdir import read_config
+
+ARCHIVE = pathlib.Path(__file__).parent / "data" / "run-of-ea4c6af.zip"
+
+
+@pytest.fixture
+def expected(tmp_path, monkeypatch) -> dict:
+    """What the earlier version gave; the working folder holds its run in `run`."""
+    zipfile.ZipFile(ARCHIVE).extractall(tmp_path)
+    # The run's configuration names the folder of its data set relative to the working folder.
+    monkeypatch.chdir(tmp_path)
+    return json.loads(pathlib.Path("expected.json").read_text())
+
+
+def test_an_earlier_run_evaluates_to_the_same_digits(expected):
+    encoder = Encoder.load("run")
+    (test_set,) = data.test_sets(encoder.config)
+    evaluate.report(encoder, test_set, pathlib.Path("run"), data.feature_cache())
+    results = json.loads(pathlib.Path("run/results/multilingual_test-4.json").read_text())
+    assert results == expected["best"]
+    for language, captions in test_set.captions.items():
+        embeddings = expected["text_embeddings"][language]
+        np.testing.assert_allclose(encoder.encode_text(captions), embeddings, atol=1e-5)
+
+
+def test_an_earlier_run_resumes_to_the_same_curve(expected):
+    workdir = pathlib.Path("run")
+    train.train(read_config(workdir), workdir)
+    curve = [(each["step"], each["loss"]) for each in metrics_of(workdir) if "loss" in each]
+    np.testing.assert_allclose(curve, expected["loss"], rtol=1e-5)
+    (results,) = workdir.glob("results/*.json")
+    assert json.loads(results.read_text()) == expected["final"][results.name]

@@ -1,0 +1,69 @@
+"""Evaluate the best checkpoint of a run on its own test sets, or on others.
+
+With --task=tagging, the tags that the run gives to the photos of a split of its data set are
+evaluated, with a vocabulary in many languages.
+
+Examples:
+  python -m xlir.main eval --workdir=runs/flickr8k
+  python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
+      --images=PATH/images
+  python -m xlir.main eval --workdir=runs/flickr8k --task=tagging --test_set=split:val
+"""
+
+import pathlib
+
+from absl.flags import FlagValues
+
+from xlir.commands import processes
+from xlir.commands.errors import UsageError
+from xlir.commands.flags import Flags
+
+# Task -> the flags that only the other task takes.
+FOREIGN = {"retrieval": ("vocabulary",), "tagging": ("images", "drop_junk")}
+
+
+def define(flags: Flags) -> None:
+    """Declares the flags."""
+    flags.workdir()
+    flags.choice("task", "What is evaluated.", ("retrieval", "tagging"), default="retrieval")
+    flags.test_set()
+    flags.switch("drop_junk", "Leave out XTD10's six German captions that translate nothing.")
+    flags.string(
+        "vocabulary",
+        "With --task=tagging: coco, flickr8k, emoji, or a file (a tag a line, or a table of "
+        "languages as in input_pipeline/vocabularies); default: the one of the run's data set.",
+    )
+    processes.define(flags)
+
+
+def run(values: FlagValues) -> None:
+    """Evaluates."""
+    for name in FOREIGN[values.task]:
+        if values[name].value:
+            raise UsageError(f"--{name} does not go with --task={values.task}")
+    processes.start_jax(values)
+    from xlir import data, evaluate, partition
+    from xlir.encoder import Encoder
+    from xlir.workdir import read_config
+
+    workdir = pathlib.Path(values.workdir)
+    mesh = partition.fitting_mesh(read_config(workdir).mesh)
+    encoder = Encoder.load(workdir, mesh=mesh)
+    if values.task == "tagging":
+        _evaluate_tagging(encoder, workdir, values)
+        return
+    for test_set in data.test_sets(
+        encoder.config, values.test_set, values.images, drop_junk=values.drop_junk
+    ):
+        evaluate.report(encoder, test_set, workdir, data.feature_cache())
+
+
+def _evaluate_tagging(encoder, workdir: pathlib.Path, values: FlagValues) -> None:
+    from xlir import data, evaluate_tagging
+
+    for name in (values.test_set or "split:test").split(","):
+        if not name.startswith("split:"):
+            raise ValueError(f"--test_set={name}: tagging is evaluated on split:NAME")
+        split = name.removeprefix("split:")
+        chosen = evaluate_tagging.tagging_set(encoder.config, values.vocabulary or "", split)
+        evaluate_tagging.report(encoder, chosen, workdir, data.feature_cache())

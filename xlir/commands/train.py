@@ -1,0 +1,44 @@
+"""Train and evaluate what --config describes; continue where the run's folder has a checkpoint.
+
+Prepared data sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in
+$XLIR_CACHE (default ~/.cache/xlir). Run the same command again to continue an interrupted run.
+
+Examples:
+  python -m xlir.main --config=configs/quickstart.py
+  python -m xlir.main --config=configs/flickr8k.py --config.data.dir=PATH --workdir=runs/flickr8k
+  python -m xlir.main --config=configs/xlmr.py:lit --config.data.dir=PATH --config.steps=1000
+"""
+
+import pathlib
+
+from absl.flags import FlagValues
+
+from xlir.commands import processes
+from xlir.commands.flags import Flags
+
+
+def define(flags: Flags) -> None:
+    """Declares the flags."""
+    flags.config()
+    flags.string(
+        "workdir", "Folder of the run; default: runs/NAME or runs/NAME-VARIANT, after --config."
+    )
+    flags.switch(
+        "accept_changed_data",
+        "Continue a run although its training or validation data have changed.",
+    )
+    processes.define(flags)
+
+
+def run(values: FlagValues) -> None:
+    """Trains."""
+    processes.start_jax(values)
+    from xlir import train
+
+    workdir = pathlib.Path(values.workdir or _default_workdir(values))
+    train.train(values.config, workdir, accept_changed_data=values.accept_changed_data)
+
+
+def _default_workdir(values: FlagValues) -> str:
+    file, _, variant = values["config"].config_filename.partition(":")
+    return f"runs/{pathlib.Path(file).stem}" + (f"-{variant}" if variant else "")
