@@ -14,7 +14,8 @@ import time
 import jax
 
 from input_pipeline import vocabularies
-from xlir import tagging
+from xlir import reference_photos, tagging
+from xlir.commands import tag
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
 
@@ -27,10 +28,10 @@ def main() -> None:
     parser.add_argument("--tags", type=int, default=1000)
     arguments = parser.parse_args()
 
-    files = tagging.find_images([arguments.images])
+    files = tag.find_images([arguments.images])
     files = list(itertools.islice(itertools.cycle(files), arguments.photos))
     encoder = Encoder.load(arguments.workdir)
-    reference = tagging.reference(encoder, arguments.workdir)
+    reference = reference_photos.reference(encoder, arguments.workdir)
     emoji = vocabularies.load("emoji")
     names = emoji.names_in("de")[: arguments.tags]
     vocabulary = vocabularies.Vocabulary("names", emoji.tags[: arguments.tags], {"de": names})
@@ -45,7 +46,7 @@ def main() -> None:
         tagger = tagging.Tagger(encoder, vocabulary, "de", reference)
         for batch, images in tagging.embed_files(encoder, files, print):
             for file, tags in zip(batch, tagger.tag(images, top_k=5), strict=True):
-                tagging.record(file, "de", tags)
+                tag.json_line(tag.record(file, "de", tags))
         total = time.perf_counter() - start
         parts = ", ".join(f"{side} tower {spent:.1f} s" for side, spent in forward.items())
         print(

@@ -1,7 +1,9 @@
 """The command line: help, errors that a user can mend in one line, and COCO from end to end."""
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, RUN_MAIN
-from tests.test_processes import run_on_one_device
 from xlir import commands, data, main
 
 # Whatever imports JAX after this fails.
@@ -50,6 +51,15 @@ def test_help_lists_the_verbs(arguments, command):
     for verb in commands.VERBS:
         (line,) = (line for line in process.stdout.splitlines() if line.startswith(f"  {verb} "))
         assert len(line) > 40
+
+
+def test_every_module_with_a_verb_is_registered():
+    modules = {
+        module.name
+        for module in pkgutil.iter_modules(commands.__path__)
+        if hasattr(importlib.import_module(f"xlir.commands.{module.name}"), "run")
+    }
+    assert modules == set(commands.VERBS.values())
 
 
 @pytest.mark.parametrize("verb", commands.VERBS)
@@ -104,9 +114,9 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
         (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
         (["tag", "--top_k=0", *TAG], ["--top_k=0"]),
-        (["tag", "--threshold=nan", *TAG], ["--threshold=nan is no share"]),
-        (["tag", "--threshold=inf", *TAG], ["--threshold=inf is no share"]),
-        (["tag", "--threshold=-0.1", *TAG], ["--threshold=-0.1 is no share"]),
+        (["tag", "--threshold=nan", *TAG], ["--threshold=nan is not between 0 and 1"]),
+        (["tag", "--threshold=inf", *TAG], ["--threshold=inf is not between 0 and 1"]),
+        (["tag", "--threshold=-0.1", *TAG], ["--threshold=-0.1 is not between 0 and 1"]),
         ([QUICKSTART, *PROCESS, "--processes=0", "--process=0"], ["--processes=0"]),
         ([QUICKSTART, *PROCESS, "--processes=2", "--process=-1"], ["--process=-1"]),
         ([QUICKSTART, *PROCESS, "--processes=2", "--process=2"], ["--process=2 is none of"]),
@@ -415,17 +425,14 @@ def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
     )
 
 
-def test_xtd10_in_eleven_languages_in_one_command(
-    command, photos, shared, tmp_path, tmp_path_factory
-):
+def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, tmp_path):
     """Stand-in photos under XTD10's names, and toy towers."""
-    workdir = run_on_one_device(photos, tmp_path_factory.getbasetemp() / "one-device").workdir
     names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
     for number, name in enumerate(names):
         colour = (number % 10 * 25, number // 10 % 10 * 25, number // 100 * 25)
         Image.new("RGB", (32, 32), colour).save(tmp_path / name)
     run = tmp_path / "run"
-    shutil.copytree(workdir, run)
+    shutil.copytree(one_device.workdir, run)
     arguments = ["eval", f"--workdir={run}", f"--test_set={shared / 'xtd10'}"]
     arguments += [f"--images={tmp_path}"]
     process = command(*arguments, "--drop_junk")

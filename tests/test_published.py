@@ -638,7 +638,9 @@ def test_import_eval_and_tag(command, m_clip, clip, photos, tmp_path):
     photo = str(photos / "images" / "00.jpg")
     process = command("tag", f"--workdir={run}", "--vocabulary=coco", "--language=de", photo)
     (line,) = process.stderr.splitlines()
-    assert line.startswith("scores are plain cosines, without levels: no data set is named")
+    assert line.startswith(
+        "scores are plain cosines, without calibrated percentiles: no data set is named"
+    )
     assert len(process.stdout.splitlines()) == 1
     for more in ([], ["--task=tagging"]):
         process = command("eval", f"--workdir={run}", *more, check=False)

@@ -17,7 +17,8 @@ from configs import base
 from input_pipeline import datasets, vocabularies
 from tests.test_main import NO_JAX, refusal
 from tests.test_photo_limits import odd_files, png
-from xlir import encoder, evaluate_tagging, figures, metrics, tagging
+from xlir import encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
+from xlir.commands import tag
 
 SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
 
@@ -48,7 +49,7 @@ def vocabulary():
 @pytest.fixture
 def reference():
     rng = np.random.default_rng(0)
-    return tagging.Reference(unit(rng, 60, 8), unit(rng, 200, 8))
+    return reference_photos.Reference(unit(rng, 60, 8), unit(rng, 200, 8))
 
 
 def test_scores_are_csls_by_brute_force(vocabulary, reference):
@@ -83,31 +84,42 @@ def test_french_prompts_elide():
     np.testing.assert_allclose(found, sums / np.linalg.norm(sums, axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_levels_are_of_the_margins_and_keep_the_ends():
-    rng = np.random.default_rng(5)
-    margins = rng.exponential(size=(100, 500)) ** 2
-    levels, of_level = tagging._level_curve(margins)
-    assert (np.diff(levels) > 0).all()
-    assert (np.diff(of_level) >= 0).all()
-    assert (of_level[0], of_level[-1]) == (margins.min(), margins.max())
-    for level in (0.5, 0.9, 0.99, 0.999):
-        above = (margins >= np.interp(level, levels, of_level)).mean()
-        assert above == pytest.approx(1 - level, rel=0.1)
+def many_tags(count):
+    """A vocabulary with as many tags, of one English name each."""
+    rows = [(f"tag {number}",) for number in range(count)]
+    return vocabularies.Vocabulary("many", [first for first, *_ in rows], {"en": rows})
 
 
 @pytest.mark.parametrize("language", ["en", "xx"])
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
-def test_a_level_means_the_same_share_of_held_out_pairs(vocabulary, reference, language, level):
+@pytest.mark.parametrize("percentile", [0.5, 0.9, 0.99])
+def test_a_percentile_means_the_same_share_of_held_out_pairs(
+    vocabulary, reference, language, percentile
+):
     tagger = tagging.Tagger(FakeEncoder(), vocabulary, language, reference)
-    above = tagger.margins(reference.held_out) >= tagger.threshold(level)
-    # A mean of quantiles, and of 800 pairs only.
-    assert above.mean() == pytest.approx(1 - level, abs=0.01)
-    levels = tagger.levels(np.linspace(-2, 2, 50))
-    assert (np.diff(levels) >= 0).all()
-    assert (levels[0], levels[-1]) == (0, 1)
-    tags = tagger.tag(reference.held_out, threshold=level)
+    above = tagger.prominences(reference.held_out) >= tagger.prominence_at(percentile)
+    # It is a mean of quantiles, and of 800 pairs only.
+    assert above.mean() == pytest.approx(1 - percentile, abs=0.01)
+    tags = tagger.tag(reference.held_out, threshold=percentile)
     assert sum(map(len, tags)) == above.sum()
-    assert all(tag.level >= level - 0.002 for of_image in tags for tag in of_image)
+    assert all(tag.percentile >= percentile - 0.002 for of_image in tags for tag in of_image)
+
+
+def test_percentiles_are_precise_up_to_the_highest_and_lowest_prominence():
+    rng = np.random.default_rng(5)
+    reference = reference_photos.Reference(unit(rng, 60, 8), unit(rng, 100, 8))
+    tagger = tagging.Tagger(FakeEncoder(), many_tags(500), "en", reference)
+    prominences = tagger.prominences(reference.held_out)
+    for percentile in (0.01, 0.5, 0.9, 0.99, 0.999):
+        below = (prominences < tagger.prominence_at(percentile)).mean()
+        assert min(below, 1 - below) == pytest.approx(min(percentile, 1 - percentile), rel=0.1)
+    ends = [prominences.min(), prominences.max()]
+    assert [tagger.prominence_at(percentile) for percentile in (0.0, 1.0)] == pytest.approx(ends)
+    percentiles = tagger.percentiles(np.linspace(ends[0] - 1, ends[1] + 1, 1000))
+    assert (np.diff(percentiles) >= 0).all()
+    assert (percentiles[0], percentiles[-1]) == (0, 1)
+    for outside in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="must be between 0 and 1"):
+            tagger.prominence_at(outside)
 
 
 def test_tags_are_sorted_and_cut(vocabulary, reference):
@@ -115,29 +127,28 @@ def test_tags_are_sorted_and_cut(vocabulary, reference):
     images = unit(np.random.default_rng(2), 7, 8)
     for of_image, scores in zip(tagger.tag(images), tagger.scores(images), strict=True):
         assert [tag.tag for tag in of_image] == [tagger.tags[i] for i in np.argsort(-scores)]
-        assert [tag.level for tag in of_image] == sorted((t.level for t in of_image), reverse=True)
+        percentiles = [tag.percentile for tag in of_image]
+        assert percentiles == sorted(percentiles, reverse=True)
     assert [tags[:2] for tags in tagger.tag(images)] == tagger.tag(images, top_k=2)
     assert tagger.tag(images, threshold=1.0, top_k=3) == [[]] * 7
 
 
-def test_margins_are_from_the_best_of_the_image_and_keep_the_order_in_it(reference):
-    rows = [(f"tag {number}",) for number in range(50)]
-    many = vocabularies.Vocabulary("many", [first for first, *_ in rows], {"en": rows})
-    tagger = tagging.Tagger(FakeEncoder(), many, "en", reference)
+def test_prominences_are_from_the_best_of_the_image_and_keep_the_order_in_it(reference):
+    tagger = tagging.Tagger(FakeEncoder(), many_tags(50), "en", reference)
     images = unit(np.random.default_rng(4), 6, 8)
-    scores, margins = tagger.scores(images), tagger.margins(images)
-    assert (np.argsort(scores) == np.argsort(margins)).all()
-    best = np.sort(margins)[:, -tagging.BEST_TAGS :]
+    scores, prominences = tagger.scores(images), tagger.prominences(images)
+    assert (np.argsort(scores) == np.argsort(prominences)).all()
+    best = np.sort(prominences)[:, -tagging.BEST_TAGS :]
     np.testing.assert_allclose(best.mean(axis=1), 0, atol=1e-6)
     # They differ from scores by a number of each image.
-    np.testing.assert_allclose(np.diff(scores, axis=1), np.diff(margins, axis=1), atol=1e-6)
+    np.testing.assert_allclose(np.diff(scores, axis=1), np.diff(prominences, axis=1), atol=1e-6)
 
 
-def test_without_reference_photos_there_are_cosines_and_no_levels(vocabulary):
+def test_without_reference_photos_there_are_cosines_and_no_percentiles(vocabulary):
     tagger = tagging.Tagger(FakeEncoder(), vocabulary, "en")
     images = unit(np.random.default_rng(3), 2, 8)
     np.testing.assert_allclose(tagger.scores(images), images @ tagger.embeddings.T)
-    assert tagger.tag(images, top_k=1)[0][0].level is None
+    assert tagger.tag(images, top_k=1)[0][0].percentile is None
     with pytest.raises(ValueError, match="a threshold needs"):
         tagger.tag(images, threshold=0.9)
 
@@ -149,7 +160,7 @@ def test_images_are_found_once_in_order(tmp_path):
         file.touch()
 
     def found(*paths):
-        files = tagging.find_images([str(tmp_path / path) for path in paths])
+        files = tag.find_images([str(tmp_path / path) for path in paths])
         return [str(file.relative_to(tmp_path)) for file in files]
 
     assert found("") == ["a.PNG", "b.jpg", "deep/c.jpeg"]
@@ -227,11 +238,11 @@ def test_tag_writes_lines_a_table_and_a_sheet(tagged):
     german = dict(row.split("\t") for row in SHAPES.splitlines())
     for line in lines:
         assert len(line["tags"]) == 3
-        for tag in line["tags"]:
-            assert 0 <= tag["level"] <= 1
-            assert -1 <= tag["cosine"] <= 1
-            expected = german[tag["tag"]].split("|")[0]
-            assert tag["name"] == (tag["tag"] if line["language"] == "en" else expected)
+        for found in line["tags"]:
+            assert 0 <= found["percentile"] <= 1
+            assert -1 <= found["cosine"] <= 1
+            expected = german[found["tag"]].split("|")[0]
+            assert found["name"] == (found["tag"] if line["language"] == "en" else expected)
     assert len(process.stdout.splitlines()) == 2 * 58
     with Image.open(folder / "sheet.png") as image:
         image.load()
@@ -315,9 +326,9 @@ def test_printed_lines_are_utf8_whatever_the_terminal(command, tagged, odd):
 
 def test_a_record_is_json_of_any_name():
     for name in (b"\xff.jpg", "größe 犬.jpg".encode(), b'a\\udcff\xff".jpg', b"\xed\xa0\x80.jpg"):
-        line = tagging.record(pathlib.Path(os.fsdecode(name)), "en", [])
+        line = tag.json_line(tag.record(pathlib.Path(os.fsdecode(name)), "en", []))
         assert os.fsencode(json.loads(line.encode())["image"]) == name
-    assert '"größe 犬"' in tagging.record(pathlib.Path("größe 犬"), "en", [])
+    assert '"größe 犬"' in tag.json_line(tag.record(pathlib.Path("größe 犬"), "en", []))
 
 
 @pytest.fixture
@@ -372,12 +383,12 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
     (kept,) = [one for one in expected if "07" in one["image"] and one["language"] == "de"]
     found = json.loads(line)["tags"]
     assert [tag["tag"] for tag in found[:2]] == [tag["tag"] for tag in kept["tags"][:2]]
-    assert all(tag["level"] >= 0.3 for tag in found)
+    assert all(tag["percentile"] >= 0.3 for tag in found)
 
     shutil.rmtree(run / "tagging")
     process = command(*arguments)
     assert "scores are plain cosines" in process.stderr
-    assert json.loads(process.stdout)["tags"][0]["level"] is None
+    assert json.loads(process.stdout)["tags"][0]["percentile"] is None
     last = command(*arguments, "--threshold=0.3", check=False)
     assert last.returncode == 1
     assert "a threshold needs the run's data set" in last.stderr
@@ -393,7 +404,11 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
         (["--vocabulary=coco", "none.jpg"], 1, ["there is no image none.jpg"]),
         (["--vocabulary=coco", "docs/*.jpg"], 1, ["there is no image docs/*.jpg"]),
         (["--vocabulary=coco", "configs"], 1, ["there are no images in configs"]),
-        (["--vocabulary=coco", "--threshold=3", "a.jpg"], 2, ["--threshold=3.0 is no share"]),
+        (
+            ["--vocabulary=coco", "--threshold=3", "a.jpg"],
+            2,
+            ["--threshold=3.0 is not between 0 and 1"],
+        ),
         (["--vocabulary=coco", "--top_k=0", "a.jpg"], 2, ["top_k"]),
         (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk goes with eval"]),
         (["--vocabulary=README.md", "a.jpg"], 1, ["README.md"]),
@@ -419,9 +434,15 @@ def test_eval_of_tags_from_captions(command, tagged):
     assert set(results["languages"]) == {"en", "de"}
     english = results["languages"]["en"]
     assert english["mAP"] > 0.4  # chance: a third, a fifth
-    # Five tags in all: the level where a photo has five lets all pass.
-    assert english["predicted_tags"]["one_level"] == english["predicted_tags"]["one_loose_level"]
-    assert english["predicted_tags"]["one_level"] > english["predicted_tags"]["one_strict_level"]
+    # Five tags in all: the percentile where a photo has five lets all pass.
+    assert (
+        english["predicted_tags"]["one_percentile"]
+        == english["predicted_tags"]["one_loose_percentile"]
+    )
+    assert (
+        english["predicted_tags"]["one_percentile"]
+        > english["predicted_tags"]["one_strict_percentile"]
+    )
     assert english["cosine"].keys() == english.keys() - {"cosine", "predicted_tags"}
     assert results["zero_shot_macro"]["mAP"] == results["languages"]["de"]["mAP"]
     assert file.with_suffix(".tags.png").is_file()
@@ -478,7 +499,7 @@ def test_a_collapsed_encoder_tags_at_chance(vocabulary, noise):
     chosen = dataclasses.replace(
         evaluate_tagging.tagging_set(config), vocabulary=vocabulary, positive=positive
     )
-    photos = tagging.Reference(fake.encode_image(range(60)), fake.encode_image(range(200)))
+    photos = reference_photos.Reference(fake.encode_image(range(60)), fake.encode_image(range(200)))
     taggers = {code: tagging.Tagger(fake, vocabulary, code, photos) for code in ("en", "xx")}
     images = fake.encode_image(range(400))
     results = evaluate_tagging.evaluate_set(chosen, taggers, images, photos, 0)

@@ -18,9 +18,9 @@ def evaluated(command, run, *flags):
 
 
 def check_calibration(results):
-    """With one level for all languages the number of tags differs by 15% at most."""
-    assert evaluate_tagging.spread(results, "one_level") <= 0.15
-    assert evaluate_tagging.spread(results, "one_level") < evaluate_tagging.spread(
+    """With one percentile for all languages the number of tags differs by 15% at most."""
+    assert evaluate_tagging.spread(results, "one_percentile") <= 0.15
+    assert evaluate_tagging.spread(results, "one_percentile") < evaluate_tagging.spread(
         results, "one_cosine"
     )
 

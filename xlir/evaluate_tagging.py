@@ -16,17 +16,18 @@ from ml_collections import ConfigDict
 
 from input_pipeline import labels, vocabularies
 from input_pipeline.datasets import CaptionedImages, emoji
-from xlir import data, figures, metrics, results, tagging
+from xlir import data, figures, metrics, reference_photos, results, tagging
 from xlir.embed import Inputs
 from xlir.encoder import Encoder
+from xlir.reference_photos import Reference
 from xlir.workdir import results_folder
 
 # The vocabulary that belongs to a data set.
 VOCABULARIES = {"coco": "coco", "emoji": "emoji", "flickr8k": "flickr8k"}
-# Tags that each photo is given for F1 and precision, and that one in the held-out set gets on
-# average at the level that languages are compared at.
+# How many tags each photo is given for F1 and precision. Languages are compared at the percentile
+# where a photo of the held-out set gets as many on average.
 TOP = 5
-# The same at a stricter and a looser level.
+# How many it gets at a stricter and at a looser percentile.
 STRICT, LOOSE = 2, 20
 # Languages of the contact sheet.
 SHEET_LANGUAGES = 4
@@ -98,7 +99,7 @@ def evaluate_set(
     data: TaggingSet,
     taggers: Mapping[str, tagging.Tagger],
     images: Float[np.ndarray, "photos dim"],
-    reference: tagging.Reference,
+    reference: Reference,
     step: int,
 ) -> dict:
     """Metrics of each language, with the scores and (`cosine`) with plain cosines.
@@ -111,25 +112,25 @@ def evaluate_set(
       step: the training step, for the record.
 
     Returns:
-      The content of a results file. `predicted_tags` are those that a photo gets on average where
-      all languages have one threshold: the level at which a held-out photo gets 5 (also 2, 20), or
-      the cosine at which one does in English.
+      The content of a results file. `predicted_tags` is how many tags a photo gets on average where
+      all languages have the same threshold: the calibrated percentile at which a held-out photo
+      gets 5 (also 2, and 20), or the cosine at which it gets 5 in English.
     """
-    level, strict, loose = (
+    percentile, strict, loose = (
         max(0.0, 1 - count / len(data.vocabulary.tags)) for count in (TOP, STRICT, LOOSE)
     )
     english = next(iter(taggers.values())).embeddings
-    one_cosine = np.quantile(reference.held_out @ english.T, level)
+    one_cosine = np.quantile(reference.held_out @ english.T, percentile)
     # In float64 equal photos have equal cosines.
     exact = images.astype(np.float64)
     languages = {}
     for language, tagger in taggers.items():
         scores, cosines = tagger.scores(exact), exact @ tagger.embeddings.T
-        margins = tagger.margins(images)
+        prominences = tagger.prominences(images)
         predicted = {
-            "one_level": margins >= tagger.threshold(level),
-            "one_strict_level": margins >= tagger.threshold(strict),
-            "one_loose_level": margins >= tagger.threshold(loose),
+            "one_percentile": prominences >= tagger.prominence_at(percentile),
+            "one_strict_percentile": prominences >= tagger.prominence_at(strict),
+            "one_loose_percentile": prominences >= tagger.prominence_at(loose),
             "one_cosine": cosines >= one_cosine,
         }
         languages[language] = {
@@ -148,7 +149,7 @@ def evaluate_set(
         "tags": len(data.vocabulary.tags),
         "labels": data.labels,
         "tags_per_image": float(data.positive.sum() / len(images)),
-        "level": level,
+        "percentile": percentile,
         "zero_shot_macro": results.mean(zero_shot) if zero_shot else None,
         "languages": languages,
     }
@@ -180,14 +181,20 @@ def table(results: dict) -> str:
             f"{100 * result[column]:{width}.1f}"
             for column, width in zip(columns, (6, 7, 12, 7, 7, 8), strict=True)
         )
-        lines.append(f"{name:<10}{cells}{result['predicted_tags']['one_level']:>14.2f}")
+        lines.append(f"{name:<10}{cells}{result['predicted_tags']['one_percentile']:>14.2f}")
     calibrated, strict, loose, plain = (
         spread(results, name)
-        for name in ("one_level", "one_strict_level", "one_loose_level", "one_cosine")
+        for name in (
+            "one_percentile",
+            "one_strict_percentile",
+            "one_loose_percentile",
+            "one_cosine",
+        )
     )
     lines.append(
-        f"Tags a photo, most against fewest: {calibrated:+.0%} with one level for all languages "
-        f"({strict:+.0%} at {STRICT} tags, {loose:+.0%} at {LOOSE}), {plain:+.0%} with one cosine"
+        f"Tags a photo, most against fewest: {calibrated:+.0%} with one percentile for all "
+        f"languages ({strict:+.0%} at {STRICT} tags, {loose:+.0%} at {LOOSE}), {plain:+.0%} with "
+        "one cosine"
     )
     return "\n".join(lines)
 
@@ -197,7 +204,7 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     # Checked before the work: the run's folder may be read-only.
     folder = results_folder(workdir)
     images = _embed(encoder, data, cache)
-    reference = tagging.reference(encoder, workdir)
+    reference = reference_photos.reference(encoder, workdir)
     taggers = {
         language: tagging.Tagger(encoder, data.vocabulary, language, reference)
         for language in data.vocabulary.languages()

@@ -31,7 +31,7 @@ class Reference:
 
     Attributes:
       training: of training photos, for the tags' neighbourhoods.
-      held_out: of validation photos, which no parameter has seen, for the levels.
+      held_out: of validation photos, which no parameter has seen, for percentiles.
     """
 
     training: Float[np.ndarray, "training dim"]

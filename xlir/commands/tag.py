@@ -1,25 +1,43 @@
 """Tag images with the names of a vocabulary, in one or several languages.
 
-IMAGES are files, folders and patterns. A photo may take $XLIR_PHOTO_MB megabytes of memory while it
-is read and decoded (default 500); larger ones, and broken ones, are named and skipped.
+IMAGES are files, folders at any depth, and patterns. A photo may take $XLIR_PHOTO_MB megabytes of
+memory while it is read and decoded (default 500); larger ones, and broken ones, are named, counted
+and skipped.
+
+The number beside a tag is its calibrated percentile: of all pairs of a validation photo and a tag,
+the share in which the tag stands out less from the photo's best tags. Where the run's data set is
+not at hand it is the plain cosine of image and tag.
 
 Examples:
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
-  python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --output=- 'PHOTOS/*.jpg' | head
+  python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --threshold=0.99 \\
+      --output=tags.jsonl --sheet=tags.png PHOTOS
 """
 
+import contextlib
+import dataclasses
+import glob
+import json
+import logging
+import os
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from absl.flags import FlagValues
 
+from input_pipeline import files, photo_limits
 from xlir.commands import processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
+log = logging.getLogger(__name__)
+
 WORDS = "IMAGES..."
-# What a contact sheet may be.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+# Endings of a contact sheet.
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def define(flags: Flags) -> None:
@@ -27,55 +45,213 @@ def define(flags: Flags) -> None:
     flags.workdir()
     flags.string(
         "vocabulary",
-        "coco, flickr8k, emoji, or a file (a tag a line, or a table of languages as in "
-        "input_pipeline/vocabularies).",
+        "coco, flickr8k, emoji, or a file: a tag a line, or a table of languages as in "
+        "input_pipeline/vocabularies.",
         needed=True,
     )
     flags.strings("language", "One language, or several joined with commas.", default="en")
     flags.integer(
-        "top_k", "At most so many tags an image; default: 5, with --threshold all.", least=1
+        "top_k",
+        "At most this many tags for an image; default: 5, or all where --threshold is given.",
+        least=1,
     )
     flags.number(
         "threshold",
-        "A share, such as 0.98: tags that stand out more than in so many of the pairs of a "
-        "held-out photo and a tag. It means the same in every language.",
+        "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, a photo "
+        "gets the hundredth part of the vocabulary on average, and a photo that shows more things "
+        "gets more. It means the same in every language.",
     )
-    flags.string("output", "File for the tags as JSON lines; -: print them instead of the table.")
-    flags.string("sheet", f"File for a picture of the first images: {', '.join(PICTURES)}.")
+    flags.string(
+        "output", "File for the tags as JSON lines; with -, they are printed instead of the table."
+    )
+    flags.string(
+        "sheet",
+        "File for a contact sheet, a picture of the first images with their tags "
+        f"({', '.join(SHEET_SUFFIXES)}).",
+    )
 
 
 def run(values: FlagValues, *images: str) -> None:
     """Tags images."""
-    from input_pipeline import files, photo_limits, vocabularies
+    # What can be refused is refused before JAX takes its seconds to start.
+    _check(values, images)
+    from input_pipeline import vocabularies
 
-    # What can be refused is refused before JAX takes its seconds.
-    if not images:
-        raise UsageError("tag needs images: files, folders or patterns")
     vocabulary = vocabularies.load(values.vocabulary)
-    languages = [language.strip() for language in values.language]
+    languages = list(dict.fromkeys(language.strip() for language in values.language))
     for language in languages:
         vocabulary.names_in(language)
-    if values.threshold is not None and not 0 <= values.threshold <= 1:
-        raise UsageError(f"--threshold={values.threshold} is no share, between 0 and 1")
-    if values.sheet and not values.sheet.lower().endswith(PICTURES):
-        raise UsageError(f"--sheet={values.sheet} should end in {', '.join(PICTURES)}")
-    for place in (values.output, values.sheet):
-        if place not in (None, "-"):
-            files.check_writable(pathlib.Path(place))
+    found = find_images(images)
     photo_limits.limit()
-    # JSON is UTF-8; what a terminal of another encoding can't show is written in escapes.
+    # JSON is UTF-8. Elsewhere, characters that the terminal's encoding lacks are escaped.
     encoding = "utf8" if values.output == "-" else None
     sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     processes.start_jax(values)
+    from xlir.encoder import Encoder
+
+    workdir = pathlib.Path(values.workdir)
+    encoder = Encoder.load(workdir)
+    taggers = _taggers(encoder, workdir, vocabulary, languages)
+    if values.threshold is not None:
+        # Without held-out photos it is refused now, and not after the first batch.
+        next(iter(taggers.values())).prominence_at(values.threshold)
+    sheet = _tag(encoder, taggers, found, values)
+    if values.sheet:
+        _draw(sheet, pathlib.Path(values.sheet))
+
+
+def _check(values: FlagValues, images: Sequence[str]) -> None:
+    """Refuses flags that can't be, and files that can't be written."""
+    if not images:
+        raise UsageError("tag needs images: files, folders or patterns")
+    if values.threshold is not None and not 0 <= values.threshold <= 1:
+        raise UsageError(f"--threshold={values.threshold} is not between 0 and 1")
+    if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
+        raise UsageError(f"--sheet={values.sheet} should end in {', '.join(SHEET_SUFFIXES)}")
+    for place in (values.output, values.sheet):
+        if place not in (None, "-"):
+            files.check_writable(pathlib.Path(place))
+
+
+def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
+    """The files that the paths name: images, folders of images at any depth, or patterns.
+
+    Raises:
+      FileNotFoundError: a path leads to nothing, or none of them to an image.
+    """
+    found: dict[pathlib.Path, None] = {}
+    for path in paths:
+        places = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not places:
+            raise FileNotFoundError(f"there is no image {path}")
+        for place in map(pathlib.Path, places):
+            if place.is_dir():
+                inside = sorted(place.rglob("*"))
+                images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+            else:
+                # A file that is named itself is an image whatever its ending.
+                images = [place]
+            found |= dict.fromkeys(images)
+    if not found:
+        raise FileNotFoundError(f"there are no images in {', '.join(paths)}")
+    return list(found)
+
+
+def _taggers(encoder, workdir: pathlib.Path, vocabulary, languages: Sequence[str]) -> dict:
+    """A tagger for each language; of plain cosines where the run's data set is not at hand."""
+    from xlir import reference_photos, tagging
+
+    photos = None
+    try:
+        photos = reference_photos.reference(encoder, workdir)
+    except (ValueError, FileNotFoundError) as error:
+        reason, *_ = str(error).splitlines()
+        log.warning("scores are plain cosines, without calibrated percentiles: %s", reason)
+    return {
+        language: tagging.Tagger(encoder, vocabulary, language, photos) for language in languages
+    }
+
+
+def _tag(
+    encoder, taggers: dict, images: Sequence[pathlib.Path], values: FlagValues
+) -> list[tuple[pathlib.Path, list[dict]]]:
+    """Tags the images and shows them; returns the records of those on the contact sheet.
+
+    Files that can't be decoded are reported, one line each, counted and skipped.
+
+    Raises:
+      ValueError: no file can be decoded.
+    """
     from xlir import tagging
 
-    tagging.run(
-        pathlib.Path(values.workdir),
-        vocabulary,
-        languages,
-        tagging.find_images(images),
-        top_k=values.top_k or (None if values.threshold is not None else 5),
-        threshold=values.threshold,
-        output=values.output,
-        sheet=values.sheet,
-    )
+    skipped: list[str] = []
+    sheet: list[tuple[pathlib.Path, list[dict]]] = []
+
+    def skip(reason: str) -> None:
+        skipped.append(reason)
+        log.warning("skipped: %s", _printable(reason))
+
+    top_k = values.top_k or (None if values.threshold is not None else 5)
+    with _opened(values.output) as output:
+        for batch, embeddings in tagging.embed_files(encoder, images, skip):
+            tags = {
+                language: tagger.tag(embeddings, top_k, values.threshold)
+                for language, tagger in taggers.items()
+            }
+            for row, file in enumerate(batch):
+                records = [record(file, language, tags[language][row]) for language in tags]
+                if output:
+                    output.writelines(json_line(one) + "\n" for one in records)
+                if output is not sys.stdout:
+                    print(_table_rows(records))
+                if len(sheet) < tagging.SHEET_PHOTOS:
+                    sheet.append((file, records))
+    if skipped:
+        log.warning("%d of %d images were skipped", len(skipped), len(images))
+    if len(skipped) == len(images):
+        raise ValueError("none of the images can be decoded")
+    return sheet
+
+
+@contextlib.contextmanager
+def _opened(output: str | None) -> Iterator[TextIO | None]:
+    """Where JSON lines are written: a file, standard output for "-", or None."""
+    if output in (None, "-"):
+        yield sys.stdout if output else None
+    else:
+        with open(output, "w", encoding="utf8") as file:
+            yield file
+
+
+def record(file: pathlib.Path, language: str, tags: Sequence) -> dict:
+    """The tags of an image in a language, each with the fields of `xlir.tagging.Tag`."""
+    return {
+        "image": str(file),
+        "language": language,
+        "tags": [dataclasses.asdict(tag) for tag in tags],
+    }
+
+
+def json_line(record: dict) -> str:
+    r"""A record as one line of JSON.
+
+    A byte of a file name that is not UTF-8, such as 0xe9, is escaped as \udce9 (PEP 383): Python's
+    `os.fsencode(json.loads(line)["image"])` is the name again, byte for byte.
+    """
+    tags = [
+        {key: round(value, 5) if isinstance(value, float) else value for key, value in tag.items()}
+        for tag in record["tags"]
+    ]
+    line = json.dumps({**record, "tags": tags}, ensure_ascii=False)
+    return line.encode("utf8", "backslashreplace").decode()
+
+
+def _table_rows(records: Sequence[dict]) -> str:
+    """An image's tags for the terminal, a row for each language; the first row has its name."""
+    rows = []
+    name = _printable(records[0]["image"])
+    for one in records:
+        cells = [
+            f"{tag['name']} {tag['cosine'] if tag['percentile'] is None else tag['percentile']:.3f}"
+            for tag in one["tags"]
+        ]
+        rows.append(f"{name:<40}  {one['language']:<3} {', '.join(cells) or '-'}")
+        name = ""
+    return "\n".join(rows)
+
+
+def _printable(text: str) -> str:
+    """A text whose line ends, control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _draw(sheet: Sequence[tuple[pathlib.Path, list[dict]]], file: pathlib.Path) -> None:
+    """Draws a contact sheet of images with their best tags in each language."""
+    from xlir import figures, tagging
+
+    tags: dict[str, list[list[str]]] = {}
+    for _, records in sheet:
+        for one in records:
+            names = [tag["name"] for tag in one["tags"][: tagging.SHEET_TAGS]]
+            tags.setdefault(one["language"], []).append(names)
+    figures.plot_tags([image for image, _ in sheet], tags, file)
