@@ -57,9 +57,9 @@ def check_writable(file: pathlib.Path) -> None:
         raise FileNotFoundError(f"{file} can't be written: there is no folder {file.parent}")
     if not file.exists():
         try:
-            make_writable_folder(file.parent)
+            _write_and_remove(file.parent)
         except OSError as error:
-            raise type(error)(f"{file} can't be written: {error}") from error
+            raise type(error)(f"{file} can't be written: {error.strerror}") from error
     # Not opened: it may be a pipe, whose reader would see its end.
     elif not os.access(file, os.W_OK):
         raise PermissionError(f"{file} can't be written: it is read-only")
@@ -73,10 +73,15 @@ def make_writable_folder(folder: pathlib.Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _write_and_remove(folder)
     except OSError as error:
         raise type(error)(f"can't write to {folder}: {error.strerror}") from error
+
+
+def _write_and_remove(folder: pathlib.Path) -> None:
+    """Makes a file in a folder, which is gone at once; raises OSError where that is impossible."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def digest(content: str | bytes) -> str:

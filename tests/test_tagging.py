@@ -352,7 +352,7 @@ def read_only(tmp_path):
     [
         ("missing/file.png", "there is no folder"),
         ("folder.png", "it is a folder"),
-        ("read-only/file.png", "the place is read-only"),
+        ("read-only/file.png", "Read-only file system"),
     ],
 )
 def test_where_tag_writes_is_looked_at_before_any_work(
