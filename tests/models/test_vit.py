@@ -15,11 +15,6 @@ from xlir.models import pretrained, registry
 from xlir.models.family import TowerSpec
 from xlir.models.vision_transformer import VisionTransformer, bicubic_weights
 
-ARCHITECTURES = {
-    name: config
-    for name, config in registry.architectures("image").items()
-    if registry.family_of("image", config).kind == "vit"
-}
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 TINY = {
     "hidden_size": 32,
@@ -369,10 +364,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("hub_id", ARCHITECTURES)
+@pytest.mark.parametrize("hub_id", PARAMETERS)
 def test_parameters_of_published_architectures(hub_id):
     """Ours has one vector for the class token and its position, no pooler, and no mask token."""
-    config = ARCHITECTURES[hub_id]
+    config = registry.architectures("image")[hub_id]
     model = create(config)
     weights = pretrained.flatten(model)
     assert {value.dtype for value in weights.values()} == {jnp.dtype("float32")}
@@ -396,7 +391,8 @@ def test_published_totals_are_the_ones_of_transformers():
         "siglip_vision_model": "SiglipVisionModel",
     }
     found = {}
-    for hub_id, fields in ARCHITECTURES.items():
+    for hub_id in PARAMETERS:
+        fields = registry.architectures("image")[hub_id]
         create = getattr(transformers, classes[fields["model_type"]])
         with torch.device("meta"):
             theirs = create(create.config_class(**fields))
