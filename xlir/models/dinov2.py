@@ -1,9 +1,12 @@
-"""DINOv2: Oquab et al. 2023 (https://arxiv.org/abs/2304.07193)."""
+"""DINOv2: Oquab et al. 2023 (https://arxiv.org/abs/2304.07193).
+
+With registers: Darcet et al. 2024 (https://arxiv.org/abs/2309.16588).
+"""
 
 import dataclasses
 from collections.abc import Mapping
 
-from xlir.config import Flag, Real, read_field
+from xlir.config import Flag, Real, Whole, read_field
 from xlir.models.transformer import WIDTH, LayerNames
 from xlir.models.vision_family import EmbeddingNames, VisionFamily, read_layers
 from xlir.models.vision_transformer import VisionConfig
@@ -83,5 +86,27 @@ DINOV2 = VisionFamily(
         "facebook/dinov2-base": _BASE,
         "facebook/dinov2-large": _BASE | _LARGE,
         "facebook/dinov2-giant": _BASE | _GIANT,
+    },
+)
+
+
+def _read_with_registers(config: Mapping) -> VisionConfig:
+    registers = read_field(config, "num_register_tokens", Whole(1))
+    return dataclasses.replace(_read(config), registers=registers, antialias=True)
+
+
+_WITH_REGISTERS = _BASE | {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+DINOV2_WITH_REGISTERS = dataclasses.replace(
+    DINOV2,
+    name="dinov2_with_registers",
+    defaults=_WITH_REGISTERS | {"image_size": 224, "patch_size": 16},
+    read=_read_with_registers,
+    embedding_names=EmbeddingNames(registers="embeddings.register_tokens"),
+    prefixes=("dinov2_with_registers.",),
+    architectures={
+        "facebook/dinov2-with-registers-small": _WITH_REGISTERS | _SMALL,
+        "facebook/dinov2-with-registers-base": _WITH_REGISTERS,
+        "facebook/dinov2-with-registers-large": _WITH_REGISTERS | _LARGE,
+        "facebook/dinov2-with-registers-giant": _WITH_REGISTERS | _GIANT,
     },
 )

@@ -22,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     vit.VIT,
     clip.CLIP,
     dinov2.DINOV2,
+    dinov2.DINOV2_WITH_REGISTERS,
     siglip.SIGLIP,
 )
 
