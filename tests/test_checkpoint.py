@@ -12,7 +12,7 @@ import tokenizers
 from jax.sharding import NamedSharding, PartitionSpec
 
 import xlir
-from tests.test_train import metrics_of
+from tests.runs import metrics_of
 from xlir import partition, train
 from xlir.checkpoint import Checkpoints
 from xlir.digests import digests

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import REPOSITORY, keep_compiled
-from tests.test_train import checkpoint_of, metrics_of
+from tests.conftest import REPOSITORY
+from tests.runs import checkpoint_of, metrics_of
 from xlir import optimizer, partition, train, workdir
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
@@ -137,11 +137,10 @@ def test_kill_at_random_moments(photos, tmp_path):
         flags += ["--config.image.frozen=True", "--config.image.min_area=0.0"]
         flags += ["--config.optimizer.ema=0.9"]
         flags += ["--config.eval_every=2", "--config.log_every=1"]
-        compiled = keep_compiled()
         return subprocess.Popen(
             [sys.executable, "-m", "xlir.main", *flags, f"--workdir={tmp_path / name / 'run'}"],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": "", **compiled, "XLIR_CACHE": str(tmp_path / name)},
+            env={**os.environ, "XLA_FLAGS": "", "XLIR_CACHE": str(tmp_path / name)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 import xlir
-from tests.conftest import REPOSITORY, keep_compiled
+from tests.conftest import REPOSITORY
 from tests.test_photo_limits import odd_files, png, within
 from xlir import tagging
 from xlir.checkpoint import Checkpoints
@@ -238,7 +238,7 @@ def test_a_workdir_needs_nothing_else(workdir, encoder, photos, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", SELF_CONTAINED, str(workdir), str(photo(photos)), str(out)],
         cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY), **keep_compiled()},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

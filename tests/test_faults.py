@@ -14,17 +14,17 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_processes import (
+from tests.runs import (
     STEPS,
     Ended,
     after_step,
     assert_same_curves,
+    checkpoint_of,
     flags_of,
+    metrics_of,
     run,
-    run_on_one_device,
     terminate,
 )
-from tests.test_train import checkpoint_of, metrics_of
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
 
@@ -147,9 +147,9 @@ def flags(photos) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(photos, tmp_path_factory) -> pathlib.Path:
+def uninterrupted(one_device) -> pathlib.Path:
     """The workdir of a run on one device."""
-    return run_on_one_device(photos, tmp_path_factory.getbasetemp() / "one-device").workdir
+    return one_device.workdir
 
 
 def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:

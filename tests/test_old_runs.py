@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.test_train import metrics_of
+from tests.runs import metrics_of
 from xlir import data, evaluate, train
 from xlir.encoder import Encoder, read_config
 

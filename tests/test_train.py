@@ -6,13 +6,13 @@ import signal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
 from input_pipeline import datasets
+from tests.runs import checkpoint_of, metrics_of
 from xlir import optimizer, partition, train
 from xlir.encoder import Encoder, read_config
 from xlir.models import dual_encoder
@@ -28,21 +28,6 @@ def save_and_die(self, step, *items):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_die
 """
-
-
-def metrics_of(workdir):
-    """The records of a run without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("examples_per_second", "seconds/")
-    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
-
-
-def checkpoint_of(workdir, step):
-    """All arrays of a checkpoint."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        names = ("params", "optimizer")
-        items = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
-        return dict(manager.restore(step, args=items))
 
 
 @pytest.mark.parametrize("wait", ["self._manager.wait_until_finished()", "pass"])
