@@ -15,7 +15,8 @@ import pytest
 
 from tests.runs import metrics_of
 from xlir import data, evaluate, train
-from xlir.encoder import Encoder, read_config
+from xlir.encoder import Encoder
+from xlir.workdir import read_config
 
 ARCHIVE = pathlib.Path(__file__).parent / "data" / "run-of-ea4c6af.zip"
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from configs import base, xlmr
 from xlir import optimizer
@@ -84,7 +83,7 @@ def towers():
     """The trainable parameters of toy towers: two layers in a stack, two blocks in a list."""
     experiment = xlmr.get_config("tiny")
     experiment.image.tower = "toy-resnet"
-    return nnx.to_pure_dict(Encoder.create(experiment).params)
+    return Encoder.create(experiment).parameters.trained
 
 
 def test_layers_learn_the_slower_the_lower(towers):
@@ -119,5 +118,5 @@ def test_layer_decay_scales_a_towers_updates_and_no_others(towers):
 
 def test_biases_and_norms_of_a_stack_do_not_decay(towers):
     layers = optimizer.decays(towers)["text_tower"]["layers"]["stacked"]
-    assert layers["mlp"]["inner"] == {"kernel": True, "bias": False}
+    assert layers["mlp"]["fc1"] == {"kernel": True, "bias": False}
     assert not any(jax.tree.leaves(layers["mlp_norm"]))

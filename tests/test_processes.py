@@ -122,7 +122,7 @@ def test_checkpoints_restore_onto_other_devices(where, devices, one_device, requ
     workdir = request.getfixturevalue(where).workdir
     mesh = partition.create_mesh({"data": 1, "fsdp": devices}, jax.devices()[:devices])
     encoder = Encoder.load(workdir, mesh=mesh)
-    table = encoder.params["text_tower"]["embedding"].get_value()
+    table = encoder.parameters.trained["text_tower"]["embedding"]
     assert len(table.addressable_shards) == devices
     assert table.addressable_shards[0].data.shape == (260, 32 // devices)
     texts = ["A red circle, left.", "oben: das Quadrat ist blau"]

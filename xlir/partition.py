@@ -33,8 +33,8 @@ AXES = ("data", "fsdp")
 # which they are tried; the first match counts. Optimizer state and moving averages end in the path
 # of their parameter, and lie as it does.
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    # Vectors, also those of a stack of layers: a message each would cost more than they take.
-    (r"(scale|bias|offset|mean|class_token|probe)$", ()),
+    # The vectors of all layers of a stack are one matrix.
+    (r"(scale|bias|offset|mean)$", ()),
     # Matrices and tables, by output first. Never by the first axis of a stack of layers: the scan
     # over it takes one layer at a time. Vocabularies seldom divide, their columns do.
     (r"", (-1, -2)),
@@ -180,8 +180,11 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 
 
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
-    """The axes that are tried, none where an array stays whole by intent."""
-    if mesh.shape["fsdp"] == 1 or math.prod(shape) < SMALLEST:
+    """The axes that are tried, none where an array stays whole by intent.
+
+    Vectors stay whole: a message each would cost more than the memory that they take.
+    """
+    if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
     return next(axes for pattern, axes in RULES if re.search(pattern, path))
 
@@ -223,8 +226,8 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def place(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Lays a tree of arrays out on the mesh; every process has the same, whole, on its host.
+def shard(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Lays a tree of arrays out on the mesh. Every process has all of the same arrays on its host.
 
     Each device is sent its part alone.
     """
@@ -236,8 +239,8 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def fetch(x: Array | np.ndarray) -> np.ndarray:
-    """The whole of an array on this host; every process has to ask for it at the same time."""
+def gather(x: Array | np.ndarray) -> np.ndarray:
+    """A whole array on this host. All processes have to call it for the same array."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)

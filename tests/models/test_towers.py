@@ -11,7 +11,8 @@ from PIL import Image
 import xlir
 from configs import base
 from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
-from xlir.models import towers
+from xlir.models import pretrained, registry, towers
+from xlir.models.family import TowerSpec
 from xlir.models.torch_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 
 TEXT = {
@@ -120,12 +121,13 @@ def test_images_as_in_torch(checkpoints, config):
 def test_saved_towers_need_no_checkpoint(config, tmp_path, monkeypatch):
     encoder = xlir.Encoder.create(config)
     encoder.save(tmp_path)
-    monkeypatch.setattr(towers.pretrained, "checkpoint_folder", None)
+    monkeypatch.setattr(pretrained, "checkpoint_folder", None)
     opened = xlir.Encoder.open(tmp_path)
     np.testing.assert_array_equal(opened.encode_text(CORPUS), encoder.encode_text(CORPUS))
     photo = Image.new("RGB", (50, 40), "red")
     np.testing.assert_array_equal(opened.encode_image([photo]), encoder.encode_image([photo]))
-    assert opened.describe_tower("text") == encoder.describe_tower("text")
+    described = [e.embedder.describe_tower(e.parameters, "text") for e in (opened, encoder)]
+    assert described[0] == described[1]
 
 
 def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
@@ -133,7 +135,9 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
     (tmp_path / "de.txt").write_text("\n".join(CORPUS[4:]))
     config.data.dir, config.text.trim_vocab = str(tmp_path), "de.txt"
     trimmed = xlir.Encoder.create(config, [f"query: {text}" for text in CORPUS[:4]])
-    embeddings = [encoder.frozen["text_tower"]["embedding"][...] for encoder in (whole, trimmed)]
+    embeddings = [
+        encoder.parameters.frozen["text_tower"]["embedding"] for encoder in (whole, trimmed)
+    ]
     assert len(embeddings[1]) < len(embeddings[0])
     np.testing.assert_allclose(trimmed.encode_text(CORPUS), whole.encode_text(CORPUS), atol=1e-6)
     trimmed.save(tmp_path / "run")
@@ -175,7 +179,7 @@ def test_refusals(checkpoints, config, field, value, message):
 def test_a_size_of_ones_own(config):
     config.image.size = 48
     encoder = xlir.Encoder.create(config)
-    assert encoder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
+    assert encoder.embedder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
     assert encoder.encode_image([Image.new("RGB", (60, 50))]).shape == (1, 32)
 
 
@@ -250,14 +254,13 @@ def test_a_padding_token_in_a_text(checkpoints, config, tmp_path):
 
 
 def test_a_trimmed_vocabulary_may_move_the_padding():
-    config = {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 4}
-    described = towers.trimmed({"kind": "transformer", "config": config}, np.int32([0, 2, 4, 7]))
-    assert described["pad_id"] == 2
-    assert described["config"] == config | {"vocab_size": 4}
-    described = towers.trimmed(
-        {"kind": "transformer", "config": config}, np.arange(6, dtype=np.int32)
-    )
-    assert "pad_id" not in described
+    config = TEXT | {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 4}
+    family = registry.family_of("text", config)
+    spec = family.trimmed(TowerSpec(family, config), np.int32([0, 2, 4, 7]))
+    assert spec.pad_id == spec.to_json()["pad_id"] == 2
+    assert spec.config == config | {"vocab_size": 4}
+    spec = family.trimmed(TowerSpec(family, config), np.arange(6, dtype=np.int32))
+    assert "pad_id" not in spec.to_json()
 
 
 @pytest.mark.parametrize(("positions", "max_length"), [(79, 77), (66, 61)])
@@ -276,7 +279,7 @@ def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, co
     long = "Hund " * 100
     cut = encoder.tokenizer([long], max_length=max_length)[0]
     assert len(cut) == max_length
-    batches = list(encoder.text_batches([long, *CORPUS]))
+    batches = list(encoder.embedder.text_batches([long, *CORPUS]))
     assert max(batch["text_ids"].shape[1] for _, batch in batches) == max_length
     ours = encoder.encode_text([long, *CORPUS])
     expected = embedded_by_torch(model, folder / "text", CORPUS)

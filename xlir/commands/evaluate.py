@@ -46,7 +46,8 @@ def run(values: FlagValues) -> None:
     splits = _splits(values.test_set) if values.task == "tagging" else []
     processes.start_jax(values)
     from xlir import data, evaluate, partition
-    from xlir.encoder import Encoder, read_config
+    from xlir.encoder import Encoder
+    from xlir.workdir import read_config
 
     workdir = pathlib.Path(values.workdir)
     mesh = partition.fitting_mesh(read_config(workdir).mesh)
