@@ -188,7 +188,7 @@ def flags_of(photos: pathlib.Path) -> list[str]:
     return [
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
-        "--config.data.test_set=multilingual_test",
+        "--config.evals={'multilingual_test': {'captions': 'multilingual_test'}}",
         "--config.text.head=mlp",
         "--config.text.hidden=(32,)",
         f"--config.steps={STEPS}",

@@ -31,7 +31,7 @@ from input_pipeline import images as image_io
 from input_pipeline import tokenizers as text_io
 from xlir import partition
 from xlir.checkpoint import Checkpoints
-from xlir.config import check_config
+from xlir.config import check_config, upgrade
 from xlir.models import dual_encoder, pretrained, towers
 
 log = logging.getLogger(__name__)
@@ -435,7 +435,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         )
     files.check_sums(workdir, [CONFIG_FILE])
     try:
-        config.update(json.loads(file.read_text()))
+        config.update(upgrade(json.loads(file.read_text())))
         check_config(config)
         return config
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:

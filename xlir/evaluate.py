@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from input_pipeline import features, files
 from input_pipeline.cache import fingerprint
+from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from xlir import figures, metrics, partition
-from xlir.data import RetrievalSet
 from xlir.encoder import FEATURE_BATCH, SIDES, Encoder
 from xlir.workdir import results_folder
 

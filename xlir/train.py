@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from input_pipeline import datasets, loader, tokenizers
+from input_pipeline import loader, tokenizers
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from xlir import data, evaluate, gradients, losses, optimizer, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
@@ -99,7 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
     check_config(config)
     with run_folder.Lock(workdir):
         mesh = _train(config, workdir, accept_changed_data)
-        finish(workdir, mesh)
+        finish(config, workdir, mesh)
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool) -> Mesh:
@@ -123,7 +124,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     encoder = Encoder.create(config, captions, mesh) if starts else Encoder.open(workdir, mesh)
     validation = evaluate.Evaluator(encoder, validation_set, data.feature_cache())
     cached = evaluate.frozen_features(
-        encoder, "training", captions, training, training.fingerprint, data.feature_cache()
+        encoder, "training", captions, training.images, training.fingerprint, data.feature_cache()
     )
     _center(encoder, cached)
     batches = loader.Batches(
@@ -171,15 +172,15 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     return mesh
 
 
-def finish(workdir: pathlib.Path, mesh: Mesh) -> None:
-    """Evaluates the best checkpoint of a run on its test set; writes results and pictures."""
+def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
+    """Evaluates the best checkpoint on the test sets of `config`; writes results and pictures."""
     encoder = Encoder.load(workdir, mesh=mesh)
-    for test_set in data.test_sets(encoder.config):
+    for test_set in data.test_sets(config):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
 def _reader(
-    photos: datasets.CaptionedImages,
+    photos: CaptionedImages,
     captions: list[str],
     encoder: Encoder,
     cached: dict[str, np.ndarray],
@@ -192,7 +193,7 @@ def _reader(
     decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
     def decode(row: int, key: list[int]) -> np.ndarray:
-        return encoder.decode(photos[row], row, np.random.default_rng(key))
+        return encoder.decode(photos.images[row], row, np.random.default_rng(key))
 
     def read(
         image_rows: np.ndarray, caption_rows: np.ndarray, step: int, places: np.ndarray

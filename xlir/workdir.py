@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # A run may go on elsewhere, in more or less memory: what it learns does not depend on these. (From
 # other microbatches dropout draws other masks.)
 FREE = re.compile(
-    r"config\.(mesh\..*|profile\..*|log_every|data\.(prefetch|microbatches)|loss\.chunk|.*\.remat)"
+    r"config\.(mesh\..*|evals\..*|profile\..*|log_every|data\.(prefetch|microbatches)|loss\.chunk|.*\.remat)"
 )
 
 

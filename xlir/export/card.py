@@ -7,19 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from input_pipeline import files
+from input_pipeline import datasets, files
 from xlir.encoder import SIDES, Encoder
 from xlir.export import architecture
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
 from xlir.models import pretrained
 
-# What is known of the terms of data sets and towers; anything else has to be looked up.
-DATA_TERMS = {
-    "emoji": "Twemoji pictures, CC BY 4.0; names from Unicode CLDR",
-    "coco": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
-    "coco_captions": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
-}
+# What is known of the terms of towers; anything else has to be looked up.
 TOWER_TERMS = {
     "muse": "mUSE, Apache-2.0",
     "efficientnet-lite0": "EfficientNet-lite, Apache-2.0",
@@ -215,7 +210,7 @@ def _terms(encoder: Encoder, format: str) -> str:
         lines.append(f"- {side} tower: {known}")
     if config.data.name:
         name = _name(config.data.dir)
-        known = DATA_TERMS.get(config.data.name, f"{name}: see the terms of that set")
+        known = datasets.find(config.data.name).terms or f"{name}: see the terms of that set"
         lines.append(f"- training data: {known}")
     if format in ("torch", "onnx"):
         lines.append("- code in this folder: Apache-2.0")
