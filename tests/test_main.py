@@ -347,7 +347,8 @@ def packed_coco(shared, tmp_path):
 
 def coco_flags(folder, tiny):
     more = {"dir": folder, "name": "coco", "train": "train"}
-    return [*tiny, *(f"--config.data.{field}={value}" for field, value in more.items())]
+    data = (f"--config.data.{field}={value}" for field, value in more.items())
+    return [*tiny, *data, "--config.evals={}"]
 
 
 KILL = """
