@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+# Tests run in two processes; one that has ended takes half of what is left to the other.
+WORKERS ?= -n 2 --dist worksteal
 
 # glibc keeps what XLA's CPU backend frees, instead of mapping it anew at every step.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
@@ -20,7 +22,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(MALLOC) $(VENV)/bin/python -m xlir.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-quickstart,test
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" $(WORKERS)
 
 lint: $(VENV)/.installed-quickstart,test
 	$(VENV)/bin/ruff check .

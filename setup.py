@@ -52,6 +52,7 @@ EXTRAS = {
     ],
     "test": [
         "pytest>=9.2.0",
+        "pytest-xdist>=3.8.0",  # runs tests in several processes
         "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
         "ruff>=0.17.6",
         "scikit-learn>=1.9.1",  # the metrics' reference

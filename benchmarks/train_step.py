@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from configs import flickr8k
 from input_pipeline import loader
-from xlir import optimizer, partition, train
+from xlir import partition
+from xlir import train_step as steps
 from xlir.encoder import Encoder
 
 PHOTOS, CAPTIONS = 5827, 5
@@ -43,9 +44,9 @@ def ours(config, text, image):
     """A generator that takes one training step at each turn."""
     mesh = partition.create_mesh()
     encoder = Encoder.create(config, mesh=mesh)
-    transformation = optimizer.build(config)
-    layout, step = train.compile_step(encoder, transformation, mesh)
-    state = train.initial_state(encoder, transformation, layout)
+    params, frozen = encoder.parameters
+    layout, step = steps.compile_step(config, encoder.embedder.graph, params, mesh)
+    state = steps.first_state(config, params, layout)
 
     def read(images, captions, step, places):
         return {
@@ -58,7 +59,7 @@ def ours(config, text, image):
     rows = partition.local_rows(config.data.batch_size, mesh)
     batches = loader.Batches(order, read, 10**6, rows)
     for batch in loader.iterate(batches, first_step=0, prefetch=config.data.prefetch):
-        state, metrics = step(state, encoder.frozen, partition.global_batch(batch, mesh))
+        state, metrics = step(state, frozen, partition.global_batch(batch, mesh))
         yield metrics["loss"]
 
 

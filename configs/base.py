@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     config.steps = 1_000
     config.log_every = 20
     config.eval_every = 100
+    # How often (in steps) to save a checkpoint between validations as well. It is there to resume
+    # from: the best one is chosen among those that were validated. 0 saves none in between.
+    config.save_every = 0
 
     # Width of the shared space of text and image embeddings.
     config.embedding_dim = 512

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
 
 
 def check_writable(file: pathlib.Path) -> None:
-    """Looks whether a file can be written, without writing it.
+    """Finds out whether a file can be written, without writing it.
 
     Raises:
       OSError: it can't; the message says why.
@@ -54,8 +55,39 @@ def check_writable(file: pathlib.Path) -> None:
         raise IsADirectoryError(f"{file} can't be written: it is a folder")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file} can't be written: there is no folder {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PermissionError(f"{file} can't be written: the place is read-only")
+    if not file.exists():
+        try:
+            _write_and_remove(file.parent)
+        except OSError as error:
+            raise type(error)(f"{file} can't be written: {error.strerror}") from error
+    # Not opened: it may be a pipe, whose reader would see its end.
+    elif not os.access(file, os.W_OK):
+        raise PermissionError(f"{file} can't be written: it is read-only")
+
+
+def make_writable_folder(folder: pathlib.Path) -> None:
+    """Makes a folder if it does not exist, and finds out whether files can be written in it.
+
+    Raises:
+      OSError: the folder can't be made, or no file can be written in it; the message says why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_and_remove(folder)
+    except OSError as error:
+        raise type(error)(f"can't write to {folder}: {error.strerror}") from error
+
+
+def _write_and_remove(folder: pathlib.Path) -> None:
+    """Makes a file in a folder, which is gone at once; raises OSError where that is impossible."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def digest(content: str | bytes) -> str:
+    """The SHA-256 of a text or of bytes, in hexadecimal."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -82,8 +114,8 @@ def write_sums(
     digests = _read_sums(folder / SUMS, RESTORE) if keep and (folder / SUMS).is_file() else {}
     digests |= {name: sha256(folder / name) for name in names}
     for name, content in (coming or {}).items():
-        digests[name] = hashlib.sha256(content.encode()).hexdigest()
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+        digests[name] = digest(content)
+    lines = [f"{sha256}  {name}\n" for name, sha256 in sorted(digests.items())]
     write_whole(folder / SUMS, "".join(lines))
 
 
@@ -108,11 +140,11 @@ def check_sums(
     expected = _read_sums(folder / SUMS, way_out)
     names = sorted(expected if names is None else expected.keys() & set(names))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256_or_none, [folder / name for name in names])
-        for name, digest in zip(names, digests, strict=True):
-            if digest is None:
+        found = pool.map(_sha256_or_none, [folder / name for name in names])
+        for name, sha256 in zip(names, found, strict=True):
+            if sha256 is None:
                 raise FileNotFoundError(f"{folder / name} is missing, which {SUMS} lists")
-            if digest != expected[name]:
+            if sha256 != expected[name]:
                 fault = f"its digest is not the one in {SUMS}"
                 raise ValueError(_damaged(folder / name, fault, way_out))
 
@@ -133,19 +165,33 @@ def checking(folder: pathlib.Path) -> Iterator[None]:
 
 def write_digested(file: pathlib.Path, content: object) -> None:
     """Writes JSON, and before it a line with its SHA-256."""
-    text = json.dumps(content).encode()
-    write_whole(file, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    text = json.dumps(content)
+    write_whole(file, f"{digest(text)}\n{text}")
 
 
 def read_digested(file: pathlib.Path) -> Any | None:
     """Reads what `write_digested` wrote; None if it is missing or, with a warning, damaged."""
     if not file.exists():
         return None
-    digest, _, text = file.read_bytes().partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() == digest:
+    expected, _, text = file.read_bytes().partition(b"\n")
+    if digest(text).encode() == expected:
         return json.loads(text)
     log.warning("%s is damaged, or of an earlier version: it is made anew", file)
     return None
+
+
+def with_digest(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON fields with one more, `sha256`: their SHA-256, for files that others write."""
+    return fields | {"sha256": digest(json.dumps(fields, sort_keys=True))}
+
+
+def without_digest(fields: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `with_digest`; raises ValueError where the digest is not that of the fields."""
+    fields = {**fields}
+    expected = fields.pop("sha256", None)
+    if expected != digest(json.dumps(fields, sort_keys=True)):
+        raise ValueError("its digest differs")
+    return fields
 
 
 def _sha256_or_none(file: pathlib.Path) -> str | None:

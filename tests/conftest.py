@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,22 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes longer than anything else, and tests compile the same programs again and again. So
+# they keep what they compile until the session ends: this process, those that it starts, and the
+# workers of pytest-xdist, which have the variable from the process that starts them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="xlir-tests-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest
 from PIL import Image, ImageDraw
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+from tests import runs
+from tests.runs import REPOSITORY
+
+# pytest-xdist's name for this process, where it is one of several that run the tests.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
 
 def pytest_runtest_logreport(report):
@@ -38,10 +50,11 @@ def pytest_collectreport(report):
 def _list_skipped(report) -> None:
     """Appends what is skipped to the file that $XLIR_LIST_SKIPPED names.
 
-    `pytest @FILE` runs it, in an environment that has what was lacking.
+    `pytest @FILE` runs it, in an environment that has what was lacking. Workers pass their reports
+    on to the process that started them, which alone writes the file.
     """
     file = os.environ.get("XLIR_LIST_SKIPPED")
-    if file and report.skipped:
+    if file and report.skipped and not WORKER:
         with open(file, "a", encoding="utf8") as skipped:
             skipped.write(f"{report.nodeid}\n")
 
@@ -55,6 +68,13 @@ def shared() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory) -> pathlib.Path:
+    """A folder that all workers share, for what is made once (`runs.once`) and then only read."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if WORKER else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Keeps tests out of the user's cache of prepared data sets and features."""
@@ -64,11 +84,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> pathlib.Path:
+def photos(session_folder) -> pathlib.Path:
     """A small set in Karpathy's layout: coloured shapes, English captions, a German test set."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder)
-    return folder
+    return runs.once(session_folder / "photos", write_photos)
 
 
 @pytest.fixture
@@ -100,7 +118,7 @@ PLACES = {"left": "links", "right": "rechts", "top": "oben", "middle": "Mitte"}
 def write_photos(folder: pathlib.Path) -> None:
     """60 JPEGs; the last 20 are the test set, of which 4 also stand in the training split."""
     corners = {"left": (4, 20), "right": (36, 20), "top": (20, 4), "middle": (20, 20)}
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     entries, german = [], {}
     things = list(itertools.product(COLOURS, SHAPES, PLACES))
     random.Random(0).shuffle(things)
@@ -133,17 +151,6 @@ def write_photos(folder: pathlib.Path) -> None:
     (test / "test_captions_de.txt").write_text("\n".join(german[name] for name in names) + "\n")
 
 
-def keep_compiled() -> dict[str, str]:
-    """Environment of a process that keeps what it compiles, for the others of this session.
-
-    Their programs differ in little, and compiling takes them longer than anything else.
-    """
-    return {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["XLIR_CACHE"] + "/tests-compiled",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 @pytest.fixture(scope="session")
 def command(photos):
     """Runs `python -m xlir.main` as a user would, on one device; returns the finished process."""
@@ -160,7 +167,7 @@ def command(photos):
         process = subprocess.run(
             [sys.executable, *start, *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": "", **keep_compiled(), **environment},
+            env={**os.environ, "XLA_FLAGS": "", **environment},
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -194,11 +201,10 @@ def tiny(photos) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def workdir(command, tiny, tmp_path_factory) -> pathlib.Path:
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    command(*tiny, f"--workdir={folder}")
-    return folder
+def workdir(command, tiny, session_folder, tmp_path_factory) -> pathlib.Path:
+    """A finished run; each worker has its own copy."""
+    made = runs.once(session_folder / "tiny", lambda to: command(*tiny, f"--workdir={to}"))
+    return shutil.copytree(made, tmp_path_factory.mktemp("run") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -214,10 +220,14 @@ def toy_config(photos):
 
 
 @pytest.fixture(scope="session")
-def toy_run(toy_config, tmp_path_factory) -> pathlib.Path:
+def toy_run(toy_config, session_folder) -> pathlib.Path:
     """A finished run of `toy_config`, trained in this process; to be copied, not changed."""
     from xlir import train
 
-    folder = tmp_path_factory.mktemp("toy") / "run"
-    train.train(toy_config, folder)
-    return folder
+    return runs.once(session_folder / "toy", lambda to: train.train(toy_config, to))
+
+
+@pytest.fixture(scope="session")
+def one_device(photos, session_folder) -> runs.Run:
+    """A run on one device, which those on others are compared with; only to be read."""
+    return runs.whole_run(session_folder / "one-device", runs.flags_of(photos))

@@ -24,7 +24,7 @@ def test_an_abstract_batch_is_what_training_reads():
         "frozen": {"text_features", "image_features", "image_id"},
     }
     for variant, expected in keys.items():
-        batch = compile.AbstractEncoder(xlmr.get_config(variant)).batch()
+        *_, batch = compile.abstract(xlmr.get_config(variant))
         assert set(batch) == expected
         assert {len(x.shape) and x.shape[0] for x in batch.values()} == {
             xlmr.get_config(variant).data.batch_size

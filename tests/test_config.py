@@ -10,8 +10,8 @@ import xlir
 from configs import base, flickr8k, muse, quickstart, xlmr
 from xlir import train, workdir
 from xlir.config import FIELDS, check_config, upgrade
-from xlir.encoder import read_config
 from xlir.models import towers
+from xlir.workdir import read_config
 
 CONFIGS = {
     "quickstart": quickstart.get_config(),

@@ -12,14 +12,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from tests.conftest import REPOSITORY, keep_compiled
-from tests.test_train import checkpoint_of, metrics_of
-from xlir import optimizer, partition, train, workdir
+from tests.conftest import REPOSITORY
+from tests.runs import checkpoint_of, metrics_of
+from xlir import results, train_step, workdir
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
-from xlir.export.card import read_results
 from xlir.metric_log import MetricLog
 
 TEXTS = ["A red circle, left.", "Kreis, rot", "빨간 원", ""]
@@ -43,12 +41,9 @@ def read_all(run, learned_from: dict) -> dict:
     """All that loading, resuming and exporting take from a run's folder."""
     workdir.check_data(run, learned_from, accept_changes=False)
     encoder = Encoder.load(run)
-    transformation = optimizer.build(encoder.config)
-    shapes = jax.eval_shape(
-        lambda params: train.init_state(params, encoder.config, transformation),
-        nnx.to_pure_dict(encoder.params),
+    layout, _ = train_step.compile_step(
+        encoder.config, encoder.embedder.graph, encoder.parameters.trained, encoder.mesh
     )
-    layout = partition.with_shardings(shapes, partition.shardings(shapes, encoder.mesh))
     with Checkpoints(run) as checkpoints:
         step, items = checkpoints.restore(layout.items())
     MetricLog(run, resume_at=step).close()
@@ -56,10 +51,10 @@ def read_all(run, learned_from: dict) -> dict:
         "config": encoder.config.to_json(),
         "preprocessing": encoder.preprocessing,
         "tokens": encoder.tokenizer(TEXTS, max_length=16),
-        "frozen": encoder.frozen,
-        "loaded": (encoder.step, encoder.params),
+        "frozen": encoder.parameters.frozen,
+        "loaded": (encoder.step, encoder.parameters.trained),
         "resumed": (step, items),
-        "results": read_results(run, 6),
+        "results": results.read(run, 6),
         "metrics": [record["step"] for record in metrics_of(run)],
     }
 
@@ -137,11 +132,10 @@ def test_kill_at_random_moments(photos, tmp_path):
         flags += ["--config.image.frozen=True", "--config.image.min_area=0.0"]
         flags += ["--config.optimizer.ema=0.9"]
         flags += ["--config.eval_every=2", "--config.log_every=1"]
-        compiled = keep_compiled()
         return subprocess.Popen(
             [sys.executable, "-m", "xlir.main", *flags, f"--workdir={tmp_path / name / 'run'}"],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": "", **compiled, "XLIR_CACHE": str(tmp_path / name)},
+            env={**os.environ, "XLA_FLAGS": "", "XLIR_CACHE": str(tmp_path / name)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

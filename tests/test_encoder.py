@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import xlir
-from tests.conftest import REPOSITORY, keep_compiled
+from tests.conftest import REPOSITORY
 from tests.test_photo_limits import odd_files, png, within
 from xlir import tagging
 from xlir.checkpoint import Checkpoints
+from xlir.embed import Parameters
 
 TEXTS = [
     "A red circle, left.",
@@ -79,7 +79,7 @@ def test_an_embedding_does_not_depend_on_its_batch(precise, monkeypatch):
     np.testing.assert_allclose(precise.encode_text(TEXTS[::-1])[::-1], together, atol=1e-5)
     alone = np.concatenate([precise.encode_text([text]) for text in TEXTS])
     np.testing.assert_allclose(alone, together, atol=1e-5)
-    monkeypatch.setattr("xlir.encoder.TEXT_BATCH", 2)
+    monkeypatch.setattr("xlir.embed.TEXT_BATCH", 2)
     np.testing.assert_allclose(precise.encode_text(TEXTS), together, atol=1e-5)
 
 
@@ -106,15 +106,15 @@ def test_pil_image_keeps_orientation_and_may_be_cmyk(encoder, photos):
     image.save(turned, "JPEG", exif=exif, quality=95)
     image.convert("CMYK").save(cmyk, "JPEG", quality=95)
     for encoded in (turned, cmyk):
-        expected = encoder.decode(encoded.getvalue()).astype(int)
-        decoded = encoder.decode(Image.open(io.BytesIO(encoded.getvalue())))
+        expected = encoder.embedder.decode(encoded.getvalue()).astype(int)
+        decoded = encoder.embedder.decode(Image.open(io.BytesIO(encoded.getvalue())))
         assert np.abs(decoded - expected).mean() < 3
 
 
 def test_images_in_several_batches_keep_their_order(precise, photos, monkeypatch):
     paths = [photo(photos, number) for number in range(9)]
     together = precise.encode_image(paths)
-    monkeypatch.setattr("xlir.encoder.IMAGE_BATCH", 2)
+    monkeypatch.setattr("xlir.embed.IMAGE_BATCH", 2)
     np.testing.assert_allclose(precise.encode_image(paths), together, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_damaged_images_are_named(encoder, photos, tmp_path):
 def test_what_is_no_regular_file_is_refused_at_once(encoder, photos, tmp_path):
     for file in odd_files(tmp_path):
         with within(20), pytest.raises(ValueError, match="is not a regular file") as error:
-            encoder.decode(file)
+            encoder.embedder.decode(file)
         assert str(file) in str(error.value)
         with pytest.raises(ValueError, match="is not a regular file"):
             encoder.encode_image([photo(photos), file])
@@ -149,8 +149,10 @@ def test_an_image_that_would_take_too_much_memory_is_named(encoder, tmp_path):
 def test_damaged_weights_are_noticed_in_every_embedding(workdir, photos, value):
     """Of the heads, which are all that is trained here, and of the towers."""
     images = [photo(photos)]
-    damaged = xlir.Encoder.load(workdir)
-    damaged.params = jax.tree.map(lambda x: x * value, damaged.params)
+    whole = xlir.Encoder.load(workdir)
+    trained, frozen = whole.parameters
+    times = jax.tree.map(lambda x: x * value, trained)
+    damaged = xlir.Encoder(whole.embedder, Parameters(times, frozen))
     for what, embed in (
         ("text", lambda: damaged.encode_text(TEXTS)),
         ("image", lambda: damaged.encode_image(images)),
@@ -160,13 +162,12 @@ def test_damaged_weights_are_noticed_in_every_embedding(workdir, photos, value):
             ValueError, match=f"embedding of {what} . .* is not finite: the weights"
         ):
             embed()
-    damaged.frozen = jax.tree.map(
-        lambda x: x * value if jnp.issubdtype(x.dtype, jnp.floating) else x, damaged.frozen
+    frozen = jax.tree.map(
+        lambda x: x * value if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen
     )
     for side, inputs in (("text", TEXTS), ("image", images)):
-        batches = getattr(damaged, f"{side}_batches")(inputs)
         with pytest.raises(ValueError, match=f"the embedding of {side} . .* is not finite"):
-            damaged.features(side, batches, len(inputs))
+            whole.embedder.features(Parameters(trained, frozen), side, inputs)
 
 
 def test_missing_image(encoder, tmp_path):
@@ -185,7 +186,7 @@ def test_one_input_instead_of_a_list(encoder, photos):
 
 
 def test_best_and_latest_checkpoint(run_copy, encoder):
-    changed = jax.tree.map(lambda array: array + 0.1, nnx.to_pure_dict(encoder.params))
+    changed = jax.tree.map(lambda array: array + 0.1, encoder.parameters.trained)
     with Checkpoints(run_copy) as checkpoints:
         checkpoints.save(encoder.step + 5, {"params": changed}, score=-1.0)
     best = xlir.Encoder.load(run_copy)
@@ -238,7 +239,7 @@ def test_a_workdir_needs_nothing_else(workdir, encoder, photos, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", SELF_CONTAINED, str(workdir), str(photo(photos)), str(out)],
         cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY), **keep_compiled()},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,

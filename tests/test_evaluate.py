@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from xlir import evaluate, figures
+from xlir import results as results_files
 from xlir.data import RetrievalSet
 
 RECALLS = ("R@1", "R@5", "R@10")
@@ -43,7 +44,7 @@ def test_results_have_the_documented_form(three_languages):
     for result in three_languages["languages"].values():
         assert set(result) == {"queries", "text_to_image", "image_to_text"}
         assert result["queries"] == 12
-        for direction in evaluate.DIRECTIONS:
+        for direction in results_files.DIRECTIONS:
             assert set(result[direction]) == {*RECALLS, "median_rank", "mrr"}
     assert json.loads(json.dumps(three_languages)) == three_languages
 
@@ -58,8 +59,8 @@ def test_recall_by_language(three_languages):
 
 def test_zero_shot_macro_leaves_english_out(three_languages):
     macro = three_languages["zero_shot_macro"]
-    assert set(macro) == set(evaluate.DIRECTIONS)
-    for direction in evaluate.DIRECTIONS:
+    assert set(macro) == set(results_files.DIRECTIONS)
+    for direction in results_files.DIRECTIONS:
         parts = [three_languages["languages"][code][direction] for code in ("de", "fr")]
         assert set(macro[direction]) == set(RECALLS)
         for name in RECALLS:
@@ -72,14 +73,14 @@ def test_english_only_has_no_macro_and_is_judged_by_english():
     images = np.eye(12, dtype=np.float32)
     results = evaluate.retrieval(retrieval_set("en"), {"en": images}, images, step=0)
     assert results["zero_shot_macro"] is None
-    assert evaluate.score(results) == 1.0
-    assert "zero-shot" not in evaluate.table(results)
-    assert evaluate.headline(results) == "R@10 en 100.0"
+    assert results_files.score(results) == 1.0
+    assert "zero-shot" not in results_files.table(results)
+    assert results_files.headline(results) == "R@10 en 100.0"
 
 
 def test_score_is_zero_shot_recall_at_10(three_languages):
     expected = three_languages["zero_shot_macro"]["text_to_image"]["R@10"]
-    assert evaluate.score(three_languages) == expected < 1
+    assert results_files.score(three_languages) == expected < 1
 
 
 @pytest.mark.parametrize("side", ["text", "image"])
@@ -137,11 +138,11 @@ def test_folds_are_searched_alone_and_averaged():
     assert (results["dataset"], results["step"], results["images"]) == ("folded", 3, 3)
     assert results["languages"]["en"]["queries"] == 6
     assert results["zero_shot_macro"] is None
-    assert evaluate.table(results)
+    assert results_files.table(results)
 
 
 def test_table_has_a_row_for_each_language(three_languages):
-    lines = evaluate.table(three_languages).splitlines()
+    lines = results_files.table(three_languages).splitlines()
     assert "hand-made, step 7, 12 images" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["en", "de", "fr", "zero-shot"]
     english, german = lines[2].split(), lines[3].split()
@@ -151,7 +152,7 @@ def test_table_has_a_row_for_each_language(three_languages):
 
 
 def test_scalars_name_language_direction_and_metric(three_languages):
-    scalars = evaluate.scalars(three_languages)
+    scalars = results_files.scalars(three_languages)
     assert scalars["validation/de/text_to_image/R@1"] == 0.25
     assert scalars["validation/zero_shot/text_to_image/R@1"] == 0.125
 
@@ -210,7 +211,7 @@ def test_eval_of_another_test_set(command, workdir, photos, odd_test_set, cache)
     assert file.name == f"odd-{results['step']}.json"
     assert set(results["languages"]) == {"en", "ja"}
     assert results["languages"]["en"]["text_to_image"]["R@5"] > 5 / 12  # chance
-    assert evaluate.table(results) in first.stdout
+    assert results_files.table(results) in first.stdout
     for what in ("recall", "queries"):
         picture = file.with_suffix(f".{what}.png")
         assert str(picture) in first.stdout

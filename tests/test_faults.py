@@ -14,17 +14,17 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_processes import (
+from tests.runs import (
     STEPS,
     Ended,
     after_step,
     assert_same_curves,
+    checkpoint_of,
     flags_of,
+    metrics_of,
     run,
-    run_on_one_device,
     terminate,
 )
-from tests.test_train import checkpoint_of, metrics_of
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
 
@@ -54,15 +54,15 @@ def fill_disk(free):
 # Parameters that are no numbers, as a step that diverged leaves them.
 POISON = """
 import jax
-from xlir import train
-def compile_poisoned(*arguments, compile_step=train.compile_step):
+from xlir import train_step
+def compile_poisoned(*arguments, compile_step=train_step.compile_step):
     layout, step = compile_step(*arguments)
     def poisoned(state, frozen, batch):
         if int(state.step) == 13:
             state.params = jax.tree.map(lambda x: x * float("nan"), state.params)
         return step(state, frozen, batch)
     return layout, poisoned
-train.compile_step = compile_poisoned
+train_step.compile_step = compile_poisoned
 """
 # Orbax writes a checkpoint under another name, then renames first its parts, then all of it.
 DIE_IN_SAVE = """
@@ -147,9 +147,9 @@ def flags(photos) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(photos, tmp_path_factory) -> pathlib.Path:
+def uninterrupted(one_device) -> pathlib.Path:
     """The workdir of a run on one device."""
-    return run_on_one_device(photos, tmp_path_factory.getbasetemp() / "one-device").workdir
+    return one_device.workdir
 
 
 def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:
@@ -173,7 +173,9 @@ def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
     assert int(line.split()[-1]) in fault.resumes
     assert_same_curves(tmp_path / "run", uninterrupted)
     # Loaded onto one device, what two processes have saved.
-    trained = [Encoder.load(folder).params for folder in (tmp_path / "run", uninterrupted)]
+    trained = [
+        Encoder.load(folder).parameters.trained for folder in (tmp_path / "run", uninterrupted)
+    ]
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(compare, *trained)
 
@@ -215,7 +217,7 @@ def test_other_signals_are_as_sigterm(name, flags, uninterrupted, tmp_path):
     assert ended.code == 128 + signal.SIGTERM
     assert f"stopped by {name} after step 13, which is saved" in ended.err.splitlines()[-1]
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == 13
+        assert checkpoints.steps()[-1] == 13
 
 
 @pytest.mark.slow

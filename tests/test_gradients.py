@@ -27,7 +27,7 @@ def parts():
         "image": rng.integers(0, 256, (BATCH, 32, 32, 3)).astype(np.uint8),
         "image_id": np.array([0, 0, 1, 1, *range(2, BATCH - 2)], np.int32),
     }
-    return encoder, nnx.to_pure_dict(encoder.params), batch
+    return encoder, encoder.parameters.trained, batch
 
 
 def build_objective(name):
@@ -41,12 +41,12 @@ def functions(encoder, name, dropout=False):
     objective = build_objective(name)
 
     def embed(params, rows, key):
-        model = nnx.merge(encoder.graph, params, encoder.frozen)
+        model = nnx.merge(encoder.embedder.graph, params, encoder.parameters.frozen)
         rngs = nnx.Rngs(dropout=key) if dropout else None
         return model.encode_text(rows, rngs=rngs), model.encode_image(rows, rngs=rngs)
 
     def loss(image_id, params, embeddings):
-        model = nnx.merge(encoder.graph, params, encoder.frozen)
+        model = nnx.merge(encoder.embedder.graph, params, encoder.parameters.frozen)
         return objective(*embeddings, image_id, model.scale, model.bias[...])
 
     return embed, loss

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, RUN_MAIN
-from tests.test_processes import run_on_one_device
 from xlir import commands, data, main
 
 # Whatever imports JAX after this fails.
@@ -416,17 +415,14 @@ def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
     )
 
 
-def test_xtd10_in_eleven_languages_in_one_command(
-    command, photos, shared, tmp_path, tmp_path_factory
-):
+def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, tmp_path):
     """Stand-in photos under XTD10's names, and toy towers."""
-    workdir = run_on_one_device(photos, tmp_path_factory.getbasetemp() / "one-device").workdir
     names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
     for number, name in enumerate(names):
         colour = (number % 10 * 25, number // 10 % 10 * 25, number // 100 * 25)
         Image.new("RGB", (32, 32), colour).save(tmp_path / name)
     run = tmp_path / "run"
-    shutil.copytree(workdir, run)
+    shutil.copytree(one_device.workdir, run)
     arguments = ["eval", f"--workdir={run}", f"--test_set={shared / 'xtd10'}"]
     arguments += [f"--images={tmp_path}"]
     process = command(*arguments, "--drop_junk")

@@ -13,9 +13,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.test_train import metrics_of
+from tests.runs import metrics_of
 from xlir import data, evaluate, train
-from xlir.encoder import Encoder, read_config
+from xlir.encoder import Encoder
+from xlir.workdir import read_config
 
 ARCHIVE = pathlib.Path(__file__).parent / "data" / "run-of-ea4c6af.zip"
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from configs import base, xlmr
 from xlir import optimizer
@@ -84,7 +83,7 @@ def towers():
     """The trainable parameters of toy towers: two layers in a stack, two blocks in a list."""
     experiment = xlmr.get_config("tiny")
     experiment.image.tower = "toy-resnet"
-    return nnx.to_pure_dict(Encoder.create(experiment).params)
+    return Encoder.create(experiment).parameters.trained
 
 
 def test_layers_learn_the_slower_the_lower(towers):

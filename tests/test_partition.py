@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
+from PIL import Image
 
 import xlir
 from configs import flickr8k, muse, quickstart, xlmr
 from tests.conftest import REPOSITORY
-from xlir import compile, optimizer, partition, train
+from xlir import compile, embed, partition, train_step
 
 GOLDEN = pathlib.Path(__file__).parent / "shardings"
 CONFIGS = {
@@ -47,9 +47,9 @@ def test_eight_devices_hold_an_eighth_each(name):
     """Of parameters and optimizer state, and no more than two percent more."""
     config = CONFIGS[name]()
     config.mesh.data, config.mesh.fsdp = 1, 8
-    encoder = compile.AbstractEncoder(config)
+    graph, parameters, _ = compile.abstract(config)
     mesh = partition.create_mesh(config.mesh)
-    layout, _ = train.compile_step(encoder, optimizer.build(config), mesh)
+    layout, _ = train_step.compile_step(config, graph, parameters.trained, mesh)
     held = bytes_of(layout, lambda x: x.sharding.shard_shape(x.shape))
     assert bytes_of(layout) / 8 <= held <= 1.02 * bytes_of(layout) / 8
 
@@ -60,7 +60,8 @@ def test_a_real_run_holds_what_the_table_says():
     config.mesh.data, config.mesh.fsdp = 2, 4
     mesh = partition.create_mesh(config.mesh)
     encoder = xlir.Encoder.create(config, mesh=mesh)
-    layout, step = train.compile_step(encoder, optimizer.build(config), mesh)
+    params, frozen = encoder.parameters
+    layout, step = train_step.compile_step(config, encoder.embedder.graph, params, mesh)
     batch = {
         "text_ids": np.ones((16, 8), np.int32),
         "text_mask": np.ones((16, 8), bool),
@@ -68,8 +69,8 @@ def test_a_real_run_holds_what_the_table_says():
         "image_id": np.arange(16, dtype=np.int32),
     }
     with jax.set_mesh(mesh):
-        state = train.initial_state(encoder, optimizer.build(config), layout)
-        state, _ = step(state, encoder.frozen, partition.global_batch(batch, mesh))
+        state = train_step.first_state(config, params, layout)
+        state, _ = step(state, frozen, partition.global_batch(batch, mesh))
     planned = jax.tree.leaves(layout)
     for array, plan in zip(jax.tree.leaves(state), planned, strict=True):
         assert array.sharding.is_equivalent_to(plan.sharding, array.ndim)
@@ -170,9 +171,9 @@ def one() -> xlir.Encoder:
 
 
 @pytest.mark.parametrize(("rows", "filled"), [(1, 6), (6, 6), (7, 12), (13, 24), (192, 192)])
-def test_batches_are_filled_up_to_a_power_of_two_on_each_device(rows, filled, one, monkeypatch):
-    monkeypatch.setattr(one, "mesh", partition.create_mesh(devices=jax.devices()[:6]))
-    share = one._share(np.arange(rows))
+def test_batches_are_padded_to_a_power_of_two_on_each_device(rows, filled):
+    mesh = partition.create_mesh(devices=jax.devices()[:6])
+    share = embed.padded_share(np.arange(rows), mesh)
     np.testing.assert_array_equal(share, np.minimum(np.arange(filled), rows - 1))
 
 
@@ -194,12 +195,13 @@ def test_embeddings_do_not_depend_on_the_mesh(fsdp, one):
     config = xlmr.get_config("tiny")
     texts = [f"caption {'and ' * (i % 5)}{i}" for i in range(37)]
     images = [np.full((32, 32, 3), 6 * i, np.uint8) for i in range(21)]
-    images = [xlir.encoder.Image.fromarray(image) for image in images]
+    images = [Image.fromarray(image) for image in images]
     config.mesh.fsdp = fsdp
     many = xlir.Encoder.create(config, mesh=partition.create_mesh(config.mesh))
     np.testing.assert_allclose(many.encode_text(texts), one.encode_text(texts), atol=1e-6)
     np.testing.assert_allclose(many.encode_image(images), one.encode_image(images), atol=1e-6)
-    assert many.describe_tower("text") == one.describe_tower("text")
+    described = [e.embedder.describe_tower(e.parameters, "text") for e in (many, one)]
+    assert described[0] == described[1]
 
 
 def test_weights_go_to_the_devices_in_parts():
@@ -207,7 +209,7 @@ def test_weights_go_to_the_devices_in_parts():
     config = xlmr.get_config("tiny")
     mesh = partition.create_mesh({"data": 1, "fsdp": 8})
     encoder = xlir.Encoder.create(config, mesh=mesh)
-    embedding = nnx.to_pure_dict(encoder.params)["text_tower"]["embedding"]
+    embedding = encoder.parameters.trained["text_tower"]["embedding"]
     assert embedding.sharding.spec == PartitionSpec(None, "fsdp")
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(260, 4)}
 

@@ -389,7 +389,7 @@ def test_the_configuration_says_what_it_is(m_clip, clip, open_clip, tmp_path):
         assert config.normalize
         assert config.embedding_dim == DIM
         assert config.loss.temperature == pytest.approx(math.exp(-SCALE))
-        assert encoder.params["log_scale"][...] == pytest.approx(SCALE)
+        assert encoder.parameters.trained["log_scale"] == pytest.approx(SCALE)
         assert encoder.step == 0
 
 
@@ -400,8 +400,8 @@ def test_a_model_of_the_sigmoid_loss(write_open_clip, imported):
     save_weights(model, folder, "open_clip_model", "safetensors")
     encoder = imported(folder)
     assert encoder.config.loss.name == "sigmoid"
-    assert encoder.params["bias"][...] == pytest.approx(-9.5)
-    assert encoder.params["log_scale"][...] == pytest.approx(SCALE)
+    assert encoder.parameters.trained["bias"] == pytest.approx(-9.5)
+    assert encoder.parameters.trained["log_scale"] == pytest.approx(SCALE)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ class CountingEncoder(encoder.Encoder):
     mesh = types.SimpleNamespace(size=1)
 
     def __init__(self):
-        self.sizes = []
+        self.sizes, self.embedder = [], self
 
     def decode(self, file):
         if int(file.name) % 7 == 3:
@@ -353,7 +353,7 @@ def read_only(tmp_path):
     [
         ("missing/file.png", "there is no folder"),
         ("folder.png", "it is a folder"),
-        ("read-only/file.png", "the place is read-only"),
+        ("read-only/file.png", "Read-only file system"),
     ],
 )
 def test_where_tag_writes_is_looked_at_before_any_work(

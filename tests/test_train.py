@@ -6,7 +6,6 @@ import signal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
@@ -14,9 +13,13 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline.datasets import captions
 from input_pipeline.datasets.captioned_images import CaptionedImages
-from xlir import optimizer, partition, train
-from xlir.encoder import Encoder, read_config
+from tests.runs import checkpoint_of, metrics_of
+from xlir import partition, train, train_step
+from xlir.checkpoint import Checkpoints
+from xlir.embed import Parameters
+from xlir.encoder import Encoder
 from xlir.models import dual_encoder
+from xlir.workdir import read_config
 
 KILL = """
 import os, signal
@@ -29,21 +32,6 @@ def save_and_die(self, step, *items):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Checkpoints.save = save_and_die
 """
-
-
-def metrics_of(workdir):
-    """The records of a run without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("examples_per_second", "seconds/")
-    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
-
-
-def checkpoint_of(workdir, step):
-    """All arrays of a checkpoint."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        names = ("params", "optimizer")
-        items = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
-        return dict(manager.restore(step, args=items))
 
 
 @pytest.mark.parametrize("wait", ["self._manager.wait_until_finished()", "pass"])
@@ -83,6 +71,36 @@ def test_trained_towers_resume_bit_for_bit(image_tower, command, photos, tmp_pat
     runs = [checkpoint_of(folder, 30) for folder in (straight, interrupted)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
     assert metrics_of(straight) == metrics_of(interrupted)
+
+
+def test_a_run_resumes_from_a_checkpoint_between_validations(
+    toy_config, toy_run, tmp_path, monkeypatch, caplog
+):
+    """Bit for bit, and the best checkpoint is chosen among those that were validated."""
+    config, run = toy_config.copy_and_resolve_references(), tmp_path / "run"
+    config.save_every = 1
+    save = Checkpoints.save
+
+    def save_and_die(self, step, *items):
+        save(self, step, *items)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, run)
+    monkeypatch.undo()
+    assert Encoder.load(run, checkpoint="latest").step == 3
+    assert Encoder.load(run).step == 2
+    config.save_every = 5  # may change, as it does not change what is learned
+    with caplog.at_level("INFO"):
+        train.train(config, run)
+    assert "resuming from step 3" in caplog.text
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert {5, 6} <= set(checkpoints.steps())
+    jax.tree.map(np.testing.assert_array_equal, *(checkpoint_of(f, 6) for f in (run, toy_run)))
+    assert metrics_of(run) == metrics_of(toy_run)
+    assert Encoder.load(run).step == Encoder.load(toy_run).step
 
 
 def test_a_finished_run_only_evaluates_again(workdir, command, tiny):
@@ -249,24 +267,22 @@ def test_a_step_on_eight_devices_equals_one(frozen, workdir):
 
 def take_steps(config: ConfigDict, workdir, batch, mesh):
     source = Encoder.open(workdir)
-    opened = nnx.merge(source.graph, source.params, source.frozen)
+    opened = nnx.merge(source.embedder.graph, *source.parameters)
     model = dual_encoder.DualEncoder(
         config, opened.text_tower, opened.image_tower, rngs=nnx.Rngs(config.seed)
     )
-    encoder = Encoder(config, model, source.tokenizer, source.descriptions, mesh)
-    transformation = optimizer.build(config)
-    layout, step = train.compile_step(encoder, transformation, mesh)
-    params = nnx.to_pure_dict(encoder.params)
+    encoder = Encoder.from_model(config, model, source.tokenizer, source.descriptions, mesh)
+    params, frozen = encoder.parameters
+    layout, step = train_step.compile_step(config, encoder.embedder.graph, params, mesh)
     towers = [name for name in params if "tower" in name]
     assert towers == ([] if config.text.frozen else ["text_tower"])
-    before = jax.tree.map(np.asarray, params)
     with jax.set_mesh(mesh):
-        state = train.initial_state(encoder, transformation, layout)
+        state = train_step.first_state(config, params, layout)
         for _ in range(3):
-            state, _ = step(state, encoder.frozen, partition.global_batch(batch, mesh))
+            state, _ = step(state, frozen, partition.global_batch(batch, mesh))
     kept = jax.tree.map(lambda x, expected: x.sharding == expected.sharding, state, layout)
     assert all(jax.tree.leaves(kept))
-    moved = jax.tree.map(lambda a, b: (a != np.asarray(b)).any(), before, state.params)
+    moved = jax.tree.map(lambda a, b: (np.asarray(a) != np.asarray(b)).any(), params, state.params)
     assert all(jax.tree.leaves({k: v for k, v in moved.items() if k != "bias"}))
     return state.params, state.ema
 
@@ -282,9 +298,9 @@ def without_heads():
         config.embedding_dim, config.steps, config.loss.temperature = 32, 1000, temperature
         config.optimizer.update(learning_rate=learning_rate, warmup_steps=0, ema=0.5)
         encoder = Encoder.create(config)
-        transformation = optimizer.build(config)
-        layout, step = train.compile_step(encoder, transformation, encoder.mesh)
-        return encoder, train.initial_state(encoder, transformation, layout), step
+        params, graph = encoder.parameters.trained, encoder.embedder.graph
+        layout, step = train_step.compile_step(config, graph, params, encoder.mesh)
+        return encoder, train_step.first_state(config, params, layout), step
 
     return create
 
@@ -306,15 +322,15 @@ def pairs_of(noise: float) -> dict[str, np.ndarray]:
 def test_the_temperature_is_learned_up_to_its_bound(temperature, noise, expected, without_heads):
     """The scale falls from the bound where pairs are hard to tell; elsewhere it ends there."""
     encoder, state, step = without_heads(temperature, 0.05 if expected == "falls" else 0.2)
-    scales = [encoder.scale]
+    scales, frozen = [encoder.scale], encoder.parameters.frozen
     for _ in range(24):
-        state, metrics = step(state, encoder.frozen, pairs_of(noise))
+        state, metrics = step(state, frozen, pairs_of(noise))
         assert metrics["gradient_norm"] > 0
         for params in (state.ema, state.params):
-            encoder.replace_params(params)
             assert params["log_scale"] <= np.float32(math.log(100))
-            assert encoder.scale <= 100
-        scales.append(encoder.scale)
+            scale = Encoder(encoder.embedder, Parameters(params, frozen)).scale
+            assert scale <= 100
+        scales.append(scale)
     if expected == "falls":
         assert scales[0] == pytest.approx(100, rel=1e-6)
         assert (np.diff(scales) < 0).all()
@@ -328,14 +344,14 @@ def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
     """Runs of before the parameter was clipped: 100 as loaded, and it can still fall."""
     encoder, state, step = without_heads(0.01)
     beyond = {**state.params, "log_scale": jax.numpy.float32(5.5)}
-    encoder.replace_params(beyond)
-    assert encoder.scale == 100
-    state = train.TrainState(state.step, beyond, state.optimizer, state.ema)
-    state, metrics = step(state, encoder.frozen, pairs_of(3.0))
+    frozen = encoder.parameters.frozen
+    assert Encoder(encoder.embedder, Parameters(beyond, frozen)).scale == 100
+    state = train_step.TrainState(state.step, beyond, state.optimizer, state.ema)
+    state, metrics = step(state, frozen, pairs_of(3.0))
     assert metrics["temperature"] == np.float32(0.01)
     assert metrics["gradient_norm"] > 0
     for _ in range(3):
-        state, _ = step(state, encoder.frozen, pairs_of(3.0))
+        state, _ = step(state, frozen, pairs_of(3.0))
     assert state.params["log_scale"] < math.log(100) - 0.05
 
 
@@ -346,7 +362,7 @@ def test_photos_are_told_apart_whatever_their_ids(photos, without_heads):
     training.image_ids[:6] = 5, 2**32 + 5, 2**32 - 1, -1, 5, 2**63 - 1
     ids = training.image_ids
     cached = {side: np.zeros((len(ids), 4), np.float32) for side in ("text", "image")}
-    read = train._reader(training, [""] * len(ids), encoder, cached)
+    read = train.batch_reader(training, [""] * len(ids), encoder.embedder, cached)
     rows = np.array([3, 0, 1, 2, 4, 5, 0, 9])
     image_id = read(rows, rows, 1, rows)["image_id"]
     assert image_id.dtype == np.int32

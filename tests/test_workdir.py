@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.test_train import metrics_of
+from tests.runs import metrics_of
 from xlir import data as prepared
 from xlir import evaluate, train, workdir
 from xlir.encoder import Encoder

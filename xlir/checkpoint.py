@@ -7,7 +7,6 @@ is compared when the array is restored.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from input_pipeline import files
 from xlir import partition
 from xlir.digests import digests
 
@@ -67,12 +67,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         Args:
           step: training steps taken.
           items: what to save, by name.
-          score: decides which checkpoint is the best (higher is better). A checkpoint without a
-            score, saved when a run is stopped, is only there to resume from.
+          score: decides which checkpoint is the best (higher is better). None for one that was
+            not validated, as when a run is stopped: it is there to resume from, and counts as the
+            best only while no checkpoint has a score.
         """
         record = {"score": score, "digests": digests(items)}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        arguments["record"] = ocp.args.JsonSave(record | {"sha256": _sha256(record)})
+        arguments["record"] = ocp.args.JsonSave(files.with_digest(record))
         # Before the save, which deletes those that are not kept.
         self._records[step] = record
         self._manager.save(step, args=ocp.args.Composite(**arguments))
@@ -80,14 +81,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     def steps(self) -> list[int]:
         """The steps saved, ascending."""
         return sorted(self._records | self._damaged)
-
-    def latest_step(self) -> int | None:
-        """The last step saved, or None."""
-        return max(self.steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The step with the best score, the latest where none has one yet, or None."""
-        return max(self.steps(), key=self._score, default=None)
 
     def restore(self, targets: Items, *, best: bool = False) -> tuple[int, Items]:
         """Reads items of the latest or the best checkpoint onto the devices.
@@ -211,13 +204,8 @@ def _read_record(folder: pathlib.Path) -> Record:
             return {}
     try:
         record = json.loads(file.read_text())
-        digest = record.pop("sha256", None)
-        if file.parent.name == "record" and digest != _sha256(record):
-            raise ValueError("its digest differs")
-        return record
-    except (ValueError, AttributeError, FileNotFoundError) as error:
+        if not isinstance(record, dict):
+            raise ValueError("it is not a JSON object")
+        return files.without_digest(record) if file.parent.name == "record" else record
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{file.relative_to(folder)}: {error}") from error
-
-
-def _sha256(record: Record) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -19,8 +19,9 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from xlir import cost, optimizer, partition, train
-from xlir.models import dual_encoder, towers
+from xlir import cost, partition, train_step
+from xlir.embed import Parameters, split
+from xlir.models import towers
 
 log = logging.getLogger(__name__)
 
@@ -37,48 +38,37 @@ LIBTPU = {
 SPARE = 0.1  # of a chip's memory, for what the compiler does not count
 
 
-class AbstractEncoder:
-    """A `train.Model` of shapes.
-
-    Attributes:
-      config, graph: as an `Encoder`'s.
-      params, frozen: as an `Encoder`'s, but shapes.
-      descriptions: of the towers.
-    """
-
-    def __init__(self, config: ConfigDict):
-        self.config = config
-        self.descriptions = towers.describe_published(config)
-        model = towers.abstract_model(config, self.descriptions)
-        self.graph, self.params, self.frozen = nnx.split(model, dual_encoder.trainable(config), ...)
-        self._feature_dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
-
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A global batch."""
-        config, size = self.config, self.config.data.batch_size
-        shapes: dict[str, tuple] = {"image_id": ((size,), jnp.int32)}
-        for side in ("text", "image"):
-            if config[side].frozen:
-                shapes[f"{side}_features"] = ((size, self._feature_dims[side]), jnp.float32)
-        if not config.text.frozen:
-            shapes["text_ids"] = ((size, config.text.max_length), jnp.int32)
-            shapes["text_mask"] = ((size, config.text.max_length), jnp.bool_)
-        if not config.image.frozen:
-            pixels = self.descriptions["image"]["preprocessing"]["size"]
-            shapes["image"] = ((size, pixels, pixels, 3), jnp.uint8)
-        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+def abstract(
+    config: ConfigDict,
+) -> tuple[nnx.GraphDef, Parameters, dict[str, jax.ShapeDtypeStruct]]:
+    """A model's structure, and the shapes of its parameters and of a global batch."""
+    described = towers.describe_published(config)
+    model = towers.abstract_model(config, described)
+    graph, parameters = split(config, model)
+    size = config.data.batch_size
+    batch: dict[str, tuple] = {"image_id": ((size,), jnp.int32)}
+    for side, tower in (("text", model.text_tower), ("image", model.image_tower)):
+        if config[side].frozen:
+            batch[f"{side}_features"] = ((size, tower.dim), jnp.float32)
+    if not config.text.frozen:
+        batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
+        batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)
+    if not config.image.frozen:
+        pixels = described["image"]["preprocessing"]["size"]
+        batch["image"] = ((size, pixels, pixels, 3), jnp.uint8)
+    shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in batch.items()}
+    return graph, parameters, shapes
 
 
 def trace(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
     """The training step of a configuration on a mesh, to be lowered and compiled."""
-    encoder, transformation = AbstractEncoder(config), optimizer.build(config)
+    graph, (params, frozen), batch = abstract(config)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
-    state, step = train.compile_step(encoder, transformation, mesh)
-    frozen = partition.with_shardings(encoder.frozen, partition.shardings(encoder.frozen, mesh))
-    split = partition.batch_sharding(mesh)
+    state, step = train_step.compile_step(config, graph, params, mesh)
+    frozen = partition.with_shardings(frozen, partition.shardings(frozen, mesh))
+    rows = partition.batch_sharding(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-        for name, x in encoder.batch().items()
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in batch.items()
     }
     with jax.set_mesh(mesh):
         return step.trace(state, frozen, batch)
@@ -91,12 +81,11 @@ def sharding_table(config: ConfigDict, devices: int) -> str:
       ValueError: the mesh does not fit the devices, or the configuration is not usable.
     """
     mesh = partition.abstract_mesh(config.mesh, devices)
-    encoder, transformation = AbstractEncoder(config), optimizer.build(config)
-    params = nnx.to_pure_dict(encoder.params)
-    state = jax.eval_shape(lambda params: train.init_state(params, config, transformation), params)
+    _, (params, frozen), _ = abstract(config)
+    state = jax.eval_shape(lambda params: train_step.init_state(config, params), params)
     parts = {
         "trained": list(_laid_out(params, mesh)),
-        "frozen": list(_laid_out(nnx.to_pure_dict(encoder.frozen), mesh)),
+        "frozen": list(_laid_out(frozen, mesh)),
         "optimizer state": list(_laid_out(state.optimizer, mesh)),
         "moving average": list(_laid_out(state.ema, mesh)),
     }

@@ -202,6 +202,7 @@ FIELDS: dict[str, Any] = {
     "steps": Whole(1),
     "log_every": Whole(1),
     "eval_every": Whole(1),
+    "save_every": Whole(0),
     "embedding_dim": Whole(1, 2**24),
     "normalize": Flag(),
     "head_dtype": Choice(*DTYPES),

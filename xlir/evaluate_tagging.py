@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from input_pipeline import labels, vocabularies
 from input_pipeline.datasets.captioned_images import CaptionedImages
-from xlir import data, evaluate, figures, metrics, reference_photos, tagging
+from xlir import data, figures, metrics, reference_photos, results, tagging
+from xlir.embed import Inputs
 from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 from xlir.workdir import results_folder
@@ -150,15 +151,9 @@ def evaluate_set(
         "labels": data.labels,
         "tags_per_image": float(data.positive.sum() / len(images)),
         "percentile": percentile,
-        "zero_shot_macro": _mean(zero_shot) if zero_shot else None,
+        "zero_shot_macro": results.mean(zero_shot) if zero_shot else None,
         "languages": languages,
     }
-
-
-def _mean(results: list) -> object:
-    if isinstance(results[0], dict):
-        return {key: _mean([result[key] for result in results]) for key in results[0]}
-    return float(np.mean(results))
 
 
 def spread(results: dict, threshold: str) -> float:
@@ -217,11 +212,11 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     }
     if jax.process_index():
         return
-    results = evaluate_set(data, taggers, images, reference, encoder.step)
-    print(f"\n{table(results)}")
+    found = evaluate_set(data, taggers, images, reference, encoder.step)
+    print(f"\n{table(found)}")
     if not folder:
         return
-    file = evaluate.write(results, folder)
+    file = results.write(found, folder)
     shown = min(tagging.SHEET_PHOTOS, len(images))
     rows = [place * len(images) // shown for place in range(shown)]
     tags = {
@@ -240,11 +235,8 @@ def _embed(
     encoder: Encoder, data: TaggingSet, cache: pathlib.Path
 ) -> Float[np.ndarray, "photos dim"]:
     """Embeddings of the photos; the outputs of a frozen tower come from the cache."""
-    photos = data.photos
-    features = evaluate.frozen_features(
-        encoder, data.name, (), photos.images, photos.fingerprint, cache, sides=("image",)
-    )
+    inputs = Inputs(data.name, (), data.photos.images, data.photos.fingerprint)
+    features = encoder.frozen_features(inputs, cache, sides=("image",))
     if "image" in features:
-        batches = encoder.feature_batches("image", features["image"])
-        return encoder.embed("image", batches, len(photos))
-    return encoder.encode_image(photos.images)
+        return encoder.embedder.embed_features(encoder.parameters, "image", features["image"])
+    return encoder.encode_image(data.photos.images)

@@ -14,6 +14,7 @@ from matplotlib.ft2font import FT2Font
 from input_pipeline import images as image_io
 from input_pipeline import photo_limits
 from xlir import metrics
+from xlir.embed import top_k
 
 # Drawn off-screen: training runs on machines without one.
 matplotlib.use("Agg")
@@ -95,7 +96,7 @@ def plot_queries(
             query = (2 * i + 1) * len(captions[language]) // (2 * EXAMPLES)
             scores = images @ texts[language][query]
             right = int(image_of[language][query])
-            best = np.argsort(-scores, kind="stable")[:TOP]
+            best = top_k(scores, TOP)
             ranks = metrics.retrieval_ranks(
                 texts[language][query : query + 1],
                 images,

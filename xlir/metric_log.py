@@ -103,21 +103,19 @@ class Progress:
         """Speed since the last lap, and what took the time.
 
         Of each step, in seconds: waiting for its batch (`data`) and all else (`step`). In all, if
-        there was any before this lap: `evaluation`, and starting to save (`save`).
+        there was any before this lap: `evaluation`, and starting to save (`save`); the speed is
+        that of the rest of the time.
         """
         steps = max(step - self._step, 1)
-        self._per_step = max(time.monotonic() - self._time, 1e-9) / steps
         waiting = self._seconds.pop("data", 0.0) / steps
+        seconds = time.monotonic() - self._time - sum(self._seconds.values())
+        self._per_step = max(seconds, 1e-9) / steps
         parts = {"data": waiting, "step": self._per_step - waiting, **self._seconds}
         self._mark(step)
         return {
             "examples_per_second": self._examples / self._per_step,
             **{f"seconds/{part}": seconds for part, seconds in parts.items()},
         }
-
-    def skip(self) -> None:
-        """Leaves the time since the last lap (validation, saving) out of the next one's speed."""
-        self._time = time.monotonic()
 
     def remaining(self, step: int) -> str:
         """Time left at the speed of the last lap, as h:mm:ss."""

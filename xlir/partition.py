@@ -223,8 +223,8 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def place(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Lays a tree of arrays out on the mesh; every process has the same, whole, on its host.
+def shard(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Lays a tree of arrays out on the mesh. Every process has all of the same arrays on its host.
 
     Each device is sent its part alone.
     """
@@ -236,8 +236,8 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def fetch(x: Array | np.ndarray) -> np.ndarray:
-    """The whole of an array on this host; every process has to ask for it at the same time."""
+def gather(x: Array | np.ndarray) -> np.ndarray:
+    """A whole array on this host. All processes have to call it for the same array."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)

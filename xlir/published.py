@@ -111,7 +111,7 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
         check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
     descriptions = {"text": text_side.description, "image": image_side.description}
-    _write(Encoder(config, model, tokenizer, descriptions), workdir)
+    _write(Encoder.from_model(config, model, tokenizer, descriptions), workdir)
     log.info("%s: texts of %s, images of %s, %d dimensions", workdir, text, image, text_side.dim)
 
 
@@ -377,7 +377,7 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
         unfinished = pathlib.Path(scratch) / "run"
         encoder.save(unfinished)
         with Checkpoints(unfinished) as checkpoints:
-            checkpoints.save(0, {"params": nnx.to_pure_dict(encoder.params)})
+            checkpoints.save(0, {"params": encoder.parameters.trained})
         unfinished.rename(workdir)
 
 

@@ -26,10 +26,7 @@ all of them: of all pairs of a held-out photo (of the validation split) and a ta
 with a lower prominence, 0 to 1.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +35,9 @@ import numpy as np
 from jaxtyping import Float
 
 from input_pipeline import vocabularies
-from xlir.encoder import IMAGE_BATCH, Encoder
+from xlir.decoding import decode_each
+from xlir.embed import IMAGE_BATCH
+from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 
 # Prompts: the bare name, and a photo of it.
@@ -244,7 +243,7 @@ def embed_files(
     """
     size, ready = IMAGE_BATCH * encoder.mesh.size, []
     whole = False
-    for file, pixels in _decoded(encoder, files, 2 * size):
+    for file, pixels in decode_each(encoder.embedder.decode, files, 2 * size):
         if isinstance(pixels, Exception):
             skip(str(pixels))
             continue
@@ -263,25 +262,3 @@ def _embedded(
     files, pixels = (list(part) for part in zip(*ready, strict=True))
     filled = pixels + [pixels[-1]] * (size - len(pixels))
     return files, encoder.encode_image(filled)[: len(files)]
-
-
-def _decoded(
-    encoder: Encoder, files: Iterable[pathlib.Path], ahead: int
-) -> Iterator[tuple[pathlib.Path, np.ndarray | Exception]]:
-    """Files in their order, each with its pixels or with what is wrong with it."""
-
-    def decode(file: pathlib.Path) -> np.ndarray | Exception:
-        try:
-            return encoder.decode(file)
-        except (ValueError, OSError) as error:
-            return error
-
-    waiting: collections.deque = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file in files:
-            waiting.append((file, pool.submit(decode, file)))
-            if len(waiting) > ahead:
-                first, pixels = waiting.popleft()
-                yield first, pixels.result()
-        for first, pixels in waiting:
-            yield first, pixels.result()

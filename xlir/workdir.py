@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, and whether a run may go on in it."""
+"""A run's folder: its configuration, who may write to it, and whether a run may go on in it."""
 
 import contextlib
 import fcntl
@@ -8,31 +8,77 @@ import os
 import pathlib
 import platform
 import re
-import tempfile
 import time
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from configs import base
 from input_pipeline import files
 from xlir import partition
+from xlir.config import check_config, upgrade
 
 log = logging.getLogger(__name__)
 
-# A run may go on elsewhere, in more or less memory: what it learns does not depend on these. (From
-# other microbatches dropout draws other masks.)
+CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
+LOCK_FILE = ".lock"
+
+# Fields that may change while a run goes on, as on another machine or in less memory: what it
+# learns does not depend on them. (With other microbatches dropout draws other masks.)
 FREE = re.compile(
-    r"config\.(mesh\..*|evals\..*|profile\..*|log_every|data\.(prefetch|microbatches)|loss\.chunk|.*\.remat)"
+    r"config\.(mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
+    r"|.*\.remat)"
 )
+
+
+def tower_folder(workdir: pathlib.Path, side: str) -> pathlib.Path:
+    """Where a tower's weights and description are; in the text tower's is the tokenizer too."""
+    return workdir / f"{side}_tower"
+
+
+def is_run(workdir: pathlib.Path) -> bool:
+    """Whether a run was started in the folder: config.json is written last."""
+    return (workdir / CONFIG_FILE).exists()
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration that a run was started with; fields that are newer have their defaults.
+
+    Raises:
+      FileNotFoundError: the folder is not a run's.
+      ValueError: the file is damaged, or a field is not what it may be.
+    """
+    file, config = workdir / CONFIG_FILE, base.get_config()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{workdir} is not the folder of a training run (it has no {CONFIG_FILE})"
+        )
+    files.check_sums(workdir, [CONFIG_FILE])
+    try:
+        config.update(upgrade(json.loads(file.read_text())))
+        check_config(config)
+        return config
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged, or of another version: {error}") from error
+
+
+def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes the configuration, and the digests of it and of the towers' files, which are there."""
+    content = json.dumps(config.to_dict(), indent=1)
+    towers = (tower_folder(workdir, side) for side in ("text", "image"))
+    found = (file for folder in towers for file in folder.rglob("*") if file.is_file())
+    names = [str(file.relative_to(workdir)) for file in found]
+    files.write_sums(workdir, names, {CONFIG_FILE: content})
+    files.write_whole(workdir / CONFIG_FILE, content)
 
 
 class Lock(contextlib.AbstractContextManager):
     """Keeps a second training run out of a folder. The system releases it when the process ends.
 
-    It also creates the folder, and finds out whether it can be written to. Of several processes,
-    all of which have to enter, the first one holds it. A folder in which no run was started is
-    removed again at the end.
+    The folder is made if it does not exist. If no run was started in it, it is removed at the end.
+    Of several processes, which all have to enter, the first one holds the lock.
 
     Raises (on entering):
       ValueError: another process is training in the folder, or it can't be written to.
@@ -48,16 +94,17 @@ class Lock(contextlib.AbstractContextManager):
         return self
 
     def _acquire(self) -> str:
-        """What keeps this process from the folder, if anything."""
+        """Takes the lock; returns why that is not possible, or nothing."""
         if "\\" in str(self._workdir.absolute()):
             return (
                 f"--workdir={self._workdir}: checkpoints can't be kept where a name has a backslash"
             )
         try:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._workdir / ".lock", "a+")  # noqa: SIM115
+            files.make_writable_folder(self._workdir)
+            files.check_writable(self._workdir / LOCK_FILE)
+            self._file = open(self._workdir / LOCK_FILE, "a+")  # noqa: SIM115
         except OSError as error:
-            return f"can't write to {self._workdir}: {error.strerror}. Choose another --workdir"
+            return f"{error}. Choose another --workdir"
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -77,15 +124,10 @@ class Lock(contextlib.AbstractContextManager):
         if jax.process_index():
             return
         if not is_run(self._workdir):
-            (self._workdir / ".lock").unlink(missing_ok=True)
+            (self._workdir / LOCK_FILE).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._workdir.rmdir()
         self._file.close()
-
-
-def is_run(workdir: pathlib.Path) -> bool:
-    """Whether a run was started in the folder: config.json is written last."""
-    return (workdir / "config.json").exists()
 
 
 def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathlib.Path) -> None:
@@ -121,12 +163,12 @@ def check_data(workdir: pathlib.Path, data: dict[str, Any], *, accept_changes: b
     Args:
       workdir: the run's folder.
       data: describes the data, as JSON can hold it.
-      accept_changes: take data that differ for the run's own from now on.
+      accept_changes: record data that differ; the run is compared with them from now on.
 
     Raises:
       ValueError: they differ, or the record is damaged.
     """
-    file = workdir / "data.json"
+    file = workdir / DATA_FILE
     try:
         before = json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
@@ -156,18 +198,17 @@ def results_folder(workdir: pathlib.Path) -> pathlib.Path | None:
     """Where results are written; None, and a warning, where they can't be."""
     folder = workdir / "results"
     try:
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        files.make_writable_folder(folder)
+        return folder
     except OSError as error:
-        log.warning("results are shown and not kept: can't write to %s: %s", folder, error.strerror)
+        log.warning("results are shown and not kept: %s", error)
         return None
 
 
 def check_seen(workdir: pathlib.Path) -> None:
     """Raises ValueError where not all processes see the folder that the first one has written."""
     partition.wait_for_all()
-    for _ in range(60):  # what a network's file system may take
+    for _ in range(60):  # seconds that a network file system may take
         if is_run(workdir):
             break
         time.sleep(1)

@@ -17,7 +17,6 @@ pytest.importorskip("onnxscript", reason="needs torch and others: pip install 'x
 import xlir
 from tests.conftest import REPOSITORY
 from xlir import export
-from xlir.checkpoint import Checkpoints
 
 # Runs a script where none of these can be imported.
 WITHOUT = """
@@ -213,8 +212,7 @@ def test_flags_of_export(command, workdir, tmp_path):
 
 def test_exported_results_are_the_runs(transformers_run, tmp_path):
     report = export.export(transformers_run, tmp_path / "exported", "torch")
-    with Checkpoints(transformers_run, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
+    step = xlir.Encoder.load(transformers_run).step
     results = json.loads(
         (transformers_run / "results" / f"multilingual_test-{step}.json").read_text()
     )

@@ -164,7 +164,7 @@ def random_encoder(text: str, image: str) -> Encoder:
             fan_in = np.prod(value.shape[-3:-1] if value.ndim > 2 else value.shape[:1])
             weights[name] = generator.normal(size=value.shape) / max(fan_in, 4) ** 0.5
     pretrained.merge(model, {n: np.asarray(x, np.float32) for n, x in weights.items()})
-    return Encoder(config, model, byte_tokenizer(config.text.prefix), descriptions)
+    return Encoder.from_model(config, model, byte_tokenizer(config.text.prefix), descriptions)
 
 
 def preprocessing(options) -> dict:
@@ -396,7 +396,7 @@ def test_what_runs_an_exported_folder_is_forgiving(bert_and_vit, tmp_path, in_pr
     np.testing.assert_allclose(model.encode_text(texts), encoder.encode_text(texts), atol=2e-6)
     # Of a strip the middle is read, or it would fill the memory.
     strip = encoded("RGB", (4, 300), "PNG")
-    np.testing.assert_array_equal(model.reader(strip), encoder.decode(strip))
+    np.testing.assert_array_equal(model.reader(strip), encoder.embedder.decode(strip))
     half = model.to(torch.bfloat16)
     text, image = half.encode_text(texts[:1]), half.encode_image([pixels])
     np.testing.assert_allclose(text, encoder.encode_text(texts[:1]), atol=0.02)

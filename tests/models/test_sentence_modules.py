@@ -103,7 +103,7 @@ def test_embeddings_are_the_librarys(case, write, tmp_path):
     expected = model.encode(TEXTS)
     encoder = xlir.Encoder.create(configured(folder, dim))
     np.testing.assert_allclose(encoder.encode_text(TEXTS), unit(expected), atol=2e-5, rtol=0)
-    features = encoder.features("text", encoder.text_batches(TEXTS), len(TEXTS))
+    features = encoder.embedder.features(encoder.parameters, "text", TEXTS)
     if not normalizes:
         np.testing.assert_allclose(features, expected, atol=2e-5, rtol=0)
     encoder.save(tmp_path)
@@ -138,7 +138,7 @@ def test_a_run_of_before_has_no_dense_layers(labse, tmp_path):
 
 def test_dense_layers_are_trained_with_the_tower(labse):
     encoder = xlir.Encoder.create(configured(labse[0], 32, frozen=False))
-    assert {"dense", "layers"} <= set(encoder.params["text_tower"])
+    assert {"dense", "layers"} <= set(encoder.parameters.trained["text_tower"])
     frozen = xlir.Encoder.create(configured(labse[0], 32))
     assert "text_tower" not in frozen.params
 

@@ -125,7 +125,8 @@ def test_saved_towers_need_no_checkpoint(config, tmp_path, monkeypatch):
     np.testing.assert_array_equal(opened.encode_text(CORPUS), encoder.encode_text(CORPUS))
     photo = Image.new("RGB", (50, 40), "red")
     np.testing.assert_array_equal(opened.encode_image([photo]), encoder.encode_image([photo]))
-    assert opened.describe_tower("text") == encoder.describe_tower("text")
+    described = [e.embedder.describe_tower(e.parameters, "text") for e in (opened, encoder)]
+    assert described[0] == described[1]
 
 
 def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
@@ -133,7 +134,9 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
     (tmp_path / "de.txt").write_text("\n".join(CORPUS[4:]))
     config.data.dir, config.text.trim_vocab = str(tmp_path), "de.txt"
     trimmed = xlir.Encoder.create(config, [f"query: {text}" for text in CORPUS[:4]])
-    embeddings = [encoder.frozen["text_tower"]["embedding"][...] for encoder in (whole, trimmed)]
+    embeddings = [
+        encoder.parameters.frozen["text_tower"]["embedding"] for encoder in (whole, trimmed)
+    ]
     assert len(embeddings[1]) < len(embeddings[0])
     np.testing.assert_allclose(trimmed.encode_text(CORPUS), whole.encode_text(CORPUS), atol=1e-6)
     trimmed.save(tmp_path / "run")
@@ -175,7 +178,7 @@ def test_refusals(checkpoints, config, field, value, message):
 def test_a_size_of_ones_own(config):
     config.image.size = 48
     encoder = xlir.Encoder.create(config)
-    assert encoder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
+    assert encoder.embedder.decode(Image.new("RGB", (60, 50))).shape == (48, 48, 3)
     assert encoder.encode_image([Image.new("RGB", (60, 50))]).shape == (1, 32)
 
 
@@ -276,7 +279,7 @@ def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, co
     long = "Hund " * 100
     cut = encoder.tokenizer([long], max_length=max_length)[0]
     assert len(cut) == max_length
-    batches = list(encoder.text_batches([long, *CORPUS]))
+    batches = list(encoder.embedder.text_batches([long, *CORPUS]))
     assert max(batch["text_ids"].shape[1] for _, batch in batches) == max_length
     ours = encoder.encode_text([long, *CORPUS])
     expected = embedded_by_torch(model, folder / "text", CORPUS)

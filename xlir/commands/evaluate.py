@@ -43,7 +43,8 @@ def run(values: FlagValues) -> None:
             raise UsageError(f"--{name} does not go with --task={values.task}")
     processes.start_jax(values)
     from xlir import data, evaluate, partition
-    from xlir.encoder import Encoder, read_config
+    from xlir.encoder import Encoder
+    from xlir.workdir import read_config
 
     workdir = pathlib.Path(values.workdir)
     mesh = partition.fitting_mesh(read_config(workdir).mesh)

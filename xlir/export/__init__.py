@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from xlir import data
+from xlir import results as result_files
 from xlir.encoder import Encoder
 from xlir.export import card, huggingface, plain, verification
 
@@ -120,7 +121,7 @@ def export(
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         raw = weights == "raw" and encoder.config.optimizer.ema > 0
         # Of a run's average; those of the weights themselves are not known.
-        results = [] if raw else card.read_results(workdir, encoder.step)
+        results = [] if raw else result_files.read(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)
         log.info("checking it in a process of its own")

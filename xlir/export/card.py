@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from input_pipeline import datasets, files
+from input_pipeline import datasets
 from xlir.encoder import SIDES, Encoder
 from xlir.export import architecture
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
-from xlir.models import pretrained
 
 # What is known of the terms of towers; anything else has to be looked up.
 TOWER_TERMS = {
@@ -117,18 +116,6 @@ def write(
         _terms(encoder, format),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf8")
-
-
-def read_results(workdir: pathlib.Path, step: int) -> list[dict]:
-    """A run's retrieval results at a step, in the order of their names.
-
-    Raises:
-      ValueError: a file is damaged.
-    """
-    found = sorted((workdir / "results").glob(f"*-{step}.json"))
-    files.check_sums(workdir / "results", [file.name for file in found])
-    contents = [pretrained.read_json(file) for file in found]
-    return [content for content in contents if "images" in content and "zero_shot_macro" in content]
 
 
 def _spoken(results: Sequence[dict]) -> list[str]:

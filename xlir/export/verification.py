@@ -194,14 +194,12 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
         "lengths": np.array([len(ids) for ids in tokens]),
         "pixels": np.stack(pixels).astype(np.float32),
     }
-    for side, batches, inputs in (
-        ("text", encoder.text_batches, pairs.texts),
-        ("image", encoder.image_batches, pixels),
-    ):
+    for side, inputs in (("text", pairs.texts), ("image", pixels)):
         # GPUs and TPUs round the operands of a float32 product unless they are told.
         with jax.default_matmul_precision("highest"):
-            outputs[f"{side}_features"] = encoder.features(side, batches(inputs), len(inputs))
-            outputs[f"{side}_embeddings"] = encoder.embed(side, batches(inputs), len(inputs))
+            features = encoder.embedder.features(encoder.parameters, side, inputs)
+            embeddings = encoder.embedder.embed(encoder.parameters, side, inputs)
+        outputs[f"{side}_features"], outputs[f"{side}_embeddings"] = features, embeddings
     return outputs
 
 

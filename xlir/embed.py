@@ -1,0 +1,338 @@
+"""(parameters, texts or images) -> embeddings, in batches of few shapes over all devices."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from input_pipeline import features as feature_cache
+from input_pipeline import images as image_io
+from input_pipeline import tokenizers
+from input_pipeline.cache import fingerprint
+from input_pipeline.preprocessing import Preprocessing
+from xlir import decoding, partition
+from xlir.models import dual_encoder, pretrained, towers
+
+PyTree = Any
+SIDES = ("text", "image")
+
+# Inputs that go through a tower, or rows that go through a head, at once on each device.
+IMAGE_BATCH = 32
+TEXT_BATCH = 128
+TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
+FEATURE_BATCH = 1024
+
+# Which inputs are in a batch, and this process's share of them under a training batch's keys.
+Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+class Parameters(NamedTuple):
+    """The arrays of a dual encoder, as two trees of nested dicts.
+
+    Attributes:
+      trained: what training changes, as `TrainState.params` holds it.
+      frozen: everything else, such as the weights of a frozen tower.
+    """
+
+    trained: PyTree
+    frozen: PyTree
+
+
+def split(config: ConfigDict, model: dual_encoder.DualEncoder) -> tuple[nnx.GraphDef, Parameters]:
+    """The structure of a model, and its arrays (of an abstract model: their shapes)."""
+    graph, *states = nnx.split(model, dual_encoder.trainable(config), ...)
+    return graph, Parameters(*map(nnx.to_pure_dict, states))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Texts and images of which the outputs of frozen towers are kept.
+
+    Attributes:
+      name: what a progress bar calls them.
+      texts: all texts.
+      images: all images.
+      images_fingerprint: identifies the images' content.
+    """
+
+    name: str
+    texts: Sequence[str]
+    images: Sequence
+    images_fingerprint: str
+
+
+class Embedder:
+    """Computes embeddings with the parameters that each call is given.
+
+    It holds no arrays of the model, so it does not matter what a training step changes or deletes.
+    Inputs are split over the devices of a mesh. Where these are of several processes, all have to
+    make the same calls, and all get all outputs.
+
+    Attributes:
+      config: the configuration of the model.
+      graph: the structure of the model, from `split`.
+      tokenizer: texts -> token ids.
+      descriptions: of both towers.
+      preprocessing: what the image tower expects of pixels.
+      feature_dims: the width of each tower's outputs.
+      mesh: the devices.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        graph: nnx.GraphDef,
+        tokenizer: tokenizers.Tokenizer,
+        descriptions: dict[str, towers.Description],
+        feature_dims: dict[str, int],
+        mesh: Mesh,
+    ):
+        self.config, self.graph, self.tokenizer = config, graph, tokenizer
+        self.descriptions, self.feature_dims, self.mesh = descriptions, feature_dims, mesh
+        self.preprocessing = Preprocessing(**descriptions["image"]["preprocessing"])
+        # Every process, and the host, gets all rows of what is embedded.
+        compiled = functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
+        self._embed = {side: compiled(functools.partial(self._embed_batch, side)) for side in SIDES}
+        self._tower = {side: compiled(functools.partial(self._tower_batch, side)) for side in SIDES}
+
+    def embed(
+        self, parameters: Parameters, side: str, inputs: Sequence
+    ) -> Float[np.ndarray, "inputs dim"]:
+        """Unit-length embeddings of texts or images; dot products are cosines.
+
+        Args:
+          parameters: of the model, laid out on the mesh.
+          side: "text" or "image".
+          inputs: texts, or photos in any form that `decode` takes.
+
+        Raises:
+          ValueError: an embedding is not finite; or as `decode`.
+          FileNotFoundError: a path does not exist.
+        """
+        shape = (len(inputs), self.config.embedding_dim)
+        return self._collect(self._embed[side], parameters, side, self.batches(side, inputs), shape)
+
+    def embed_features(
+        self, parameters: Parameters, side: str, features: Float[np.ndarray, "rows features"]
+    ) -> Float[np.ndarray, "rows dim"]:
+        """As `embed`, of a tower's outputs, which were computed before.
+
+        Raises:
+          ValueError: an embedding is not finite.
+        """
+        shape = (len(features), self.config.embedding_dim)
+        batches = self.feature_batches(side, features)
+        return self._collect(self._embed[side], parameters, side, batches, shape)
+
+    def features(
+        self, parameters: Parameters, side: str, inputs: Sequence
+    ) -> Float[np.ndarray, "inputs features"]:
+        """The outputs of a side's tower, which its head would take.
+
+        Args, Raises: as `embed`.
+        """
+        shape = (len(inputs), self.feature_dims[side])
+        return self._collect(self._tower[side], parameters, side, self.batches(side, inputs), shape)
+
+    def batches(self, side: str, inputs: Sequence) -> Batches:
+        """(rows, batch) pairs of texts or images; all rows once, in any order."""
+        return self.text_batches(inputs) if side == "text" else self.image_batches(inputs)
+
+    def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
+        longest = self.config.text.max_length
+        ids = self.tokenizer(texts, max_length=longest)
+        size, tokens = TEXT_BATCH * self.mesh.size, TEXT_TOKENS * self.mesh.size
+        lengths = [len(i) for i in ids]
+        for rows, length in tokenizers.length_batches(
+            lengths, size, max_tokens=tokens, longest=longest
+        ):
+            share = padded_share(rows, self.mesh)
+            text_ids, text_mask = tokenizers.pad([ids[row] for row in share], length)
+            yield rows, {"text_ids": text_ids, "text_mask": text_mask}
+
+    def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs; photos are decoded two batches ahead of the tower."""
+        batches = list(_row_batches(len(images), IMAGE_BATCH * self.mesh.size, self.mesh))
+        # Padding repeats the last row, which is decoded once.
+        shares = [np.unique(share, return_inverse=True) for _, share in batches]
+        pixels = decoding.decode_all(
+            lambda row: self.decode(images[row], f"image {row}"),
+            (row for unique, _ in shares for row in unique.tolist()),
+            ahead=2 * IMAGE_BATCH * len(self.mesh.local_devices),
+        )
+        for (rows, _), (unique, places) in zip(batches, shares, strict=True):
+            yield rows, {"image": np.stack([next(pixels) for _ in unique])[places]}
+
+    def feature_batches(self, side: str, features: np.ndarray) -> Iterator[tuple[np.ndarray, dict]]:
+        """(rows, batch) pairs of a tower's outputs, which were computed before."""
+        size = FEATURE_BATCH * self.mesh.size
+        for rows, share in _row_batches(len(features), size, self.mesh):
+            yield rows, {f"{side}_features": np.asarray(features[share])}
+
+    def decode(
+        self,
+        photo: decoding.Photo,
+        name: str = "image",
+        generator: np.random.Generator | None = None,
+    ) -> decoding.Pixels:
+        """One photo as the image tower takes it, uint8 [size, size, 3].
+
+        `decoding.decode_each` and `decoding.decode_all` run it in the program's pool of threads.
+
+        Args:
+          photo: a path, encoded bytes or a PIL image; pixels are returned as they are.
+          name: what an error calls a photo that has no path.
+          generator: draws a random crop and mirroring, as config.image says; None for neither.
+
+        Raises:
+          ValueError, FileNotFoundError: as `decoding.decode`.
+        """
+        read = functools.partial(image_io.decode, preprocessing=self.preprocessing)
+        if generator is not None:
+            read = functools.partial(
+                image_io.decode_augmented,
+                preprocessing=self.preprocessing,
+                generator=generator,
+                min_area=self.config.image.min_area,
+                mirror=self.config.image.mirror,
+            )
+        return decoding.decode(photo, name, read)
+
+    def weights(self, parameters: Parameters, part: str) -> dict[str, np.ndarray]:
+        """The weights, whole and by dotted path, of "text_tower", "text_head", "image_tower" ..."""
+        module = getattr(nnx.merge(self.graph, *parameters), part)
+        return {name: partition.gather(x) for name, x in pretrained.flatten(module).items()}
+
+    def describe_tower(self, parameters: Parameters, side: str) -> dict[str, object]:
+        """Everything that a tower's outputs depend on, except the input."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.weights(parameters, f"{side}_tower").items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(array))
+        options = self.config[side]
+        description: dict[str, object] = {
+            "tower": self.descriptions[side],
+            "weights": digest.hexdigest(),
+            "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
+        }
+        if side == "text":
+            description["max_length"] = options.max_length
+            description["tokenizer"] = self.tokenizer.fingerprint()
+        return description
+
+    def _collect(
+        self,
+        compiled: Callable,
+        parameters: Parameters,
+        side: str,
+        batches: Batches,
+        shape: tuple[int, int],
+    ) -> Float[np.ndarray, "count dim"]:
+        """The outputs of a compiled function for all batches, in the order of their rows."""
+        out = np.empty(shape, np.float32)
+        with jax.set_mesh(self.mesh):
+            for rows, batch in batches:
+                outputs = compiled(parameters, partition.global_batch(batch, self.mesh))
+                out[rows] = np.asarray(outputs)[: len(rows)]
+                bad = rows[~np.isfinite(out[rows]).all(axis=1)]
+                if len(bad):
+                    raise ValueError(
+                        f"the embedding of {side} {bad[0]} (counted from 0) is not finite: the "
+                        "weights are damaged, or the computation overflowed"
+                    )
+        return out
+
+    def _embed_batch(
+        self, side: str, parameters: Parameters, batch: dict[str, Array]
+    ) -> Float[Array, "batch dim"]:
+        model = nnx.merge(self.graph, *parameters)
+        encode = model.encode_text if side == "text" else model.encode_image
+        embeddings = encode(batch)
+        # Also where training is on raw embeddings: retrieval is by cosine.
+        return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+    def _tower_batch(
+        self, side: str, parameters: Parameters, batch: dict[str, Array]
+    ) -> Float[Array, "batch features"]:
+        model = nnx.merge(self.graph, *parameters)
+        if side == "text":
+            return model.text_tower(batch["text_ids"], batch["text_mask"])
+        return model.image_tower(batch["image"])
+
+
+def padded_share(rows: Int[np.ndarray, " rows"], mesh: Mesh) -> Int[np.ndarray, " share"]:
+    """The rows of a batch that this process reads.
+
+    The batch is padded with its last row, to a power of two on each device, so that few shapes are
+    compiled for.
+    """
+    of_device = -(-len(rows) // mesh.size)
+    size = mesh.size << (of_device - 1).bit_length()
+    padded = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
+    return padded[partition.local_rows(size, mesh)]
+
+
+def _row_batches(count: int, size: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive rows in batches of at most `size`, each with this process's share of it."""
+    for start in range(0, count, size):
+        rows = np.arange(start, min(start + size, count))
+        yield rows, padded_share(rows, mesh)
+
+
+def frozen_features(
+    embedder: Embedder,
+    parameters: Parameters,
+    descriptions: Mapping[str, dict[str, object]],
+    inputs: Inputs,
+    folder: pathlib.Path,
+) -> dict[str, Float[np.ndarray, "rows features"]]:
+    """The outputs of frozen towers by side, from the cache or computed into it.
+
+    Args:
+      embedder, parameters: what computes them.
+      descriptions: `Embedder.describe_tower` of each side whose outputs are wanted.
+      inputs: the texts and images.
+      folder: of the cache.
+    """
+    sources = {
+        "text": (inputs.texts, fingerprint({"texts": inputs.texts})),
+        "image": (inputs.images, inputs.images_fingerprint),
+    }
+
+    def compute(side: str, start: int, stop: int) -> np.ndarray:
+        part = [sources[side][0][row] for row in range(start, stop)]
+        return embedder.features(parameters, side, part)
+
+    return {
+        side: feature_cache.cached(
+            folder,
+            {**description, "source": sources[side][1]},
+            (len(sources[side][0]), embedder.feature_dims[side]),
+            functools.partial(compute, side),
+            label=f"{inputs.name} {side}s",
+            block=FEATURE_BATCH * embedder.mesh.size,
+            agree=partition.agree_minimum if jax.process_count() > 1 else None,
+        )
+        for side, description in descriptions.items()
+    }
+
+
+def top_k(scores: Float[np.ndarray, "... items"], k: int | None) -> Int[np.ndarray, "... k"]:
+    """The places of the k highest scores, the best first; equal ones in the order of their places.
+
+    Args:
+      scores: along the last axis, of each item.
+      k: at most so many; None for all.
+    """
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :k]

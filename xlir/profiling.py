@@ -1,0 +1,41 @@
+"""Traces of training steps, to be looked at in TensorBoard or Perfetto."""
+
+import contextlib
+import logging
+import pathlib
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+class Profile(contextlib.AbstractContextManager):
+    """Traces steps of the first process, as the devices of the others do the same work.
+
+    Args:
+      steps: the first and the last step that are traced; (0, 0) for none.
+      workdir: the run's folder; traces go into its folder `profile`.
+    """
+
+    def __init__(self, steps: tuple[int, int], workdir: pathlib.Path):
+        self._first, self._last = steps if jax.process_index() == 0 else (0, 0)
+        self._folder, self._traces = workdir / "profile", False
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._traces:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """Starts the trace; to be called before a step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._traces = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        """Ends the trace; to be called after a step was sent off, with what it returned."""
+        if self._traces and step >= self._last:
+            jax.block_until_ready(outputs)
+            jax.profiler.stop_trace()
+            self._traces = False
+            log.info("steps %d to %d are traced in %s", self._first, self._last, self._folder)

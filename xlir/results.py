@@ -1,0 +1,105 @@
+"""Results of evaluations: their files in a run's folder, and how they are shown.
+
+Retrieval's are described in `evaluate.retrieval`, tagging's in `evaluate_tagging.evaluate_set`.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from input_pipeline import files
+from xlir.models.pretrained import read_json
+
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
+    """Writes `<set>-<step>.json` into a folder and returns its path."""
+    file = folder / f"{results['dataset']}-{results['step']}.json"
+    content = json.dumps(results, indent=1)
+    files.write_sums(folder, (), {file.name: content}, keep=True)
+    files.write_whole(file, content)
+    return file
+
+
+def read(workdir: pathlib.Path, step: int) -> list[dict]:
+    """A run's retrieval results at a step, in the order of their files' names.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    folder = workdir / "results"
+    found = sorted(folder.glob(f"*-{step}.json"))
+    files.check_sums(folder, [file.name for file in found])
+    return [content for content in map(read_json, found) if _is_retrieval(content)]
+
+
+def _is_retrieval(content: dict) -> bool:
+    languages = content.get("languages")
+    return bool(languages) and all(DIRECTIONS[0] in result for result in languages.values())
+
+
+def mean(results: list) -> object:
+    """The mean of results of the same form: of each metric; names and counts stay as they are."""
+    first = results[0]
+    if isinstance(first, dict):
+        return {key: mean([result[key] for result in results]) for key in first}
+    return float(np.mean(results)) if isinstance(first, float) else first
+
+
+def score(results: dict) -> float:
+    """What decides which checkpoint is best: zero-shot macro R@10, text to image.
+
+    A validation set that has English only is judged by English.
+    """
+    macro = results["zero_shot_macro"] or results["languages"]["en"]
+    return macro["text_to_image"]["R@10"]
+
+
+def table(results: dict) -> str:
+    """The results as a table for the terminal, recalls in percent."""
+    head = f"{results['dataset']}, step {results['step']}, {results['images']} images"
+    columns = "R@1   R@5  R@10"
+    lines = [
+        f"{head:<38}  text to image          image to text",
+        f"{'':<10}{'queries':>8}{'median rank':>14}      {columns:<20}   {columns}",
+    ]
+
+    def row(name: str, queries: object, median: object, result: dict) -> str:
+        cells = "       ".join(
+            "  ".join(f"{100 * result[direction][k]:4.1f}" for k in ("R@1", "R@5", "R@10"))
+            for direction in DIRECTIONS
+        )
+        return f"{name:<10}{queries:>8}{median:>14}      {cells}"
+
+    for language, result in results["languages"].items():
+        median = f"{result['text_to_image']['median_rank']:.0f}"
+        lines.append(row(language, result["queries"], median, result))
+    if results["zero_shot_macro"]:
+        lines.append(row("zero-shot", "", "", results["zero_shot_macro"]))
+    return "\n".join(lines)
+
+
+def headline(results: dict) -> str:
+    """The results in a few words: text-to-image R@10 of English and of the zero-shot mean."""
+    parts = []
+    if "en" in results["languages"]:
+        parts.append(f"en {100 * results['languages']['en']['text_to_image']['R@10']:.1f}")
+    if results["zero_shot_macro"]:
+        macro = results["zero_shot_macro"]["text_to_image"]["R@10"]
+        parts.append(f"other languages {100 * macro:.1f}")
+    return "R@10 " + ", ".join(parts)
+
+
+def scalars(results: dict) -> dict[str, float]:
+    """The results as flat metrics: `validation/de/text_to_image/R@10` and so on."""
+    sections = dict(results["languages"])
+    if results["zero_shot_macro"]:
+        sections["zero_shot"] = results["zero_shot_macro"]
+    return {
+        f"validation/{section}/{direction}/{name}": value
+        for section, result in sections.items()
+        for direction in DIRECTIONS
+        for name, value in result[direction].items()
+    }

@@ -1,0 +1,148 @@
+"""A training step, as pure functions of a configuration and a model's structure."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from xlir import gradients, losses, optimizer, partition
+from xlir.models import dual_encoder
+
+PyTree = Any
+Batch = dict[str, Array]
+# (state, frozen parameters, batch) -> the next state, and metrics.
+TrainStep = Callable[
+    ["TrainState", PyTree, Batch], tuple["TrainState", dict[str, Float[Array, ""]]]
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a training step changes: a checkpoint holds it whole.
+
+    A tree of the same form may hold shapes or shardings in the arrays' places.
+
+    Attributes:
+      step: steps taken, an int32.
+      params: trainable parameters, a pure tree of arrays.
+      optimizer: Optax's state for them.
+      ema: their exponential moving average, or None.
+    """
+
+    step: PyTree
+    params: PyTree
+    optimizer: PyTree
+    ema: PyTree | None
+
+    def items(self) -> dict[str, PyTree]:
+        """The items of a checkpoint; the step is the checkpoint's name."""
+        items = {"params": self.params, "optimizer": self.optimizer, "ema": self.ema}
+        return {name: tree for name, tree in items.items() if tree is not None}
+
+    @property
+    def best_params(self) -> PyTree:
+        """What is evaluated: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(config: ConfigDict, params: PyTree) -> TrainState:
+    """The state before the first step, of arrays of its own."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=jax.tree.map(jnp.copy, params),
+        optimizer=optimizer.build(config).init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
+    )
+
+
+def first_state(config: ConfigDict, params: PyTree, layout: TrainState) -> TrainState:
+    """The state before the first step, of which each device makes its own part.
+
+    Args:
+      config: see configs/base.py.
+      params: the initial parameters, on the mesh; they stay as they are.
+      layout: how the state lies on the mesh, from `compile_step`.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, layout)
+    return jax.jit(lambda params: init_state(config, params), out_shardings=shardings)(params)
+
+
+def compile_step(
+    config: ConfigDict, graph: nnx.GraphDef, params: PyTree, mesh: Mesh
+) -> tuple[TrainState, TrainStep]:
+    """How the state lies on the mesh, and the training step, compiled when it is first called.
+
+    Args:
+      config: see configs/base.py.
+      graph: the model's structure, from `embed.split`.
+      params: the trained parameters, or their shapes.
+      mesh: the devices.
+
+    Returns:
+      A tree of shapes with their shardings, and the step, which deletes the state that it is
+      given: the next one takes its memory.
+    """
+    shapes = jax.eval_shape(lambda params: init_state(config, params), params)
+    shardings = partition.shardings(shapes, mesh)
+    step = jax.jit(
+        make_train_step(config, graph),
+        donate_argnums=0,
+        out_shardings=(shardings, partition.replicated(mesh)),
+    )
+    return partition.with_shardings(shapes, shardings), step
+
+
+def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
+    """The training step of a model, a pure function.
+
+    Everything random in it is drawn from a key folded from the step, and every row of the batch
+    counts in the loss wherever it lies: the numbers do not depend on the mesh.
+    """
+    transformation = optimizer.build(config)
+    objective = losses.build(config.loss)
+    rate = optimizer.schedule(config)
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def embed(params: PyTree, rows: Batch, key: Key[Array, ""]) -> gradients.Embeddings:
+            model = nnx.merge(graph, params, frozen)
+            text_key, image_key = jax.random.split(key)
+            text = model.encode_text(rows, rngs=nnx.Rngs(dropout=text_key))
+            return text, model.encode_image(rows, rngs=nnx.Rngs(dropout=image_key))
+
+        def loss_of(params: PyTree, embeddings: gradients.Embeddings) -> Float[Array, ""]:
+            model = nnx.merge(graph, params, frozen)
+            return objective(*embeddings, batch["image_id"], model.scale, model.bias[...])
+
+        loss, gradient = gradients.value_and_gradient(
+            embed, loss_of, state.params, batch, key, config.data.microbatches
+        )
+        updates, opt_state = transformation.update(gradient, state.optimizer, state.params)
+        params = dual_encoder.clipped(optax.apply_updates(state.params, updates))
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradient),
+            "temperature": 1 / nnx.merge(graph, state.params, frozen).scale,
+            "learning_rate": rate(state.step),
+        }
+        ema = _average(config.optimizer.ema, state.ema, params, state.step)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, ""]):
+    """The next moving average; early on it forgets faster, or it would keep the initial values."""
+    if ema is None:
+        return None
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
