@@ -9,16 +9,9 @@ import numpy as np
 
 from input_pipeline import datasets
 from xlir.encoder import SIDES, Encoder
-from xlir.export import architecture
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
 
-# What is known of the terms of towers; anything else has to be looked up.
-TOWER_TERMS = {
-    "muse": "mUSE, Apache-2.0",
-    "efficientnet-lite0": "EfficientNet-lite, Apache-2.0",
-    "efficientnet-lite2": "EfficientNet-lite, Apache-2.0",
-}
 USE = {
     "sentence-transformers": """```python
 from PIL import Image
@@ -156,7 +149,7 @@ def _table(encoder: Encoder) -> str:
     sides = (encoder.config.text, encoder.config.image)
     rows = {
         "tower": [_name(side.tower) for side in sides],
-        "pooling": [_pooling(encoder, side) for side in SIDES],
+        "pooling": [encoder.specs[side].pooling or "mean" for side in SIDES],
         "trained": ["no" if side.frozen else "yes" for side in sides],
         "head": [side.head for side in sides],
         "input": [
@@ -183,17 +176,12 @@ def _measured(results: Sequence[dict]) -> str:
     return "\n".join(parts)
 
 
-def _pooling(encoder: Encoder, side: str) -> str:
-    tower = architecture.describe(encoder)[side]["tower"]
-    return tower.get("pooling", "mean")  # convolutional towers, and mUSE
-
-
 def _terms(encoder: Encoder, format: str) -> str:
     """What the weights derive from; whose terms are not known here has to be looked up."""
     config, lines = encoder.config, []
     for side in SIDES:
         name = _name(config[side].tower)
-        known = TOWER_TERMS.get(name, f"{name}: see the terms of that checkpoint")
+        known = encoder.specs[side].family.terms or f"{name}: see the terms of that checkpoint"
         lines.append(f"- {side} tower: {known}")
     if config.data.name:
         name = _name(config.data.dir)
