@@ -63,6 +63,7 @@ ACCEPTED = {
     "steps": WHOLE,
     "log_every": WHOLE,
     "eval_every": WHOLE,
+    "save_every": {"0", "2"},
     "embedding_dim": WHOLE,
     "normalize": {"True"},
     "head_dtype": set(),
@@ -339,7 +340,7 @@ OLD_TEST_SETS = {"configs.xlmr": "xtd10,split:test", "configs.flickr8k": "multil
 def as_written_before(name: str) -> dict:
     """The config.json that versions 49a03f1 and ea4c6af wrote of a configuration."""
     fields = json.loads(CONFIGS[name].to_json())
-    del fields["evals"]
+    del fields["evals"], fields["save_every"]
     module, _, variant = name.partition(":")
     module = {"configs.muse": "configs.flickr8k"}.get(module, module)
     test_set = "" if variant == "tiny" else OLD_TEST_SETS.get(module, "")
