@@ -70,7 +70,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["xlir*", "input_pipeline*", "configs*"]),
     package_data={
-        "input_pipeline.datasets": ["xtd10_names.txt"],
+        "input_pipeline.test_sets": ["xtd10_names.txt"],
         "input_pipeline.vocabularies": ["*.tsv"],
         "xlir.export": ["examples/*.py"],
     },

@@ -40,7 +40,22 @@ def get_config() -> ConfigDict:
     config.profile = ConfigDict()
     config.profile.steps = (0, 0)
 
-    config.data = data = ConfigDict()
+    config.data = _data()
+    # The test sets that a run is evaluated on at its end: a name of your own -> `test_set` below.
+    # Photos of folders, and XTD10's in any case, are kept out of training (not those of splits).
+    # Without any, it is evaluated on the split "test".
+    config.evals = ConfigDict()
+
+    config.text = _text()
+    config.image = _image()
+    config.loss = _loss()
+    config.optimizer = _optimizer()
+    return config
+
+
+def _data() -> ConfigDict:
+    """What is trained on, and in which batches."""
+    data = ConfigDict()
     # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (the same,
     # of COCO 2014), or "coco_captions" (TFDS's, prepared as ArrayRecord).
     data.name = ""
@@ -52,17 +67,6 @@ def get_config() -> ConfigDict:
     # Splits by name; several are joined with a plus: "train+restval".
     data.train = "train"
     data.validation = "val"
-    # "xtd10", "split:NAME" (a split's English captions) or a folder of a multilingual test set in
-    # XTD10's layout, relative to data.dir; several are joined with commas. Their photos, and
-    # XTD10's in any case, are kept out of training (not those of splits). Empty: "split:test".
-    data.test_set = ""
-    # Folder of the test set's photos, at any depth; empty: data.dir, and for XTD10 the prepared
-    # data set.
-    data.test_images = ""
-    # Folder of XTD10's captions, a clone of its repository; empty: xtd10 in data.dir.
-    data.xtd10 = ""
-    # Leave out XTD10's six German captions that translate nothing; results are filed apart.
-    data.drop_junk = False
     # Pairs in a global batch.
     data.batch_size = 512
     # Unfrozen towers take a batch in so many parts, one after the other, to save memory. Each pair
@@ -70,64 +74,61 @@ def get_config() -> ConfigDict:
     data.microbatches = 1
     # Batches read ahead.
     data.prefetch = 4
+    return data
 
-    config.text = _tower()
+
+def test_set(type: str = "folder", **fields) -> ConfigDict:
+    """One test set of `config.evals`: the defaults, less what is given.
+
+    In a configuration: `config.evals.mine = base.test_set("folder", captions="my_test")`.
+    """
+    config = ConfigDict()
+    # How it is read (input_pipeline/test_sets): "folder" (in XTD10's layout), "xtd10" (checked
+    # against the published files), or "split" (of the data set).
+    config.type = type
+    # folder, xtd10: where the captions are, relative to data.dir. XTD10's are a clone of its
+    # repository; empty: xtd10 in data.dir.
+    config.captions = ""
+    # folder, xtd10: where the photos are, at any depth, relative to data.dir; empty: data.dir
+    # itself, and for XTD10 the prepared data set.
+    config.images = ""
+    # split: its name.
+    config.split = "test"
+    # xtd10: leave out six German captions that translate nothing; results are filed apart.
+    config.drop_junk = False
+    config.update(fields)
+    return config
+
+
+def _text() -> ConfigDict:
+    """The text side."""
+    text = _tower()
     # Longer texts are cut to so many tokens.
-    config.text.max_length = 128
-    config.image = _tower()
+    text.max_length = 128
     # Put before every text; the E5 models want "query: ".
-    config.text.prefix = ""
+    text.prefix = ""
     # Keep only the tokens of the vocabulary that the training captions and these texts use: files
     # with a text a line, or folders of .txt files, relative to data.dir and joined with commas;
     # give texts in every language that will be searched in. Empty: keep all. A checkpoint's
     # embedding table is most of it.
-    config.text.trim_vocab = ""
+    text.trim_vocab = ""
+    return text
+
+
+def _image() -> ConfigDict:
+    """The image side."""
+    image = _tower()
     # Pixels a side; 0 takes what the tower was trained on.
-    config.image.size = 0
+    image.size = 0
     # "squash" both sides to the size, "center" (resize the shorter side, then cut the longer one),
     # or empty: as the tower was trained.
-    config.image.crop = ""
+    image.crop = ""
     # For an unfrozen tower, drawn anew at every step: the smallest share of a photo's area that a
     # random resized crop keeps (0: no random crop), and mirroring half of the photos (captions that
     # say left and right then mislead).
-    config.image.min_area = 0.0
-    config.image.mirror = False
-
-    config.loss = loss = ConfigDict()
-    # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
-    loss.name = "infonce"
-    # Weight of the text-text term added to any of them; 0 leaves it out.
-    loss.push_apart = 0.0
-    # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
-    loss.temperature = 0.07
-    loss.bias = -10.0
-    # infonce, sigmoid: images whose logits are held at a time, 0 for all. Large batches then need
-    # little memory; the loss is the same, and a third more of its time goes into the logits, which
-    # are computed again in the backward pass.
-    loss.chunk = 0
-    # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
-    loss.metric = "euclidean"
-    # triplet, patr: the margin (the paper's eta), in units of the metric.
-    loss.margin = 0.2
-    # m3l, push_apart: exponent; m3l: weights of the image and of the text term.
-    loss.rho = 4.0
-    loss.image_weight = 0.5
-    loss.text_weight = 1.0
-
-    config.optimizer = optimizer = ConfigDict()
-    # AdamW; linear warm-up, then a cosine to zero at the last step.
-    optimizer.learning_rate = 1e-3
-    optimizer.warmup_steps = 50
-    optimizer.weight_decay = 0.05
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.98
-    # Gradients of a larger global norm are scaled down to it; 0 turns clipping off.
-    optimizer.clip_norm = 1.0
-    # Decay of an exponential moving average of the parameters, which then is what is evaluated
-    # and loaded; 0 turns it off.
-    optimizer.ema = 0.0
-
-    return config
+    image.min_area = 0.0
+    image.mirror = False
+    return image
 
 
 def _tower() -> ConfigDict:
@@ -164,3 +165,45 @@ def _tower() -> ConfigDict:
     config.hidden = (1024,)
     config.dropout = 0.1
     return config
+
+
+def _loss() -> ConfigDict:
+    """The objective."""
+    loss = ConfigDict()
+    # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
+    loss.name = "infonce"
+    # Weight of the text-text term added to any of them; 0 leaves it out.
+    loss.push_apart = 0.0
+    # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
+    loss.temperature = 0.07
+    loss.bias = -10.0
+    # infonce, sigmoid: images whose logits are held at a time, 0 for all. Large batches then need
+    # little memory; the loss is the same, and a third more of its time goes into the logits, which
+    # are computed again in the backward pass.
+    loss.chunk = 0
+    # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
+    loss.metric = "euclidean"
+    # triplet, patr: the margin (the paper's eta), in units of the metric.
+    loss.margin = 0.2
+    # m3l, push_apart: exponent; m3l: weights of the image and of the text term.
+    loss.rho = 4.0
+    loss.image_weight = 0.5
+    loss.text_weight = 1.0
+    return loss
+
+
+def _optimizer() -> ConfigDict:
+    """How parameters follow the gradient."""
+    optimizer = ConfigDict()
+    # AdamW; linear warm-up, then a cosine to zero at the last step.
+    optimizer.learning_rate = 1e-3
+    optimizer.warmup_steps = 50
+    optimizer.weight_decay = 0.05
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.98
+    # Gradients of a larger global norm are scaled down to it; 0 turns clipping off.
+    optimizer.clip_norm = 1.0
+    # Decay of an exponential moving average of the parameters, which then is what is evaluated
+    # and loaded; 0 turns it off.
+    optimizer.ema = 0.0
+    return optimizer

@@ -27,7 +27,7 @@ def get_config(variant: str = "muse"):
     config.head_dtype = "bfloat16"
     config.data.name = "captions"
     config.data.batch_size = 1024
-    config.data.test_set = "multilingual_test"
+    config.evals.multilingual_test = base.test_set(captions="multilingual_test")
     config.text.tower = "muse"
     config.text.hidden = (2048,)
     config.text.dropout = 0.5

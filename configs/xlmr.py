@@ -26,7 +26,8 @@ def get_config(variant: str = "base"):
     config.data.name = "coco"
     # 113,287 photos, less XTD10's.
     config.data.train = "train+restval"
-    config.data.test_set = "xtd10,split:test"
+    config.evals.xtd10 = base.test_set("xtd10")
+    config.evals.test = base.test_set("split")
     # A v5e-8 has 8 chips of 16 GB: 512 pairs a chip. More negatives help until about 16,000 (CLIP,
     # SigLIP); with 113,000 photos a larger batch would leave too few steps in an epoch.
     config.data.batch_size = 4096
@@ -83,7 +84,7 @@ def _shrink(config):
     """Toy towers and a run of 20 steps."""
     config.data.name = "captions"
     config.data.train = "train"
-    config.data.test_set = ""
+    del config.evals.xtd10, config.evals.test
     config.data.batch_size = 16
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.data.microbatches = 1

@@ -51,7 +51,7 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     handler = logging.StreamHandler(err)
     logging.root.addHandler(handler)
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    data._prepared.cache_clear()  # as in another process
+    data.open_data_set.cache_clear()  # as in another process
     try:
         with (
             contextlib.redirect_stdout(out),
@@ -258,7 +258,7 @@ def flags_of(photos: pathlib.Path) -> list[str]:
     return [
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
-        "--config.data.test_set=multilingual_test",
+        "--config.evals={'multilingual_test': {'captions': 'multilingual_test'}}",
         "--config.text.head=mlp",
         "--config.text.hidden=(32,)",
         f"--config.steps={STEPS}",

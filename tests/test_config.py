@@ -8,8 +8,8 @@ import pytest
 
 import xlir
 from configs import base, flickr8k, muse, quickstart, xlmr
-from xlir import train
-from xlir.config import FIELDS, check_config
+from xlir import train, workdir
+from xlir.config import FIELDS, check_config, upgrade
 from xlir.models import towers
 from xlir.workdir import read_config
 
@@ -63,6 +63,7 @@ ACCEPTED = {
     "steps": WHOLE,
     "log_every": WHOLE,
     "eval_every": WHOLE,
+    "save_every": {"0", "2"},
     "embedding_dim": WHOLE,
     "normalize": {"True"},
     "head_dtype": set(),
@@ -74,13 +75,14 @@ ACCEPTED = {
     "data.annotations": TEXTS,
     "data.train": {"word"},
     "data.validation": {"word"},
-    "data.test_set": TEXTS,
-    "data.test_images": TEXTS,
-    "data.xtd10": TEXTS,
-    "data.drop_junk": {"True"},
     "data.batch_size": WHOLE,
     "data.microbatches": WHOLE,
     "data.prefetch": {"0", "2"},
+    "evals.mine.type": set(),
+    "evals.mine.captions": TEXTS,
+    "evals.mine.images": TEXTS,
+    "evals.mine.split": {"word"},
+    "evals.mine.drop_junk": {"True"},
     **{f"text.{name}": values for name, values in TOWER.items()},
     "text.max_length": set(),  # 3 at least
     "text.prefix": TEXTS,
@@ -124,6 +126,7 @@ def usable():
     fields = xlmr.get_config("tiny").to_dict()
     fields["mesh"] = {"data": 1, "fsdp": 1}
     fields["image"].update(min_area=0.0, frozen=False)
+    fields["evals"] = {"mine": base.test_set("split").to_dict()}
     return fields
 
 
@@ -147,7 +150,10 @@ def fault(fields):
 
 
 def test_every_field_has_a_range_and_a_row_of_the_table():
-    assert set(flat(FIELDS)) == set(flat(base.get_config().to_dict())) == set(ACCEPTED)
+    config = base.get_config()
+    config.evals.mine = base.test_set()
+    ranges = FIELDS | {"evals": {"mine": FIELDS["evals"].fields}}
+    assert set(flat(ranges)) == set(flat(config.to_dict())) == set(ACCEPTED)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -202,6 +208,7 @@ def test_the_ends_of_ranges(field, inside, outside):
         ({"text.tower": "muse", "text.prefix": "query: "}, "are not for mUSE"),
         ({"image.frozen": True, "image.mirror": True}, "need a trained tower"),
         ({"image.frozen": True, "image.min_area": 0.5}, "need a trained tower"),
+        ({"evals.mine.type": "folder"}, "config.evals.mine.captions is empty; it must be the fold"),
         ({"text.head": "center"}, "config.text.head is 'center', which needs a frozen tower"),
     ],
 )
@@ -313,7 +320,7 @@ def test_what_towers_do_not_fit_is_refused_before_data_is_looked_for(
 def test_no_batch_is_larger_than_the_data(config, photos, tmp_path):
     """68 captions are left of the training split's 76."""
     config.data.dir, config.data.batch_size = str(photos), 72
-    config.data.test_set = "multilingual_test"
+    config.evals.mine = base.test_set(captions="multilingual_test")
     with pytest.raises(ValueError, match=r"batch_size is 72, but .* has 68 captions.* at most 68"):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -323,6 +330,73 @@ def test_no_batch_is_larger_than_the_data(config, photos, tmp_path):
 def test_runs_of_every_configuration_are_read(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name].to_dict()))
     assert read_config(tmp_path) == CONFIGS[name]
+
+
+# What stood in `data` before there was `evals`.
+OLD_FIELDS = {"test_set": "", "test_images": "", "xtd10": "", "drop_junk": False}
+OLD_TEST_SETS = {"configs.xlmr": "xtd10,split:test", "configs.flickr8k": "multilingual_test"}
+
+
+def as_written_before(name: str) -> dict:
+    """The config.json that versions 49a03f1 and ea4c6af wrote of a configuration."""
+    fields = json.loads(CONFIGS[name].to_json())
+    del fields["evals"], fields["save_every"]
+    module, _, variant = name.partition(":")
+    module = {"configs.muse": "configs.flickr8k"}.get(module, module)
+    test_set = "" if variant == "tiny" else OLD_TEST_SETS.get(module, "")
+    fields["data"] |= OLD_FIELDS | {"test_set": test_set}
+    return fields
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_of_an_earlier_version_has_the_configuration_of_today(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(as_written_before(name)))
+    assert read_config(tmp_path) == CONFIGS[name]
+    workdir.check_unchanged(read_config(tmp_path), CONFIGS[name], tmp_path)
+
+
+def test_a_run_may_be_resumed_with_other_test_sets(tmp_path):
+    config = xlmr.get_config("tiny")
+    config.evals = {"mine": base.test_set(captions="mine")}
+    workdir.check_unchanged(CONFIGS["configs.xlmr:tiny"], config, tmp_path)
+
+
+def test_earlier_fields_of_test_sets_are_those_of_evals(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set" / "a,b").mkdir(parents=True)
+    old = {"test_set": "xtd10,split:val,tests/one", "test_images": "photos", "xtd10": "clone"}
+    fields = {"data": {"name": "coco", "dir": "set"} | old | {"drop_junk": True}}
+    before = copy.deepcopy(fields)
+    there = {"images": f"{tmp_path}/photos", "split": "test", "drop_junk": True}
+    val = base.test_set("split", split="val").to_dict()
+    assert upgrade(fields) == {
+        "data": {"name": "coco", "dir": "set"},
+        "evals": {
+            "xtd10": {"type": "xtd10", "captions": f"{tmp_path}/clone"} | there,
+            "val": val,
+            "one": {"type": "folder", "captions": "tests/one"} | there,
+        },
+    }
+    assert fields == before
+    assert upgrade(upgrade(fields)) == upgrade(fields)
+    comma = upgrade({"data": {"dir": "set", "test_set": "a,b"}})["evals"]
+    assert comma == {"a_b": base.test_set(captions="a,b").to_dict()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"data": 3}, {"data": {}, "evals": 3}, {"evals": {"a": 1}}])
+def test_what_is_no_configuration_is_left_for_the_check(fields):
+    assert upgrade(fields) == fields
+
+
+def test_names_of_test_sets_can_be_given_on_the_command_line():
+    for names, message in (
+        ({"a.b": {}}, "config.evals is {'a.b': {}}; it must be groups of fields, whose names are"),
+        ({"a": 1}, "config.evals.a is 1; it must be a group of fields"),
+        ({"a": {"folder": "x"}}, "there is no field config.evals.a.folder"),
+        ({"a": {"type": "voc"}}, "config.evals.a.type is 'voc'; known: xtd10, folder, split"),
+    ):
+        assert message in fault(usable() | {"evals": names})
+    assert fault(usable() | {"evals": {"a-1": {"captions": "x"}, "b_2": {"type": "xtd10"}}}) == ""
 
 
 @pytest.mark.parametrize(
@@ -386,6 +460,8 @@ def test_a_runs_damaged_tower_is_named(side, field, value, message, saved):
     xlir.Encoder.open(saved)
 
 
+# As a user adds a test set on the command line.
+MULTILINGUAL = "{'multilingual_test': {'captions': 'multilingual_test'}}"
 # Values at the ends of ranges, with which a run has to work as with any other.
 LOW = {
     **{"seed": 2**63 - 1, "steps": 1, "embedding_dim": 1, "log_every": 2**31 - 1},
@@ -424,7 +500,7 @@ COLD = {
     ],
 )
 def test_runs_with_values_at_the_ends_of_ranges(values, command, photos, tmp_path):
-    flags = {"data.dir": photos, "data.test_set": "multilingual_test"} | values
+    flags = {"data.dir": photos, "evals": MULTILINGUAL} | values
     command(
         "--config=configs/xlmr.py:tiny",
         f"--workdir={tmp_path / 'run'}",

@@ -15,7 +15,8 @@ import sys
 import numpy as np
 import pytest
 
-from input_pipeline.datasets import CaptionedImages, captions, records
+from input_pipeline.datasets import captions, coco_captions, records
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from tests.datasets import test_captions, test_coco, test_records
 from tests.test_features import EXPECTED, build, build_together
 
@@ -86,7 +87,7 @@ def content_of(folder: pathlib.Path) -> tuple:
             images.image_ids.tolist(),
             images.captions,
             images.fingerprint,
-            [images[row] for row in range(len(images))],
+            [images.images[row] for row in range(len(images))],
         )
         for images in splits
     ]
@@ -137,7 +138,7 @@ def test_a_damaged_part_of_an_interrupted_preparation(folder, cache, monkeypatch
 
 def test_damaged_rows_of_a_set_that_tfds_prepared(tfds_data_dir, cache):
     def content():
-        images = CaptionedImages(test_coco.coco.open_tfds(tfds_data_dir), "train+restval")
+        images = CaptionedImages(coco_captions.prepared_by_tfds(tfds_data_dir), "train+restval")
         return images.filenames, images.image_ids.tolist(), images.captions, images.fingerprint
 
     expected = content()
@@ -152,7 +153,8 @@ import hashlib, json, os, pathlib, random, shutil, signal, sys, time
 sys.path.insert(0, os.getcwd())
 import numpy as np
 from input_pipeline import features
-from input_pipeline.datasets import CaptionedImages, captions, records
+from input_pipeline.datasets import captions, records
+from input_pipeline.datasets.captioned_images import CaptionedImages
 
 records.SHARD, kills, folder = 16, int(sys.argv[2]), pathlib.Path(sys.argv[3])
 cache = folder.parent / "cache"
@@ -165,7 +167,7 @@ def prepare():
         images = CaptionedImages(builder, split)
         digest.update(images.fingerprint.encode())
         for row in range(len(images)):
-            digest.update(images[row])
+            digest.update(images.images[row])
     return digest.hexdigest()
 
 def cached():

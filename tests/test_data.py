@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from configs import base
-from input_pipeline.datasets import xtd10
+from input_pipeline import datasets
+from input_pipeline.test_sets import split, xtd10
 from tests.datasets.test_coco import CocoCaptions
 from xlir import data
 
@@ -29,17 +30,19 @@ def jpeg(seed: int = 0) -> bytes:
     return file.getvalue()
 
 
-def config_of(folder, name="coco", **fields):
+def config_of(folder, name="coco", evals=(), **fields):
     config = base.get_config()
     config.data.name = name
     config.data.dir = str(folder)
     for field, value in fields.items():
         config.data[field] = value
+    for test_set, options in dict(evals).items():
+        config.evals[test_set] = options
     return config
 
 
 def xtd10_names() -> list[str]:
-    return [f"COCO_{place}_{number:012d}.jpg" for number, place in xtd10._test_photos().items()]
+    return [f"COCO_{place}_{number:012d}.jpg" for number, place in xtd10.origins().items()]
 
 
 def coco_entries() -> list[dict]:
@@ -116,10 +119,13 @@ def test_no_photo_of_xtd10_is_trained_on_from_tfds(tfds_folder, log):
 
 def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, log):
     """Photos are found by name, whoever prepared COCO."""
-    fields = {"xtd10": str(shared / "xtd10"), "test_set": "xtd10,split:test"}
+    evals = {
+        "test": base.test_set("split"),
+        "xtd10": base.test_set("xtd10", captions=str(shared / "xtd10")),
+    }
     for config in (
-        config_of(coco_folder, **fields),
-        config_of(tfds_folder, "coco_captions", **fields),
+        config_of(coco_folder, evals=evals),
+        config_of(tfds_folder, "coco_captions", evals=evals),
     ):
         multilingual, english = data.test_sets(config)
         assert (multilingual.name, english.name) == ("xtd10", "coco-test")
@@ -129,7 +135,8 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
             assert multilingual.images[row] == jpeg(int(xtd10_names()[row][-16:-4]))
         assert english.captions["en"][1::2] == ["another"] * 3
         assert (
-            "xtd10: 6 captions in 'de' are junk, kept (config.data.drop_junk, --drop_junk)" in log()
+            "xtd10: 6 captions in 'de' are junk, kept (config.evals.xtd10.drop_junk or "
+            "--drop_junk leaves them out)" in log()
         )
         assert data.missing(config) == []
         data.training_photos(config)
@@ -144,7 +151,7 @@ def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkey
             (mirror / commit / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, mirror / commit / path)
     monkeypatch.setattr(xtd10, "RAW_URL", mirror.as_uri())
-    config = config_of(coco_folder, xtd10=str(folder), test_set="xtd10")
+    config = config_of(coco_folder, evals={"xtd10": base.test_set("xtd10", captions=str(folder))})
     (japanese,) = mirror.rglob("test_1kcaptions_jp.txt")
     japanese.rename(tmp_path / "later")
     with pytest.raises(OSError, match="can't download"):
@@ -155,8 +162,8 @@ def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkey
 
 
 def test_xtd10_without_junk(coco_folder, shared, log):
-    config = config_of(coco_folder, test_set="xtd10", xtd10=str(shared / "xtd10"), drop_junk=True)
-    (test_set,) = data.test_sets(config)
+    options = base.test_set("xtd10", captions=str(shared / "xtd10"), drop_junk=True)
+    (test_set,) = data.test_sets(config_of(coco_folder, evals={"xtd10": options}))
     assert test_set.name == "xtd10-without-junk"
     assert len(test_set.captions["de"]) == len(test_set.image_of["de"]) == 994
     assert 147 not in test_set.image_of["de"]
@@ -166,21 +173,22 @@ def test_xtd10_without_junk(coco_folder, shared, log):
 
 def test_xtd10s_photos_from_a_folder(coco_folder, photos, shared):
     """The run's own data set has none of them."""
-    config = config_of(photos, "captions", test_set=str(shared / "xtd10"))
+    options = base.test_set(captions=str(shared / "xtd10"))
+    config = config_of(photos, "captions", evals={"human": options})
     with pytest.raises(FileNotFoundError, match=r"1000 of the 1000 photos of xtd10.*--images=DIR"):
         data.test_sets(config)
-    with pytest.raises(FileNotFoundError, match=r"prepared shapes .*config\.data\.test_images"):
+    with pytest.raises(FileNotFoundError, match=r"prepared shapes .*config\.evals\.human\.images"):
         data.training_photos(config)
-    config.data.test_images = str(coco_folder)
+    config.evals.human.images = str(coco_folder)
     (test_set,) = data.test_sets(config)
     assert [file.name for file in test_set.images] == xtd10_names()
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path):
-    config = config_of(tmp_path / "coco", test_set="xtd10")
-    coco, xtd10 = data.missing(config)
+    config = config_of(tmp_path / "coco", evals={"xtd10": base.test_set("xtd10")})
+    coco, captions = data.missing(config)
     assert all(part in coco for part in ("train2014.zip", "13.5 GB", "wget -c"))
-    assert "git clone" in xtd10
+    assert "git clone" in captions
     assert not (tmp_path / "coco").exists()
     (tfds,) = data.missing(config_of(tmp_path, "coco_captions"))
     assert "no coco_captions/2014" in tfds
@@ -188,7 +196,7 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
 
 def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
     """5,000 photos are 5 folds of 1,000; here 10 are 5 of 2. Five captions a photo count."""
-    monkeypatch.setattr(data, "COCO_TEST", 10)
+    monkeypatch.setattr(split, "COCO_TEST", 10)
     (tmp_path / "val2014").mkdir()
     entries = []
     for number in range(10):
@@ -215,3 +223,63 @@ def test_prepare_says_where_and_how_many(coco_folder, cache):
         "val 3 photos 6 captions",
         "test 3 photos 6 captions",
     ]
+
+
+def test_a_data_set_says_how_it_is_filed_and_under_which_terms(coco_folder, tfds_folder):
+    for name, folder in (("coco", coco_folder), ("coco_captions", tfds_folder)):
+        assert data.prepared_set(config_of(folder, name)).name == "coco"
+        assert "CC BY 4.0" in datasets.find(name).terms
+    assert datasets.find("captions").terms == ""
+    with pytest.raises(ValueError, match="no data set 'imagenet'; known: emoji, captions, coco"):
+        datasets.find("imagenet")
+
+
+def test_a_source_gives_an_image_with_its_texts(coco_folder):
+    source = data.split_photos(config_of(coco_folder), "test")
+    image, texts = source[2]
+    assert (image, texts) == (source.images[2], source.captions[2])
+    assert len(source) == len(source.images) == 3
+    assert list(source.images) == [image for image, _ in source]
+
+
+@pytest.fixture
+def two_folders(photos, tmp_path):
+    """A run with two test sets whose photos lie apart, and whose folders are in `data.dir`."""
+    shutil.copytree(photos, tmp_path / "set")
+    names = (tmp_path / "set" / "multilingual_test" / "test_image_names.txt").read_text().split()
+    other = tmp_path / "set" / "other"
+    (other / "photos").mkdir(parents=True)
+    (other / "test_image_names.txt").write_text("another.jpg\n")
+    (other / "test_captions_sw.txt").write_text("picha\n")
+    shutil.copy(next((tmp_path / "set").rglob(names[0])), other / "photos" / "another.jpg")
+    evals = {
+        "multilingual": base.test_set(captions="multilingual_test"),
+        "swahili": base.test_set(captions="other", images="other/photos"),
+        "val": base.test_set("split", split="val"),
+    }
+    return config_of(tmp_path / "set", "captions", evals=evals)
+
+
+def test_each_test_set_has_options_of_its_own(two_folders):
+    first, second, last = data.test_sets(two_folders)
+    assert (first.name, second.name, last.name) == ("multilingual_test", "other", "shapes-val")
+    assert [file.name for file in second.images] == ["another.jpg"]
+    assert list(second.captions) == ["sw"]
+
+
+def test_a_test_set_is_named_as_in_the_configuration(two_folders):
+    (test_set,) = data.test_sets(two_folders, "swahili")
+    assert [file.name for file in test_set.images] == ["another.jpg"]
+    found = data.test_sets(two_folders, "val,split:test")
+    assert [test_set.name for test_set in found] == ["shapes-val", "shapes-test"]
+    folder = pathlib.Path(two_folders.data.dir) / "other"
+    (test_set,) = data.test_sets(two_folders, str(folder), str(folder / "photos"))
+    assert [file.name for file in test_set.images] == ["another.jpg"]
+
+
+def test_photos_of_every_folder_are_kept_out_of_training(two_folders):
+    (folder, *_) = data.test_sets(two_folders)
+    names = {file.name for file in folder.images}
+    assert not names & set(data.training_photos(two_folders).filenames)
+    two_folders.evals = {}
+    assert names & set(data.training_photos(two_folders).filenames)

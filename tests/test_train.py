@@ -11,7 +11,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
-from input_pipeline import datasets
+from input_pipeline.datasets import captions
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from tests.runs import checkpoint_of, metrics_of
 from xlir import partition, train, train_step
 from xlir.checkpoint import Checkpoints
@@ -357,7 +358,7 @@ def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
 def test_photos_are_told_apart_whatever_their_ids(photos, without_heads):
     """Ids of 64 bits; two rows of one id are one photo."""
     encoder, *_ = without_heads(0.01)
-    training = datasets.CaptionedImages(datasets.captions.prepare(photos), "train")
+    training = CaptionedImages(captions.prepare(photos), "train")
     training.image_ids[:6] = 5, 2**32 + 5, 2**32 - 1, -1, 5, 2**63 - 1
     ids = training.image_ids
     cached = {side: np.zeros((len(ids), 4), np.float32) for side in ("text", "image")}

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from input_pipeline import datasets, labels, nouns, vocabularies
+from input_pipeline import labels, nouns, vocabularies
+from input_pipeline.datasets import emoji
 
 COCO = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
 stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,
@@ -23,7 +24,7 @@ SCRIPTS = {"ja": r"[぀-ヿ一-鿿]+", "ko": r"[가-힣 ]+", "ru": r"[А-Яа-я
     [
         ("coco", 80, ["en", "de", "es", "fr", "it", "ja", "ko", "pl", "ru", "tr", "zh"]),
         ("flickr8k", 200, ["en", "de", "es", "fr", "zh"]),
-        ("emoji", 1914, list(datasets.emoji.LANGUAGES)),
+        ("emoji", 1914, list(emoji.LANGUAGES)),
     ],
 )
 def test_vocabularies_of_the_repository(name, count, languages):

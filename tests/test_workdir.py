@@ -89,7 +89,7 @@ def test_changed_data_are_refused_or_accepted(toy_config, toy_run, tmp_path, cap
     train.train(config, run)
     for number in range(5):
         (data / "images" / f"{number:02d}.jpg").unlink()
-    prepared._prepared.cache_clear()  # as in another process
+    prepared.open_data_set.cache_clear()  # as in another process
     with pytest.raises(ValueError, match=r"photos 33, .*before: photos 38, ") as info:
         train.train(config, run)
     assert len(str(info.value).splitlines()) == 1

@@ -4,12 +4,18 @@ The fields themselves, their defaults and their meaning are in configs/base.py. 
 at all of them before any work is done; it needs no JAX, data or weights.
 """
 
+import copy
 import dataclasses
+import os
+import re
 import reprlib
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from configs import base
+from input_pipeline import datasets, test_sets
 
 # The values that a field may have; its `str` says which, as the end of a sentence.
 Allowed = Container
@@ -27,7 +33,6 @@ CHUNKED_LOSSES = ("infonce", "sigmoid")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
 HEADS = ("none", "center", "linear", "affine", "mlp", "plain_mlp")
-DATA_SETS = ("emoji", "captions", "coco", "coco_captions")
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
@@ -147,6 +152,20 @@ class Group:
         return "it must be a group of fields"
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Groups of fields by any name; in each of them every field may be left out."""
+
+    fields: Mapping[str, Allowed]
+
+    def __contains__(self, value: object) -> bool:
+        # A name with a dot could not be given on the command line.
+        return value in Group() and all(re.fullmatch(r"\w[\w-]*", str(name)) for name in value)
+
+    def __str__(self) -> str:
+        return "it must be groups of fields, whose names are letters, digits, _ and -"
+
+
 class Steps:
     """The first and the last of some steps, or (0, 0) for none."""
 
@@ -191,19 +210,24 @@ FIELDS: dict[str, Any] = {
     "profile": {"steps": Steps()},
     "data": {
         # Empty in an imported model, which is evaluated on test sets of their own.
-        "name": Choice("", *DATA_SETS),
+        "name": Choice("", *datasets.NAMES),
         "dir": Text(),
         "annotations": Text(),
         "train": Text(may_be_empty=False),
         "validation": Text(may_be_empty=False),
-        "test_set": Text(),
-        "test_images": Text(),
-        "xtd10": Text(),
-        "drop_junk": Flag(),
         "batch_size": Whole(1, 2**24),
         "microbatches": Whole(1, 2**24),
         "prefetch": Whole(0, 1024),
     },
+    "evals": Named(
+        {
+            "type": Choice(*test_sets.TYPES),
+            "captions": Text(),
+            "images": Text(),
+            "split": Text(may_be_empty=False),
+            "drop_junk": Flag(),
+        }
+    ),
     "text": _tower("mean", "cls", "pooler")
     | {
         # Every tokenizer adds two tokens of its own.
@@ -259,6 +283,47 @@ def check_config(config: ConfigDict | Mapping) -> None:
         raise ValueError(". ".join(faults))
 
 
+def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a run's config.json as today's, whatever version wrote them.
+
+    Before `evals` there were data.test_set, one list of test sets, data.test_images, one folder of
+    photos for all of them, data.xtd10 and data.drop_junk. Other fields than those of test sets are
+    not filled in where they are missing, and no field is checked.
+    """
+    fields = copy.deepcopy(dict(fields))
+    data = fields.get("data")
+    if isinstance(data, dict) and "test_set" in data:
+        old = {name: data.pop(name, "") for name in ("test_set", "test_images", "xtd10")}
+        fields["evals"] = _evals_of(old, data.get("dir", ""), data.pop("drop_junk", False))
+    if isinstance(fields.get("evals"), dict):
+        for name, test_set in fields["evals"].items():
+            if isinstance(test_set, dict):
+                fields["evals"][name] = base.test_set().to_dict() | test_set
+    return fields
+
+
+def _evals_of(old: Mapping[str, str], folder: str, drop_junk: bool) -> dict[str, dict[str, Any]]:
+    """`config.evals` for the fields that stood in `config.data` before, relative to its `dir`."""
+    text = old["test_set"]
+    # The name of a folder may have a comma in it.
+    names = [text] if os.path.isdir(os.path.join(folder, text)) else text.split(",")
+    evals: dict[str, dict[str, Any]] = {}
+    # Other than captions, these two folders were not relative to data.dir.
+    images, xtd10 = (path and os.path.abspath(path) for path in (old["test_images"], old["xtd10"]))
+    for name in filter(None, names):
+        folder, split = os.path.basename(os.path.abspath(name)), name.removeprefix("split:")
+        if split != name:
+            label, test_set = split, {"type": "split", "split": split}
+        else:
+            own = {"type": "xtd10", "captions": xtd10}
+            label, test_set = folder, own if name == "xtd10" else {"captions": name}
+            test_set |= {"images": images, "drop_junk": drop_junk}
+        label = re.sub(r"[^\w-]", "_", label)
+        # Two folders may have the same name.
+        evals[label + "_" * (label in evals)] = test_set
+    return evals
+
+
 def read_field(fields: Mapping, name: str, allowed: Allowed, default: Any = None) -> Any:
     """The value of a field of a configuration that others have written, as a checkpoint's.
 
@@ -283,7 +348,9 @@ def _fault(name: str, value: object, allowed: Allowed) -> str:
     return f"{name} is {_repr.repr(value)}; {allowed}"
 
 
-def _faults(path: str, fields: Any, known: Mapping[str, Any]) -> Iterator[str]:
+def _faults(
+    path: str, fields: Any, known: Mapping[str, Any], *, all_needed: bool = True
+) -> Iterator[str]:
     """Fields that are absent, unknown, or not among the allowed values."""
     if fields not in Group():
         yield _fault(path, fields, Group())
@@ -292,11 +359,16 @@ def _faults(path: str, fields: Any, known: Mapping[str, Any]) -> Iterator[str]:
         yield f"there is no field {path}.{name}"
     for name, allowed in known.items():
         if name not in fields:
-            yield f"{path}.{name} is missing"
+            if all_needed:
+                yield f"{path}.{name} is missing"
         elif isinstance(allowed, Mapping):
             yield from _faults(f"{path}.{name}", fields[name], allowed)
         elif fields[name] not in allowed:
             yield _fault(f"{path}.{name}", fields[name], allowed)
+        elif isinstance(allowed, Named):
+            for group, content in fields[name].items():
+                place = f"{path}.{name}.{group}"
+                yield from _faults(place, content, allowed.fields, all_needed=False)
 
 
 def _conflicts(config: Mapping) -> Iterator[str]:
@@ -304,6 +376,9 @@ def _conflicts(config: Mapping) -> Iterator[str]:
     mesh, loss, text, image = (config[group] for group in ("mesh", "loss", "text", "image"))
     if mesh["data"] == mesh["fsdp"] == -1:
         yield "config.mesh.data and config.mesh.fsdp are both -1; one may be (all that are left)"
+    for name, test_set in config["evals"].items():
+        if test_set.get("type", "folder") == "folder" and not test_set.get("captions"):
+            yield f"config.evals.{name}.captions is empty; it must be the folder of its captions"
     if loss["chunk"] and (loss["name"] not in CHUNKED_LOSSES or loss["push_apart"]):
         needs = loss["name"] if loss["name"] not in CHUNKED_LOSSES else "push_apart"
         yield (

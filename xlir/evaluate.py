@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from xlir import figures, metrics, results
-from xlir.data import RetrievalSet
 from xlir.embed import Inputs, Parameters
 from xlir.encoder import Encoder
 from xlir.results import DIRECTIONS

@@ -15,15 +15,13 @@ from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
 from input_pipeline import labels, vocabularies
-from input_pipeline.datasets import CaptionedImages, emoji
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from xlir import data, figures, metrics, reference_photos, results, tagging
 from xlir.embed import Inputs
 from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 from xlir.workdir import results_folder
 
-# The vocabulary that belongs to a data set.
-VOCABULARIES = {"coco": "coco", "emoji": "emoji", "flickr8k": "flickr8k"}
 # How many tags each photo is given for F1 and precision. Languages are compared at the percentile
 # where a photo of the held-out set gets as many on average.
 TOP = 5
@@ -65,19 +63,21 @@ def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -
         split is unknown or none of its photos has a tag; or as `vocabularies.load`.
       FileNotFoundError: the data set or the vocabulary is not there.
     """
-    own = VOCABULARIES.get(set_name := data.set_name(config), "")
+    prepared = data.prepared_set(config)
+    # A vocabulary of a data set has its name.
+    own = prepared.name if prepared.name in vocabularies.KNOWN else ""
     if not (vocabulary or own):
-        raise ValueError(f"no vocabulary belongs to {set_name}: name one with --vocabulary")
+        raise ValueError(f"no vocabulary belongs to {prepared.name}: name one with --vocabulary")
     chosen = vocabularies.load(vocabulary or own)
     if "en" not in chosen.names:
         raise ValueError(
             f"vocabulary {chosen.name} is a list; evaluation needs a table: 'en<TAB>de'"
         )
-    photos = data.split_photos(config, split)
+    photos = prepared.source(split)
     positive, source = _labels(config, chosen, photos, split)
     if not positive.any():
-        raise ValueError(f"no photo of {set_name}-{split} has a tag of {chosen.name}")
-    name = "emoji" if (set_name, split) == ("emoji", "test") else f"{set_name}-{split}"
+        raise ValueError(f"no photo of {prepared.name}-{split} has a tag of {chosen.name}")
+    name = prepared.filed_under(split)
     name += "" if chosen.name == own else f"-{chosen.name}"
     return TaggingSet(f"{name}-tagging", photos, chosen, positive, source)
 
@@ -86,8 +86,9 @@ def _labels(
     config: ConfigDict, vocabulary: vocabularies.Vocabulary, photos: CaptionedImages, split: str
 ) -> tuple[Bool[np.ndarray, "photos tags"], str]:
     """What is true of the photos, and where that is known from."""
-    if config.data.name == "emoji" and vocabulary.name == "emoji":
-        return np.eye(len(vocabulary.tags), dtype=bool)[emoji.rows(split)], "names"
+    prepared = data.prepared_set(config)
+    if prepared.own_tags and vocabulary.name == prepared.name:
+        return np.eye(len(vocabulary.tags), dtype=bool)[prepared.own_tags(split)], "names"
     files = labels.instance_files(pathlib.Path(config.data.dir)) if config.data.dir else []
     if vocabulary.name == "coco" and files:
         found = labels.instances(files, photos.image_ids, vocabulary.tags)
@@ -226,7 +227,7 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
         for language, tagger in taggers.items()
     }
     sheet = file.with_suffix(".tags.png")
-    figures.plot_tags([data.photos[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
+    figures.plot_tags([data.photos.images[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
     print(f"\nwritten: {file}\n         {sheet}")
 
 
@@ -234,8 +235,8 @@ def _embed(
     encoder: Encoder, data: TaggingSet, cache: pathlib.Path
 ) -> Float[np.ndarray, "photos dim"]:
     """Embeddings of the photos; the outputs of a frozen tower come from the cache."""
-    inputs = Inputs(data.name, (), data.photos, data.photos.fingerprint)
+    inputs = Inputs(data.name, (), data.photos.images, data.photos.fingerprint)
     features = encoder.frozen_features(inputs, cache, sides=("image",))
     if "image" in features:
         return encoder.embedder.embed_features(encoder.parameters, "image", features["image"])
-    return encoder.encode_image(data.photos)
+    return encoder.encode_image(data.photos.images)

@@ -54,7 +54,7 @@ def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
         return kept
     photos = data.training_photos(encoder.config)
     held_out = data.split_photos(encoder.config, encoder.config.data.validation)
-    parts = {"training": _spread(photos), "held_out": _spread(held_out)}
+    parts = {"training": _spread(photos.images), "held_out": _spread(held_out.images)}
     sizes = " and ".join(f"{len(part):,} {name}" for name, part in parts.items())
     log.info("embedding %s photos, once: scores are relative to them", sizes.replace("_", "-"))
     found = Reference(**{name: encoder.encode_image(part) for name, part in parts.items()})

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from input_pipeline import datasets, loader, tokenizers
+from input_pipeline import loader, tokenizers
+from input_pipeline.datasets.captioned_images import CaptionedImages
+from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from xlir import data, decoding, evaluate, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
@@ -77,13 +79,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
     check_config(config)
     with run_folder.Lock(workdir):
         mesh = _train(config, workdir, accept_changed_data)
-        finish(workdir, mesh)
+        finish(config, workdir, mesh)
 
 
-def finish(workdir: pathlib.Path, mesh: Mesh) -> None:
-    """Evaluates the best checkpoint of a run on its test sets; writes results and pictures."""
+def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
+    """Evaluates the best checkpoint on the test sets of `config`; writes results and pictures."""
     encoder = Encoder.load(workdir, mesh=mesh)
-    for test_set in data.test_sets(encoder.config):
+    for test_set in data.test_sets(config):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
@@ -142,14 +144,14 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
 
 def _prepare(
     encoder: Encoder,
-    photos: datasets.CaptionedImages,
+    photos: CaptionedImages,
     captions: list[str],
-    validation_set: data.RetrievalSet,
+    validation_set: RetrievalSet,
 ) -> tuple[Run, PyTree]:
     """All that the loop needs, and the parameters that training starts from."""
     config, mesh, embedder = encoder.config, encoder.mesh, encoder.embedder
     validation = evaluate.Evaluator(encoder, validation_set, data.feature_cache())
-    inputs = Inputs("training", captions, photos, photos.fingerprint)
+    inputs = Inputs("training", captions, photos.images, photos.fingerprint)
     features = encoder.frozen_features(inputs, data.feature_cache())
     params = _centered(config, encoder.parameters.trained, features, mesh)
     batches = loader.Batches(
@@ -177,7 +179,7 @@ def _centered(
 
 
 def batch_reader(
-    photos: datasets.CaptionedImages,
+    photos: CaptionedImages,
     captions: list[str],
     embedder: Embedder,
     features: dict[str, np.ndarray],
@@ -197,7 +199,7 @@ def batch_reader(
 
     def decode(item: tuple[int, list[int]]) -> decoding.Pixels:
         row, key = item
-        return embedder.decode(photos[row], f"image {row}", np.random.default_rng(key))
+        return embedder.decode(photos.images[row], f"image {row}", np.random.default_rng(key))
 
     def read(
         image_rows: np.ndarray, caption_rows: np.ndarray, step: int, places: np.ndarray

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import files
 from xlir import partition
-from xlir.config import check_config
+from xlir.config import check_config, upgrade
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LOCK_FILE = ".lock"
 # Fields that may change while a run goes on, as on another machine or in less memory: what it
 # learns does not depend on them. (With other microbatches dropout draws other masks.)
 FREE = re.compile(
-    r"config\.(mesh\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
+    r"config\.(mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
     r"|.*\.remat)"
 )
 
@@ -57,7 +57,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         )
     files.check_sums(workdir, [CONFIG_FILE])
     try:
-        config.update(json.loads(file.read_text()))
+        config.update(upgrade(json.loads(file.read_text())))
         check_config(config)
         return config
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:

@@ -1,6 +1,7 @@
-"""Splits of a prepared set: captions in memory, images read by row, without TensorFlow."""
+"""Prepared sets, and their splits: captions in memory, images read by row, without TensorFlow."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from input_pipeline import files
 from input_pipeline.cache import cache_folder, fingerprint, make_folder
 from input_pipeline.datasets import records
+from input_pipeline.datasets.source import Example, Images
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 Row = tuple[str, int, list[str]]
 
 
-class CaptionedImages(Sequence):
-    """One or more splits of a prepared set: captions in memory, images read by row.
+class CaptionedImages:
+    """A source of one or more splits of a prepared set: `source[row]` reads an image.
 
     Args:
       builder: the prepared set.
@@ -33,7 +35,7 @@ class CaptionedImages(Sequence):
     Attributes:
       filenames: the file name of each image.
       image_ids: the id of each image, int64.
-      captions: the English captions of each image.
+      captions: the English captions of each image, which are in memory.
       excluded: the file names that were left out.
       fingerprint: identifies the content, for caches of what is computed from it. The same photos
         and captions, prepared from another place, have the same.
@@ -90,8 +92,13 @@ class CaptionedImages(Sequence):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, row: int) -> bytes:
-        """The encoded image of a row, as it was on disk.
+    @property
+    def images(self) -> Images:
+        """The encoded images alone."""
+        return Images(self)
+
+    def __getitem__(self, row: int) -> Example:
+        """The encoded image of a row, as it was on disk, and its captions.
 
         Raises:
           ValueError: its record is damaged.
@@ -100,7 +107,50 @@ class CaptionedImages(Sequence):
         example = self._sources[source][place]
         if example["image/filename"].decode() != self.filenames[row]:
             raise self._sources[source].damaged(place, "it holds another photo")
-        return example["image"]
+        return Example(example["image"], self.captions[row])
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSet:
+    """A data set that was prepared, here or by TFDS.
+
+    Attributes:
+      builder: TFDS's view of it.
+      name: what results are filed under, with the split's name behind it.
+      main_split: the split whose results are filed under the set's name alone; may be empty.
+      translations: for a set that has one text a photo in several languages: takes a split and
+        gives, by language, the text of each photo. None: English captions alone.
+      keeps_order: whether photos are in the order of the publisher's file.
+      own_tags: for a set whose photos each show one thing: takes a split and gives for each photo
+        the row of its tag in the vocabulary that has the set's name.
+    """
+
+    builder: tfds.core.DatasetBuilder
+    name: str
+    main_split: str = ""
+    keeps_order: bool = True
+    translations: Callable[[str], dict[str, list[str]]] | None = None
+    own_tags: Callable[[str], list[int]] | None = None
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where it is."""
+        return pathlib.Path(self.builder.data_path)
+
+    @property
+    def splits(self) -> list[str]:
+        """The names of its splits."""
+        return list(self.builder.info.splits)
+
+    def source(
+        self, splits: str, exclude: Callable[[str], object] = lambda filename: False
+    ) -> CaptionedImages:
+        """See `CaptionedImages`."""
+        return CaptionedImages(self.builder, splits, exclude)
+
+    def filed_under(self, split: str) -> str:
+        """What results on a split are filed under."""
+        return self.name if split == self.main_split else f"{self.name}-{split}"
 
 
 class _Records(Sequence):

@@ -21,6 +21,8 @@ import tensorflow_datasets as tfds
 from input_pipeline import images, photo_limits
 from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import photo_files, records
+from input_pipeline.datasets.captioned_images import PreparedSet
+from input_pipeline.datasets.source import DataSet
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +79,9 @@ def prepare(
     source = fingerprint(
         [hashlib.sha256(content).hexdigest(), [photo.file.identity for photo in present]]
     )
-    splits: dict[str, list[records.Example]] = {}
+    splits: dict[str, list[records.Unread]] = {}
     for photo in present:
-        example = records.Example(
+        example = records.Unread(
             photo.filename, photo.image_id, photo.captions, functools.partial(_read_photo, photo)
         )
         splits.setdefault(photo.split, []).append(example)
@@ -209,3 +211,11 @@ def _read_photo(photo: Photo) -> bytes | None:
         log.info("skipped: %s: %s", photo.filename, error)
         return None
     return data
+
+
+def _open(folder: str, annotations: str) -> PreparedSet:
+    builder = prepare(folder, annotations)
+    return PreparedSet(builder, builder.name)
+
+
+DATA_SET = DataSet(_open)

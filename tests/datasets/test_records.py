@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from input_pipeline.datasets import CaptionedImages, captions, records
+from input_pipeline.datasets import captions, records
+from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.files import SUMS
 from tests.datasets import test_captions
 from tests.datasets.test_captions import KILLED, entry, jpeg, read, run, write, write_json
@@ -46,7 +47,7 @@ def refused(folder) -> str:
 
     def read_all():
         images = read(folder, "train+val")
-        return [images[row] for row in range(len(images))]
+        return [images.images[row] for row in range(len(images))]
 
     with pytest.raises(ValueError, match=r"Delete .*: the set is prepared anew") as error:
         read_all()
@@ -63,7 +64,7 @@ def test_a_damaged_file_is_named_with_the_way_out(folder, prepared, name, spoil)
     assert line.startswith(str(prepared))
     assert f"Delete {prepared}: the set is prepared anew from its source" in line
     shutil.rmtree(prepared)
-    assert read(folder, "train+val")[5] == jpeg(5)
+    assert read(folder, "train+val").images[5] == jpeg(5)
 
 
 @pytest.mark.parametrize("name", SMALL[:-1])
@@ -75,7 +76,7 @@ def test_a_missing_file_is_named(folder, prepared, name):
 def test_a_set_without_digests_is_read(folder, prepared):
     """As version 49a03f1 prepared them."""
     (prepared / SUMS).unlink()
-    assert read(folder, "train+val")[5] == jpeg(5)
+    assert read(folder, "train+val").images[5] == jpeg(5)
 
 
 @pytest.mark.parametrize("name", SMALL[:-1])
@@ -122,10 +123,10 @@ def test_the_shard_is_named_that_is_damaged(folder, cache, monkeypatch):
     images = read(folder)
     (shard,) = cache.rglob("*-00001-of-00003")
     empty(shard)
-    assert [images[row] for row in (0, 1, 4)] == [jpeg(0), jpeg(1), jpeg(4)]
+    assert [images.images[row] for row in (0, 1, 4)] == [jpeg(0), jpeg(1), jpeg(4)]
     for row in (2, 3):
         with pytest.raises(ValueError, match="-00001-of-00003 can't be read"):
-            images[row]
+            images.images[row]
 
 
 def test_a_whole_shard_of_another_set_is_noticed(folder, prepared, cache):
@@ -143,17 +144,11 @@ def test_a_damaged_shard_is_not_gone_on_with(folder, cache, monkeypatch, caplog,
     run(KILLED, folder)
     (damaged,) = (file for file in cache.rglob(pattern) if "train.array_record-00001" in file.name)
     spoil(damaged)
-    seen, read_photo = [], captions._read_photo
-
-    def watch(photo):
-        seen.append(photo.filename)
-        return read_photo(photo)
-
-    monkeypatch.setattr(captions, "_read_photo", watch)
+    seen = test_captions.photos_read(monkeypatch)
     monkeypatch.setattr(records, "SHARD", 1)
     images = read(folder)
     assert seen == ["1.jpg", "3.jpg", "4.jpg", "5.jpg"]
-    assert [images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
+    assert [images.images[row] for row in range(6)] == [jpeg(row) for row in range(6)]
     (line,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert line.startswith(f"{damaged} is damaged")
 
@@ -165,7 +160,7 @@ def test_a_set_is_read_where_the_cache_cannot_be_written(folder, read_only, monk
     forbid()
     # What captions.prepare does once it knows the source; that folder is nobody's to read here.
     again = records.prepare("pets", builder.data_path.parent.name, {})
-    assert CaptionedImages(again, "train")[0] == jpeg(0)
+    assert CaptionedImages(again, "train").images[0] == jpeg(0)
     with pytest.raises(PermissionError, match=r"Permission denied.*XLIR_CACHE=DIR") as error:
         records.prepare("pets", "another", {})
     assert "\n" not in str(error.value)
@@ -215,4 +210,4 @@ def test_a_set_that_does_not_fit_is_refused_before_any_work(folder, small_disk, 
     assert "\n" not in str(error.value)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     images = read(folder)
-    assert [images[0], images[1]] == [jpeg(0, size=1000), jpeg(1, size=1000)]
+    assert [images.images[0], images.images[1]] == [jpeg(0, size=1000), jpeg(1, size=1000)]

@@ -35,7 +35,7 @@ def transformers_run(command, photos, tmp_path_factory) -> pathlib.Path:
     command(
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
-        "--config.data.test_set=multilingual_test",
+        "--config.evals={'multilingual_test': {'captions': 'multilingual_test'}}",
         "--config.optimizer.ema=0.9",
         f"--workdir={folder}",
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline.datasets.xtd10 import read_xtd10
+from input_pipeline.test_sets import xtd10
 from input_pipeline.tokenizers import HuggingFaceTokenizer, length_batches, pad
 from xlir import metrics
 from xlir.models import pretrained, registry
@@ -422,7 +422,7 @@ def embed(e5_folder):
 
 @pytest.fixture(scope="module")
 def captions(shared) -> dict[str, list[str]]:
-    return read_xtd10(shared / "xtd10").captions
+    return xtd10.read_captions(shared / "xtd10").captions
 
 
 def test_e5_equals_torch(embed, e5_folder, captions):

@@ -10,9 +10,6 @@ from ml_collections import config_flags
 from xlir.commands.errors import UsageError
 from xlir.config import check_config
 
-# Columns of the help: where the text of a flag begins, and where it is wrapped.
-INDENT, WIDTH = 25, 96
-
 
 class Flags:
     """The flags of one verb. A method for each kind of flag declares one, with its help.
@@ -77,14 +74,15 @@ class Flags:
         """The flags --test_set and --images."""
         self.string(
             "test_set",
-            "Folder of a multilingual test set in XTD10's layout, or 'xtd10', or 'split:NAME' of "
-            "the run's data set, or several of them joined with commas; default: the run's own.",
+            "A name of the run's config.evals, the folder of a multilingual test set in XTD10's "
+            "layout, 'xtd10', or 'split:NAME' of the run's data set, or several of them joined "
+            "with commas; default: all of config.evals.",
             default="",
         )
         self.string(
             "images",
-            "Folder of the test set's photos; default: for XTD10 the run's data set, for another "
-            "test set the run's data.dir.",
+            "Folder of the test set's photos; default: as config.evals says, else for XTD10 the "
+            "run's data set, and for another test set the run's data.dir.",
             default="",
         )
 
@@ -144,6 +142,10 @@ class Flags:
 
     def _declare(self, define: Callable, *description: Any) -> None:
         define(*description, flag_values=self.values)
+
+
+# Columns of the help text.
+INDENT, WIDTH = 25, 96
 
 
 def _reason(error: Exception) -> str:

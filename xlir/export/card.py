@@ -7,16 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from input_pipeline import datasets
 from xlir.encoder import SIDES, Encoder
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
 
-# What is known of the terms of data sets; anything else has to be looked up.
-DATA_TERMS = {
-    "emoji": "Twemoji pictures, CC BY 4.0; names from Unicode CLDR",
-    "coco": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
-    "coco_captions": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
-}
 USE = {
     "sentence-transformers": """```python
 from PIL import Image
@@ -190,7 +185,7 @@ def _terms(encoder: Encoder, format: str) -> str:
         lines.append(f"- {side} tower: {known}")
     if config.data.name:
         name = _name(config.data.dir)
-        known = DATA_TERMS.get(config.data.name, f"{name}: see the terms of that set")
+        known = datasets.find(config.data.name).terms or f"{name}: see the terms of that set"
         lines.append(f"- training data: {known}")
     if format in ("torch", "onnx"):
         lines.append("- code in this folder: Apache-2.0")

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
-from input_pipeline.datasets import find_photos, is_xtd10, read_test_set, read_xtd10, xtd10
+from input_pipeline.test_sets import line_aligned, xtd10
+from input_pipeline.test_sets.line_aligned import find_photos
+from input_pipeline.test_sets.xtd10 import is_xtd10
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def write(tmp_path):
 
 
 def test_line_i_of_every_file_belongs_to_photo_i(write):
-    test_set = read_test_set(write(en="A dog.\nA cat.\n", de="Ein Hund.\nEine Katze.\n"))
+    test_set = line_aligned.read(write(en="A dog.\nA cat.\n", de="Ein Hund.\nEine Katze.\n"))
     assert test_set.name == "set"
     assert test_set.filenames == ["a.jpg", "b.jpg"]
     assert test_set.captions == {
@@ -50,11 +52,11 @@ def test_line_i_of_every_file_belongs_to_photo_i(write):
     ids=repr,
 )
 def test_line_ends_byte_order_mark_and_final_newline_do_not_matter(write, content):
-    assert read_test_set(write(en=content)).captions["en"] == ["One.", "Two."]
+    assert line_aligned.read(write(en=content)).captions["en"] == ["One.", "Two."]
 
 
 def test_names_may_have_crlf_and_byte_order_mark(write):
-    assert read_test_set(write(names="\ufeffa.jpg\r\nb.jpg", en="1\n2")).filenames == [
+    assert line_aligned.read(write(names="\ufeffa.jpg\r\nb.jpg", en="1\n2")).filenames == [
         "a.jpg",
         "b.jpg",
     ]
@@ -63,13 +65,13 @@ def test_names_may_have_crlf_and_byte_order_mark(write):
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85"])
 def test_other_separators_inside_a_caption_do_not_split_it(write, separator):
     captions = [f"one{separator}dog", "two dogs"]
-    assert read_test_set(write(en="\n".join(captions))).captions["en"] == captions
+    assert line_aligned.read(write(en="\n".join(captions))).captions["en"] == captions
 
 
 def test_differing_counts_name_every_file_and_its_count(write):
     folder = write(en="1\n2\n", de="1\n2\n3\n", zh="1\n")
     with pytest.raises(ValueError, match="differing numbers of lines") as error:
-        read_test_set(folder)
+        line_aligned.read(folder)
     for part in ("image_names.txt 2", "captions_en.txt 2", "_de.txt 3", "_zh.txt 1"):
         assert part in str(error.value)
 
@@ -77,83 +79,83 @@ def test_differing_counts_name_every_file_and_its_count(write):
 @pytest.mark.parametrize("content", ["1\n\n3\n", "1\r\n\r\n3\r\n", "1\n  \n3\n"])
 def test_an_empty_line_inside_is_named_with_its_number(write, content):
     with pytest.raises(ValueError, match=r"test_captions_de\.txt: line 2 is empty"):
-        read_test_set(write(names="a\nb\nc\n", en="1\n2\n3\n", de=content))
+        line_aligned.read(write(names="a\nb\nc\n", en="1\n2\n3\n", de=content))
 
 
 def test_an_empty_file_is_named(write):
     with pytest.raises(ValueError, match=r"test_captions_de\.txt: line 1 is empty"):
-        read_test_set(write(en="1\n2\n", de=""))
+        line_aligned.read(write(en="1\n2\n", de=""))
 
 
 def test_jp_is_japanese(write):
-    assert list(read_test_set(write(en="1\n2", jp="一\n二")).captions) == ["en", "ja"]
+    assert list(line_aligned.read(write(en="1\n2", jp="一\n二")).captions) == ["en", "ja"]
 
 
 @pytest.mark.parametrize("second", ["ja", "JP", "STAIR/jp"])
 def test_a_language_twice_is_refused(write, second):
     with pytest.raises(ValueError, match="two caption files of language 'ja'"):
-        read_test_set(write(en="1\n2", jp="1\n2", **{second: "1\n2"}))
+        line_aligned.read(write(en="1\n2", jp="1\n2", **{second: "1\n2"}))
 
 
 def test_english_is_first_and_the_others_follow_by_code(write):
     folder = write(zh="1\n2", en="1\n2", ar="1\n2", **{"MIC/de": "1\n2"})
-    assert list(read_test_set(folder).captions) == ["en", "ar", "de", "zh"]
+    assert list(line_aligned.read(folder).captions) == ["en", "ar", "de", "zh"]
 
 
 @pytest.mark.parametrize("code", ["es-419", "zh_cn"])
 def test_no_caption_file_is_passed_over(write, code):
-    assert list(read_test_set(write(en="1\n2", **{code: "1\n2"})).captions) == ["en", code]
+    assert list(line_aligned.read(write(en="1\n2", **{code: "1\n2"})).captions) == ["en", code]
 
 
 def test_a_set_needs_no_english(write):
-    assert list(read_test_set(write(zh="1\n2", de="1\n2")).captions) == ["de", "zh"]
+    assert list(line_aligned.read(write(zh="1\n2", de="1\n2")).captions) == ["de", "zh"]
 
 
 def test_a_photo_twice_is_refused(write):
     with pytest.raises(ValueError, match=r"test_image_names\.txt names a\.jpg twice"):
-        read_test_set(write(names="a.jpg\nb.jpg\na.jpg\n", en="1\n2\n3\n"))
+        line_aligned.read(write(names="a.jpg\nb.jpg\na.jpg\n", en="1\n2\n3\n"))
 
 
 def test_no_list_of_names(write):
     with pytest.raises(FileNotFoundError, match=r"one test_image_names\.txt, found none"):
-        read_test_set(write(names=None, en="1\n2"))
+        line_aligned.read(write(names=None, en="1\n2"))
 
 
 def test_two_lists_of_names(write):
     with pytest.raises(FileNotFoundError, match=r"one test_image_names\.txt, found 2"):
-        read_test_set(write(en="1\n2", **{"copy/names": "a.jpg\nb.jpg\n"}))
+        line_aligned.read(write(en="1\n2", **{"copy/names": "a.jpg\nb.jpg\n"}))
 
 
 def test_no_captions(write):
     with pytest.raises(FileNotFoundError, match="holds no test_captions_LANG"):
-        read_test_set(write())
+        line_aligned.read(write())
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_test_set(tmp_path / "nowhere")
+        line_aligned.read(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["Größe\n2".encode("latin-1"), "1\n2".encode("utf-16")])
 def test_another_encoding_is_named(write, content):
     with pytest.raises(ValueError, match=r"test_captions_de\.txt is not UTF-8"):
-        read_test_set(write(en="1\n2", de=content))
+        line_aligned.read(write(en="1\n2", de=content))
 
 
 def test_other_files_are_left_alone(write):
     folder = write(en="1\n2")
     (folder / "LICENSE.md").write_text("terms")
     (folder / "test_notes.txt").write_text("one\ntwo\nthree\n")
-    assert list(read_test_set(folder).captions) == ["en"]
+    assert list(line_aligned.read(folder).captions) == ["en"]
 
 
 def test_the_working_folder_gives_its_name(write, monkeypatch):
     monkeypatch.chdir(write(en="1\n2"))
-    assert read_test_set(".").name == "set"
+    assert line_aligned.read(".").name == "set"
 
 
 def test_photos_are_found_in_nested_folders_in_the_sets_order(write, tmp_path):
-    test_set = read_test_set(write(names="é 1.jpg\nb.jpg\nc.jpg\n", en="1\n2\n3\n"))
+    test_set = line_aligned.read(write(names="é 1.jpg\nb.jpg\nc.jpg\n", en="1\n2\n3\n"))
     photos = tmp_path / "photos"
     places = [photos / "val2014" / "é 1.jpg", photos / "b.jpg", photos / "x" / "y" / "c.jpg"]
     for file in [*places, photos / "x" / "other.jpg"]:
@@ -164,7 +166,7 @@ def test_photos_are_found_in_nested_folders_in_the_sets_order(write, tmp_path):
 
 def test_missing_photos_are_counted_and_named(write, tmp_path):
     names = [f"{i}.jpg" for i in range(6)]
-    test_set = read_test_set(write(names="\n".join(names), en="\n".join(names)))
+    test_set = line_aligned.read(write(names="\n".join(names), en="\n".join(names)))
     (tmp_path / "2.jpg").touch()
     with pytest.raises(FileNotFoundError, match=r"5 of the 6 .*: 0\.jpg, 1\.jpg, 3\.jpg, \.\.\."):
         find_photos(test_set, tmp_path)
@@ -172,11 +174,11 @@ def test_missing_photos_are_counted_and_named(write, tmp_path):
 
 def test_no_folder_of_photos(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder of photos .*nowhere"):
-        find_photos(read_test_set(write(en="1\n2")), tmp_path / "nowhere")
+        find_photos(line_aligned.read(write(en="1\n2")), tmp_path / "nowhere")
 
 
 def test_xtd10_as_published(shared):
-    test_set = read_test_set(shared / "xtd10")
+    test_set = line_aligned.read(shared / "xtd10")
     assert test_set.name == "xtd10"
     assert " ".join(test_set.captions) == "en de es fr it ja ko pl ru tr zh"
     assert {len(part) for part in (test_set.filenames, *test_set.captions.values())} == {1000}
@@ -186,7 +188,7 @@ def test_xtd10_as_published(shared):
 
 
 def test_flickr8k_multilingual(shared):
-    test_set = read_test_set(shared / "flickr8k" / "multilingual_test")
+    test_set = line_aligned.read(shared / "flickr8k" / "multilingual_test")
     assert list(test_set.captions) == ["en", "cs", "de", "fr", "zh"]
     assert {len(part) for part in (test_set.filenames, *test_set.captions.values())} == {899}
     photos = find_photos(test_set, shared / "flickr8k")
@@ -212,9 +214,9 @@ def clone(shared, tmp_path):
 
 
 def test_xtd10_is_checked_and_has_eleven_languages(clone, shared, cache):
-    test_set = read_xtd10(clone)
+    test_set = xtd10.read_captions(clone)
     assert test_set.name == "xtd10"
-    assert test_set == read_test_set(shared / "xtd10")
+    assert test_set == line_aligned.read(shared / "xtd10")
     assert is_xtd10(clone)
     assert all(
         test_set.rows(language).tolist() == list(range(1000)) for language in test_set.captions
@@ -222,7 +224,7 @@ def test_xtd10_is_checked_and_has_eleven_languages(clone, shared, cache):
 
 
 def test_junk_lines_are_dropped_in_german_only(clone, cache):
-    whole, clean = read_xtd10(clone), read_xtd10(clone, drop_junk=True)
+    whole, clean = xtd10.read_captions(clone), xtd10.read_captions(clone, drop_junk=True)
     assert clean.name == "xtd10-without-junk"
     assert {code: len(texts) for code, texts in clean.captions.items()} == {
         code: 994 if code == "de" else 1000 for code in whole.captions
@@ -239,16 +241,16 @@ def test_an_altered_file_is_named_with_the_command_that_gets_it(clone, cache, na
     file = clone / name
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(ValueError, match=f"{file.name}; get XTD10 anew with git clone") as error:
-        read_xtd10(clone)
+        xtd10.read_captions(clone)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_or_folder_is_named_with_the_command_that_gets_it(clone, cache, tmp_path):
     (clone / "STAIR" / "test_1kcaptions_jp.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks test_1kcaptions_jp\.txt; .* git clone"):
-        read_xtd10(clone)
+        xtd10.read_captions(clone)
     with pytest.raises(FileNotFoundError, match=r"no captions of XTD10 in .*nowhere.* git clone"):
-        read_xtd10(tmp_path / "nowhere")
+        xtd10.read_captions(tmp_path / "nowhere")
 
 
 @pytest.fixture
@@ -265,7 +267,7 @@ def mirror(clone, tmp_path, monkeypatch):
 
 def test_download_gets_what_a_clone_has(mirror, clone, cache, tmp_path):
     xtd10.download(tmp_path / "new")
-    assert read_xtd10(tmp_path / "new") == read_xtd10(clone)
+    assert xtd10.read_captions(tmp_path / "new") == xtd10.read_captions(clone)
     assert (tmp_path / "new" / "LICENSE.md").read_bytes() == (clone / "LICENSE.md").read_bytes()
     shutil.rmtree(mirror)
     xtd10.download(tmp_path / "new")  # everything is there
@@ -281,21 +283,23 @@ def test_a_download_that_differs_is_refused_and_not_kept(mirror, tmp_path):
 
 def test_a_download_without_a_network_says_what_to_do(mirror, tmp_path):
     shutil.rmtree(mirror)
-    with pytest.raises(OSError, match=r"can't download .*git clone .*--config\.data\.xtd10=DIR"):
+    with pytest.raises(
+        OSError, match=r"can't download .*git clone .*--config\.evals\.xtd10\.captions=DIR"
+    ):
         xtd10.download(tmp_path / "new")
 
 
 def test_the_licence_is_shown_once(clone, cache, caplog):
     for _ in range(2):
-        read_xtd10(clone)
+        xtd10.read_captions(clone)
     (message,) = [record.getMessage() for record in caplog.records]
     assert "noncommercial research only" in message
     assert str(clone / "LICENSE.md") in message
 
 
 def test_the_names_kept_in_the_package_are_xtd10s(shared):
-    names = read_test_set(shared / "xtd10").filenames
-    ids = xtd10._test_photos()
+    names = line_aligned.read(shared / "xtd10").filenames
+    ids = xtd10.origins()
     assert [f"COCO_{origin}_{number:012d}.jpg" for number, origin in ids.items()] == names
 
 

@@ -1,16 +1,13 @@
-"""Multilingual test sets in XTD10's layout, and XTD10 itself.
+"""XTD10: 1,000 photos of COCO with captions in 11 languages.
 
 Aggarwal and Kale 2020, "Towards Zero-shot Cross-lingual Image Retrieval",
 https://github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10.
 
-A folder holds `test_image_names.txt` and, for each language, `test_captions_LANG.txt` (or XTD10's
-own `test_1kcaptions_LANG.txt`): line i of each file belongs to the same photo. The folder may also
-be XTD10 as published, where the files lie in XTD10/, MIC/ and STAIR/. XTD10's own files are checked
-against their SHA-256, and its photos can be told from others by name: `origin`.
+XTD10's own files are checked against their SHA-256, and its photos can be told from others by name:
+`origin`.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.resources
@@ -20,16 +17,12 @@ import pathlib
 import re
 import urllib.request
 
-import numpy as np
-
 from input_pipeline.cache import cache_folder
+from input_pipeline.test_sets import line_aligned
+from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 log = logging.getLogger(__name__)
 
-NAMES_FILE = "test_image_names.txt"
-CAPTIONS_FILE = re.compile(r"test_(?:1k)?captions_([A-Za-z0-9_-]+)\.txt")
-# XTD10 calls Japanese by its country's code.
-ALIASES = {"jp": "ja"}
 
 REPOSITORY = "adobe-research/Cross-lingual-Test-Dataset-XTD10"
 URL = f"https://github.com/{REPOSITORY}"
@@ -49,6 +42,10 @@ SHA256 = {
     "test_1kcaptions_tr.txt": "147e9763dcb6e6ebba0b98fc799f0145c7d90005fa03ca8ec5a7cf29a04dd136",
     "test_1kcaptions_zh.txt": "17229ff02ac85dd2d165f8316515a24fbe5100dbf486c22aaa12105dfb3353bf",
 }
+TERMS = (
+    "the Adobe Research License: noncommercial research only, and copies carry the license with "
+    "them"
+)
 LICENCE_SHA256 = "f9908a6ae7d75e49452013687f4db397b035d7bb69f3975961eb739e878a83bf"
 # Commit of the repository -> files that it holds as published.
 COMMITS = {
@@ -72,68 +69,9 @@ JUNK = {"de": (148, 241, 262, 727, 768, 939)}
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
 
 
-@dataclasses.dataclass(frozen=True)
-class TestSet:
-    """Photos by name, and one caption for each in every language.
-
-    Attributes:
-      name: of the set.
-      filenames: of the photos.
-      captions: language -> captions, in the order of `filenames`; English comes first.
-      dropped: language -> rows whose caption is left out of `captions`.
-    """
-
-    __test__ = False  # not a test case, whatever pytest takes the name for
-
-    name: str
-    filenames: list[str]
-    captions: dict[str, list[str]]
-    dropped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-
-    def rows(self, language: str) -> np.ndarray:
-        """The photo of each caption of a language, int64."""
-        return np.delete(np.arange(len(self.filenames)), list(self.dropped.get(language, ())))
-
-
-def read_test_set(folder: str | os.PathLike) -> TestSet:
-    """Reads a folder in XTD10's layout.
-
-    Line ends may be CRLF or LF, a byte order mark and a missing final newline are fine. A line of
-    a caption file may be empty only at the file's end.
-
-    Raises:
-      FileNotFoundError: the folder, its list of names, or every caption file is missing.
-      ValueError: files of differing line counts, an empty line, a language that stands there
-        twice, or a photo that does.
-    """
-    folder = pathlib.Path(folder)
-    files = _text_files(folder)
-    lists = [file for file in files if file.name == NAMES_FILE]
-    if len(lists) != 1:
-        found = f"{len(lists)} of them" if lists else "none"
-        raise FileNotFoundError(f"{folder} should hold one {NAMES_FILE}, found {found}")
-    names, lines = _lines(lists[0]), {}
-    counts = {lists[0]: len(names)}
-    for file in files:
-        match = CAPTIONS_FILE.fullmatch(file.name)
-        if match:
-            language = ALIASES.get(match[1].lower(), match[1].lower())
-            if language in lines:
-                raise ValueError(f"{folder} holds two caption files of language {language!r}")
-            lines[language] = _lines(file)
-            counts[file] = len(lines[language])
-    if not lines:
-        raise FileNotFoundError(f"{folder} holds no test_captions_LANG.txt")
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{file.name} {count}" for file, count in counts.items())
-        raise ValueError(f"the files of {folder} have differing numbers of lines: {found}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{lists[0]} names {twice} twice")
-    return TestSet(os.path.basename(os.path.abspath(folder)), names, _english_first(lines))
-
-
-def read_xtd10(folder: str | os.PathLike, *, drop_junk: bool = False) -> TestSet:
+def read_captions(
+    folder: str | os.PathLike, *, drop_junk: bool = False
+) -> line_aligned.LineAligned:
     """XTD10 as published: 1,000 photos, 11 languages. Its licence is shown once on a machine.
 
     Args:
@@ -148,25 +86,25 @@ def read_xtd10(folder: str | os.PathLike, *, drop_junk: bool = False) -> TestSet
     command = f"git clone {URL} {folder}"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there are no captions of XTD10 in {folder} (config.data.xtd10); get them (1 MB, for "
-            "noncommercial research only) with python -m xlir.main prepare and the same flags, or "
-            f"with {command}"
+            f"there are no captions of XTD10 in {folder} (config.evals.xtd10.captions); get them "
+            "(1 MB, for noncommercial research only) with python -m xlir.main prepare and the same "
+            f"flags, or with {command}"
         )
     found = {}
-    for file in _text_files(folder):
+    for file in line_aligned.text_files(folder):
         if SHA256.get(file.name) == _sha256(file):
             found[file.name] = file
     absent = [name for name in SHA256 if name not in found]
     if absent:
-        there = {file.name for file in _text_files(folder)}
+        there = {file.name for file in line_aligned.text_files(folder)}
         error, what = FileNotFoundError, "lacks"
         if altered := [name for name in absent if name in there]:
             error, what, absent = ValueError, "differs from XTD10 as published in", altered
         raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 anew with {command}")
-    names, lines = _lines(found.pop(NAMES_FILE)), {}
+    names, lines = line_aligned.read_lines(found.pop(line_aligned.NAMES_FILE)), {}
     for name, file in found.items():
-        code = CAPTIONS_FILE.fullmatch(name)[1]
-        lines[ALIASES.get(code, code)] = _lines(file)
+        code = line_aligned.CAPTIONS_FILE.fullmatch(name)[1]
+        lines[line_aligned.ALIASES.get(code, code)] = line_aligned.read_lines(file)
     _show_licence(folder)
     dropped = {}
     if drop_junk:
@@ -175,7 +113,7 @@ def read_xtd10(folder: str | os.PathLike, *, drop_junk: bool = False) -> TestSet
             lines[language] = [c for row, c in enumerate(lines[language]) if row not in rows]
     # Results with and without are filed apart.
     name = "xtd10-without-junk" if drop_junk else "xtd10"
-    return TestSet(name, names, _english_first(lines), dropped)
+    return line_aligned.LineAligned(name, names, line_aligned.english_first(lines), dropped)
 
 
 def download(folder: str | os.PathLike) -> None:
@@ -199,7 +137,7 @@ def download(folder: str | os.PathLike) -> None:
             except OSError as error:
                 raise OSError(
                     f"can't download {url} ({error}); without a network get XTD10 elsewhere, with "
-                    f"git clone {URL}, and name its folder: --config.data.xtd10=DIR"
+                    f"git clone {URL}, and name its folder: --config.evals.xtd10.captions=DIR"
                 ) from error
             expected = {**SHA256, "LICENSE.md": LICENCE_SHA256}[target.name]
             if hashlib.sha256(data).hexdigest() != expected:
@@ -213,8 +151,9 @@ def download(folder: str | os.PathLike) -> None:
 
 def is_xtd10(folder: str | os.PathLike) -> bool:
     """Whether a folder holds XTD10's own list of names."""
-    files = _text_files(pathlib.Path(folder))
-    return any(_sha256(file) == SHA256[NAMES_FILE] for file in files if file.name == NAMES_FILE)
+    name = line_aligned.NAMES_FILE
+    files = line_aligned.text_files(pathlib.Path(folder))
+    return any(_sha256(file) == SHA256[name] for file in files if file.name == name)
 
 
 def origin(filename: str) -> str | None:
@@ -223,11 +162,11 @@ def origin(filename: str) -> str | None:
     A photo is known by its id, as COCO 2014 and 2017 name their files, in any folder.
     """
     match = COCO_NAME.fullmatch(filename.rsplit("/", 1)[-1])
-    return _test_photos().get(int(match[1])) if match else None
+    return origins().get(int(match[1])) if match else None
 
 
 @functools.cache
-def _test_photos() -> dict[int, str]:
+def origins() -> dict[int, str]:
     """COCO's id -> train2014 or val2014, for XTD10's photos in their order."""
     text = importlib.resources.files(__package__).joinpath("xtd10_names.txt").read_text()
     photos, origin = {}, ""
@@ -246,9 +185,8 @@ def _show_licence(folder: pathlib.Path) -> None:
         return
     licence = next(folder.rglob("LICENSE.md"), f"{URL}/blob/master/LICENSE.md")
     log.warning(
-        "XTD10's captions are under the Adobe Research License: noncommercial research only, and "
-        "copies carry the license with them. Its text: %s (this is shown once)",
-        licence,
+        "XTD10's captions are under %s. Its text: %s (this is shown once)",
+        *(TERMS, licence),
     )
     # Where the cache can't be written they are shown again.
     with contextlib.suppress(OSError):
@@ -256,49 +194,43 @@ def _show_licence(folder: pathlib.Path) -> None:
         stamp.touch()
 
 
-def _text_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted([*folder.glob("test_*.txt"), *folder.glob("*/test_*.txt")])
-
-
 def _sha256(file: pathlib.Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _english_first(lines: dict[str, list[str]]) -> dict[str, list[str]]:
-    languages = sorted(lines, key=lambda language: (language != "en", language))
-    return {language: lines[language] for language in languages}
-
-
-def find_photos(test_set: TestSet, folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The photos of a test set below a folder, in its order.
+def read(options: Options, run: RunData) -> RetrievalSet:
+    """XTD10 with its photos, from `options.images` or, by name, from the run's data set.
 
     Raises:
-      FileNotFoundError: the folder or some of the photos are missing.
+      FileNotFoundError: captions or photos are missing.
+      ValueError: a file is not the published one.
     """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder of photos {folder}")
-    wanted = set(test_set.filenames)
-    found: dict[str, pathlib.Path] = {}
-    for place, _, names in os.walk(folder):
-        for name in wanted.intersection(names):
-            found.setdefault(name, pathlib.Path(place) / name)
-    missing = [name for name in test_set.filenames if name not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of the {len(wanted)} photos of {test_set.name} are not below "
-            f"{folder}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return [found[name] for name in test_set.filenames]
+    captions = read_captions(_folder(options, run), drop_junk=options.drop_junk)
+    for language, lines in JUNK.items():
+        way = f"config.evals.{options.name}.drop_junk or --drop_junk"
+        what = "dropped" if options.drop_junk else f"kept ({way} leaves them out)"
+        log.info("xtd10: %d captions in %r are junk, %s", len(lines), language, what)
+    if options.images:
+        return line_aligned.with_photos_of_folder(captions, options.images)
+    return line_aligned.with_photos_of_run(captions, options, run)
 
 
-def _lines(file: pathlib.Path) -> list[str]:
-    """The lines of a file, split at LF and CRLF only: captions may hold other separators."""
+def _missing(options: Options, run: RunData) -> str:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error})") from error
-    lines = [line.removesuffix("\r").strip() for line in text.rstrip("\r\n").split("\n")]
-    if "" in lines:
-        raise ValueError(f"{file}: line {lines.index('') + 1} is empty")
-    return lines
+        read_captions(_folder(options, run))
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def _download(options: Options, run: RunData) -> None:
+    download(_folder(options, run))
+
+
+def _folder(options: Options, run: RunData) -> pathlib.Path:
+    """Where the captions are: xtd10 in the run's data folder, where nothing else is said."""
+    return pathlib.Path(options.captions or pathlib.Path(run.folder or "PATH") / "xtd10")
+
+
+# Its photos need not be named to be kept out of training: `origin` knows them in any data set.
+ENTRY = Entry(read, missing=_missing, download=_download, terms=TERMS)

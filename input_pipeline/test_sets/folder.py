@@ -1,0 +1,33 @@
+"""Any multilingual test set in XTD10's layout, in a folder of its own."""
+
+import pathlib
+from collections.abc import Collection
+
+from input_pipeline.test_sets import line_aligned, xtd10
+from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
+
+
+def read(options: Options, run: RunData) -> RetrievalSet:
+    """The test set of the folder `options.captions`; XTD10 is recognized, and read as such.
+
+    Raises:
+      FileNotFoundError: the folder, one of its files, or a photo is missing.
+      ValueError: the folder's files do not fit together.
+    """
+    folder = pathlib.Path(options.captions)
+    if xtd10.is_xtd10(folder):
+        return xtd10.read(options, run)
+    captions = line_aligned.read(folder)
+    images = options.images or run.folder
+    if not images:
+        raise FileNotFoundError("name the folder of the test set's photos with --images=DIR")
+    return line_aligned.with_photos_of_folder(captions, images)
+
+
+def photos(options: Options, run: RunData) -> Collection[str]:
+    """The names of the photos; none where it is XTD10, whose photos are known in any case."""
+    folder = pathlib.Path(options.captions)
+    return () if xtd10.is_xtd10(folder) else line_aligned.read(folder).filenames
+
+
+ENTRY = Entry(read, photos)

@@ -1,0 +1,45 @@
+"""A split of the run's own data set: English captions, or every language that the set has.
+
+COCO's test split is evaluated as published (Karpathy and Li 2015): with five captions a photo, over
+all 5,000 photos at once, and as the mean of five folds of 1,000.
+"""
+
+import numpy as np
+
+from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
+
+# Karpathy's test split of COCO: photos, folds of the 1K protocol, captions a photo that count.
+COCO_TEST, COCO_FOLDS, COCO_CAPTIONS = 5000, 5, 5
+
+
+def read(options: Options, run: RunData) -> RetrievalSet:
+    """The split that `options.split` names.
+
+    Raises:
+      ValueError: the data set has no such split, or the run has no data set.
+      FileNotFoundError: the data set is not at hand.
+    """
+    data = run.open()
+    source = data.source(options.split)
+    name, captions, folds = data.filed_under(options.split), source.captions, None
+    if data.translations:
+        translated = data.translations(options.split)
+        rows = np.arange(len(source))
+        image_of = dict.fromkeys(translated, rows)
+        return RetrievalSet(name, source.images, translated, image_of, source.fingerprint)
+    if name == "coco-test" and len(source) == COCO_TEST:
+        captions = [texts[:COCO_CAPTIONS] for texts in captions]
+        name = "coco-test-5k"
+        # Folds are in the order of Karpathy's file, which TFDS has shuffled.
+        folds = ("coco-test-1k", COCO_FOLDS) if data.keeps_order else None
+    return RetrievalSet(
+        name=name,
+        images=source.images,
+        captions={"en": [caption for texts in captions for caption in texts]},
+        image_of={"en": np.repeat(np.arange(len(source)), [len(texts) for texts in captions])},
+        fingerprint=source.fingerprint,
+        folds=folds,
+    )
+
+
+ENTRY = Entry(read)
