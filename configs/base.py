@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
     config.profile.steps = (0, 0)
 
     config.data = _data()
-    # The test sets that a run is evaluated on at its end: a name of your own -> `test_set` below.
+    # The test sets that a run is evaluated on at its end: names of your own, and for each of them
+    # what `test_set` below returns.
     # Photos of folders, and XTD10's in any case, are kept out of training (not those of splits).
     # Without any, it is evaluated on the split "test".
     config.evals = ConfigDict()
@@ -78,7 +79,7 @@ def _data() -> ConfigDict:
 
 
 def test_set(type: str = "folder", **fields) -> ConfigDict:
-    """One test set of `config.evals`: the defaults, less what is given.
+    """One test set of `config.evals`: the defaults, with `fields` in place of some of them.
 
     In a configuration: `config.evals.mine = base.test_set("folder", captions="my_test")`.
     """
