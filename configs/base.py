@@ -41,9 +41,9 @@ def get_config() -> ConfigDict:
     config.profile.steps = (0, 0)
 
     config.data = _data()
-    # Test sets to evaluate on at the end of a run: a name that you choose -> `test_set` (below).
-    # Photos of "folder" test sets are left out of training, photos of "split" test sets are not;
-    # XTD10's photos are always left out. Empty: evaluate on the split "test".
+    # Test sets to evaluate on at the end of a run: a name that you choose -> what `test_set` below
+    # returns. Photos of "folder" test sets are left out of training, photos of "split" test sets
+    # are not; XTD10's photos are always left out. Empty: evaluate on the split "test".
     config.evals = ConfigDict()
 
     config.text = _text()
