@@ -1,4 +1,4 @@
-"""The folder of everything that can be computed again, and names for what is in it."""
+"""The cache folder, which holds only reproducible files, and fingerprints for their names."""
 
 import hashlib
 import json
@@ -7,12 +7,12 @@ import pathlib
 
 
 def cache_folder() -> pathlib.Path:
-    """Where prepared sets and features live: $XLIR_CACHE, or xlir in the user's cache folder.
+    """The folder of prepared sets and features: $XLIR_CACHE, or xlir in the user's cache folder.
 
-    It may be one that can only be read, as long as what is asked for is in it.
+    A read-only folder works as long as it holds everything that a run needs.
 
     Raises:
-      OSError: it is not there, and can't be made.
+      OSError: the folder does not exist and can't be made.
     """
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "xlir"
     folder = pathlib.Path(os.environ.get("XLIR_CACHE") or default).expanduser()
@@ -21,10 +21,10 @@ def cache_folder() -> pathlib.Path:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Makes a folder of the cache, and those above it, where it is not there.
+    """Makes a folder of the cache and its parents, if they do not exist.
 
     Raises:
-      OSError: it can't be made; in one line that says what can be done.
+      OSError: the folder can't be made. The message, one line, says what to do.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -33,10 +33,10 @@ def make_folder(folder: pathlib.Path) -> None:
 
 
 def not_writable(place: pathlib.Path, error: OSError) -> OSError:
-    """The error of a place in the cache that can't be written."""
+    """The error for a path in the cache that can't be written."""
     return type(error)(
-        f"the cache can't be written at {place} ({error.strerror or error}); name a folder for it "
-        "that can: XLIR_CACHE=DIR"
+        f"the cache can't be written at {place} ({error.strerror or error}); name a writable "
+        "folder for the cache: XLIR_CACHE=DIR"
     )
 
 

@@ -1,13 +1,13 @@
 """Outputs of frozen towers, computed once and kept on disk.
 
-A cache file is named by a fingerprint of everything that its rows depend on: the tower's weights,
-the preprocessing and the source. Change any of them and another file is asked for, so a stale one
-is never read.
+The name of a cache file is a fingerprint of everything that its rows depend on: the tower's
+weights, the preprocessing and the source. If any of these change, so does the name: stale features
+are never read.
 
-Beside it, NAME.sha256 has a line for each block of rows that was written: its SHA-256, its first
-row and the row after its last one. They are compared whenever the cache is opened. Rows that are
-damaged, cut off or not written yet are computed, and no others: an interrupted build goes on after
-its last whole block. Where a cache can't be written, what has to be computed stays in memory.
+The file NAME.sha256 has a line for each block of rows: its SHA-256, its first row and the row after
+its last one. The digests are checked whenever the cache is opened. Only rows that are damaged, cut
+off or not written yet are computed, so an interrupted run resumes after its last complete block. If
+the cache can't be written, the computed rows stay in memory.
 """
 
 import concurrent.futures
@@ -31,10 +31,10 @@ from input_pipeline.files import write_whole
 
 log = logging.getLogger(__name__)
 
-# Rows computed between two writes: what an interrupt can cost.
+# Rows computed between two writes; an interrupted run loses no more than these.
 BLOCK = 1024
 ITEM = np.dtype(np.float32).itemsize
-# SHA-256, first row, row after the last one.
+# A line of NAME.sha256: SHA-256, first row, row after the last one.
 LINE = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,18}) ([0-9]{1,18})")
 
 
@@ -48,23 +48,23 @@ def cached(
     block: int = BLOCK,
     agree: Callable[[int], int] | None = None,
 ) -> Float[np.ndarray, "count dim"]:
-    """The features of all inputs, from the cache or computed into it.
+    """The features of all inputs: read from the cache, or computed and written to it.
 
     Args:
-      folder: where cache files live.
-      description: everything the features depend on; part of the file's name.
+      folder: the folder of the cache files.
+      description: everything that the features depend on; its fingerprint is the file's name.
       shape: number of inputs, and width of a feature vector.
-      compute: (start, stop) -> the features of those inputs.
-      label: what the progress bar calls them.
+      compute: (start, stop) -> the features of inputs start to stop - 1.
+      label: name of the features in the progress bar and in messages.
       block: rows computed between two writes.
-      agree: for several processes that compute together, each with a folder of its own: takes a row
-        number in each process, and gives all of them the lowest.
+      agree: for several processes that compute together, each with its own cache folder: takes each
+        process's row number and returns the lowest one to all of them.
 
     Returns:
-      A read-only array, memory-mapped where all rows are kept on disk.
+      A read-only array, memory-mapped if all rows are on disk.
 
     Raises:
-      ValueError: `compute` gave another shape, or a feature that is not finite.
+      ValueError: `compute` returned a wrong shape, or a feature that is not finite.
     """
     count, dim = shape
     name = fingerprint({**description, "count": count, "dim": dim})
@@ -81,14 +81,15 @@ def cached(
                 stop = min(start + block, count)
                 rows.put(start, _checked(compute(start, stop), (stop - start, dim), start, label))
                 bar.update(int(rows.intact.sum()) - bar.n)
-                # A process whose own rows are intact computes the block too: all compute together.
+                # `compute` runs on all processes together, so even a process whose own cache has
+                # these rows takes part.
                 start = agree(rows.first_missing())
         return rows.array()
 
 
 @contextlib.contextmanager
 def _lock(file: pathlib.Path, *, wait: bool) -> Iterator[str]:
-    """Keeps other runs from writing a cache; yields why it can't be written, or an empty text."""
+    """Locks a cache file; yields why the cache can't be written, or an empty string if it can."""
     with contextlib.ExitStack() as stack:
         obstacle = ""
         try:
@@ -115,16 +116,16 @@ def _checked(
 
 
 class _Rows:
-    """The rows of a cache, and which of them are intact.
+    """The rows of a cache file, and which of them are intact.
 
     Args:
       file: the array, in NumPy's format.
       count: number of rows.
       dim: their width.
-      obstacle: why the file can't be written; empty where it can.
+      obstacle: why the file can't be written; empty if it can.
 
     Attributes:
-      intact: the rows whose digest holds.
+      intact: for each row, whether it is on disk or in memory and, on disk, has the right digest.
     """
 
     def __init__(self, file: pathlib.Path, count: int, dim: int, obstacle: str):
@@ -138,9 +139,9 @@ class _Rows:
         with contextlib.suppress(OSError):
             self._verify()
         if not obstacle:
-            # Unfinished files of runs that were killed, and of earlier versions.
+            # Unfinished files of killed runs and of earlier versions.
             for left in file.parent.glob(f"{file.stem}.*partial"):
-                log.info("%s is removed: a run was stopped while it wrote it", left)
+                log.info("removing %s: a run was stopped while it wrote this file", left)
                 left.unlink(missing_ok=True)
 
     def _verify(self) -> None:
@@ -151,15 +152,15 @@ class _Rows:
                 lines = self._sums.read_bytes().splitlines()
             except FileNotFoundError:
                 lines = []
-            pieces = [self._piece(line) for line in lines]
-            holds = pool.map(lambda piece: piece and self._holds(file.fileno(), *piece), pieces)
-            for line, piece, whole in zip(lines, pieces, holds, strict=True):
+            blocks = [self._parse(line) for line in lines]
+            checks = pool.map(lambda block: block and self._check(file.fileno(), *block), blocks)
+            for line, block, whole in zip(lines, blocks, checks, strict=True):
                 if whole:
                     self._lines.append(line)
-                    self.intact[piece[1] : piece[2]] = True
+                    self.intact[block[1] : block[2]] = True
             rows_there = max(0, os.fstat(file.fileno()).st_size - self._offset(0)) // self._width
-        # Rows after those that have a line were never finished, unless a line is lost.
-        written = rows_there if None in pieces else max((p[2] for p in pieces), default=0)
+        # Rows after the last block were not finished, unless the line of a block is damaged.
+        written = rows_there if None in blocks else max((b[2] for b in blocks), default=0)
         damaged = int((~self.intact[:written]).sum())
         if damaged:
             first = int(np.argmin(self.intact))
@@ -167,20 +168,20 @@ class _Rows:
                 "%s: %d of %d rows are damaged (from row %d on); they are computed anew",
                 *(self._file, damaged, self._count, first),
             )
-        elif rows_there and not pieces:
+        elif rows_there and not blocks:
             log.warning("%s: its rows have no digests; they are computed anew", self._file)
         if header != self._header and not self._obstacle:
             self._write(0, self._header)
 
-    def _piece(self, line: bytes) -> tuple[bytes, int, int] | None:
-        """Digest and rows of a line that is not damaged itself."""
+    def _parse(self, line: bytes) -> tuple[bytes, int, int] | None:
+        """A block's digest, first row and row after the last one; None if the line is damaged."""
         match = LINE.fullmatch(line)
         if not match or not int(match[2]) < int(match[3]) <= self._count:
             return None
         return match[1], int(match[2]), int(match[3])
 
-    def _holds(self, file: int, digest: bytes, start: int, stop: int) -> bool:
-        """Whether rows have that digest."""
+    def _check(self, file: int, digest: bytes, start: int, stop: int) -> bool:
+        """Whether the rows on disk have this digest."""
         try:
             data = os.pread(file, (stop - start) * self._width, self._offset(start))
         except (OSError, OverflowError, MemoryError):  # a failing disk; a damaged line
@@ -191,7 +192,7 @@ class _Rows:
         return len(self._header) + row * self._width
 
     def first_missing(self) -> int:
-        """The first row that is not intact; `count` where all are."""
+        """The first row that is not intact; `count` if all rows are intact."""
         return self._count if self.intact.all() else int(np.argmin(self.intact))
 
     def describe(self, description: Mapping[str, object]) -> None:
@@ -201,20 +202,20 @@ class _Rows:
             write_whole(self._file.with_suffix(".json"), text)
 
     def put(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
-        """Keeps those of the rows, which begin at `start`, that were missing."""
+        """Stores the missing ones among some rows, the first of which has the number `start`."""
         missing = np.concatenate([[False], ~self.intact[start : start + len(rows)], [False]])
         for first, stop in np.flatnonzero(np.diff(missing)).reshape(-1, 2).tolist():
             self._keep(start + first, rows[first:stop])
             self.intact[start + first : start + stop] = True
 
     def _keep(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
-        """On disk or, where that fails, in memory."""
+        """Stores rows on disk or, if that fails, in memory."""
         if not self._obstacle:
             data = rows.tobytes()
             line = f"{hashlib.sha256(data).hexdigest()} {start} {start + len(rows)}".encode()
             try:
                 self._write(self._offset(start), data)
-                # After the rows: a line stands for what is on disk.
+                # Written after the rows, so that a line always describes rows that are on disk.
                 write_whole(self._sums, b"\n".join([*self._lines, line, b""]))
                 self._lines.append(line)
                 return
@@ -231,7 +232,7 @@ class _Rows:
         self._memory[start : start + len(rows)] = rows
 
     def _write(self, offset: int, data: bytes) -> None:
-        """Writes into the file; on disk when it returns."""
+        """Writes into the file and flushes it to disk."""
         descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
         with open(descriptor, "r+b") as file:
             if offset and not os.fstat(descriptor).st_size:
@@ -249,13 +250,13 @@ class _Rows:
         return self._memory
 
     def _mapped(self, rows: int) -> Float[np.ndarray, "rows dim"]:
-        """The first rows on disk."""
+        """The first `rows` rows, mapped from disk."""
         shape = (rows, self._dim)
         return np.memmap(self._file, np.float32, "r", offset=len(self._header), shape=shape)
 
 
 def _header(count: int, dim: int) -> bytes:
-    """What stands before the rows of a .npy file."""
+    """The header of a .npy file of float32."""
     buffer = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
     np.lib.format.write_array_header_1_0(buffer, header)

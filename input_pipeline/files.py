@@ -1,7 +1,6 @@
-"""Files that are trusted later: written whole or not at all, with digests that are checked.
+"""Atomic writes, and digests that show whether files are damaged.
 
-The digests of a folder are kept in the format of `sha256sum`, so that a user can check a folder
-without this package: `sha256sum -c SHA256SUMS`.
+A folder's digests are in its file SHA256SUMS, which `sha256sum -c SHA256SUMS` checks too.
 """
 
 import concurrent.futures
@@ -19,18 +18,18 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
-# What to do about a damaged file of a run.
+# What the user can do about a damaged file of a run.
 RESTORE = (
-    f"Restore it from a copy; where you changed it on purpose, delete {SUMS}, and the folder's "
-    "files are not checked any more"
+    f"Restore it from a copy. If you changed it on purpose, delete {SUMS}: the folder's files are "
+    "then no longer checked"
 )
 
 
 def write_whole(file: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file beside and renames it: a reader sees the old content or the new one.
+    """Writes a file atomically, by renaming a temporary one: readers see the old or new content.
 
     Raises:
-      OSError: it can't be written; what was there before is untouched.
+      OSError: the file can't be written; its old content is untouched.
     """
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
@@ -46,10 +45,10 @@ def write_whole(file: pathlib.Path, content: str | bytes) -> None:
 
 
 def check_writable(file: pathlib.Path) -> None:
-    """Finds out whether a file can be written, without writing it.
+    """Checks that a file can be written, without writing it.
 
     Raises:
-      OSError: it can't; the message says why.
+      OSError: it can't be written; the message says why.
     """
     if file.is_dir():
         raise IsADirectoryError(f"{file} can't be written: it is a folder")
@@ -60,13 +59,13 @@ def check_writable(file: pathlib.Path) -> None:
             _write_and_remove(file.parent)
         except OSError as error:
             raise type(error)(f"{file} can't be written: {error.strerror}") from error
-    # Not opened: it may be a pipe, whose reader would see its end.
+    # Do not open the file: if it is a pipe, its reader would take the closing for the end.
     elif not os.access(file, os.W_OK):
         raise PermissionError(f"{file} can't be written: it is read-only")
 
 
 def make_writable_folder(folder: pathlib.Path) -> None:
-    """Makes a folder if it does not exist, and finds out whether files can be written in it.
+    """Makes a folder if it does not exist, and checks that files can be written in it.
 
     Raises:
       OSError: the folder can't be made, or no file can be written in it; the message says why.
@@ -79,7 +78,7 @@ def make_writable_folder(folder: pathlib.Path) -> None:
 
 
 def _write_and_remove(folder: pathlib.Path) -> None:
-    """Makes a file in a folder, which is gone at once; raises OSError where that is impossible."""
+    """Makes a file in a folder and removes it at once; raises OSError if that is impossible."""
     with tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -103,13 +102,13 @@ def write_sums(
     *,
     keep: bool = False,
 ) -> None:
-    """Writes the digests of files, by their paths in the folder, to its SHA256SUMS.
+    """Writes the digests of a folder's files to its SHA256SUMS.
 
     Args:
-      folder: where the files are.
-      names: of files that are there.
-      coming: name -> content of files that are written next.
-      keep: keep the digests of other files that are listed.
+      folder: the folder of the files.
+      names: paths, in the folder, of files that exist.
+      coming: path -> content of files that the caller writes after this call.
+      keep: keep the lines of SHA256SUMS for other files.
     """
     digests = _read_sums(folder / SUMS, RESTORE) if keep and (folder / SUMS).is_file() else {}
     digests |= {name: sha256(folder / name) for name in names}
@@ -124,15 +123,15 @@ def check_sums(
 ) -> None:
     """Compares files with the digests in the folder's SHA256SUMS.
 
-    Files that it does not list were written by a version without digests and are not checked.
+    Files that SHA256SUMS does not list, such as those of earlier versions, are not checked.
 
     Args:
-      folder: where the files are.
-      names: their paths in it; default: all that SHA256SUMS lists.
+      folder: the folder of the files.
+      names: paths in the folder; default: all that SHA256SUMS lists.
       way_out: a sentence that says what to do about a damaged file.
 
     Raises:
-      ValueError: a file is not what was written, or SHA256SUMS is damaged; the message names it.
+      ValueError: a file or SHA256SUMS is damaged; the message names the file.
       FileNotFoundError: a file is missing.
     """
     if not (folder / SUMS).is_file():
@@ -143,7 +142,7 @@ def check_sums(
         found = pool.map(_sha256_or_none, [folder / name for name in names])
         for name, sha256 in zip(names, found, strict=True):
             if sha256 is None:
-                raise FileNotFoundError(f"{folder / name} is missing, which {SUMS} lists")
+                raise FileNotFoundError(f"{folder / name} is missing, but {SUMS} lists it")
             if sha256 != expected[name]:
                 fault = f"its digest is not the one in {SUMS}"
                 raise ValueError(_damaged(folder / name, fault, way_out))
@@ -151,9 +150,9 @@ def check_sums(
 
 @contextlib.contextmanager
 def checking(folder: pathlib.Path) -> Iterator[None]:
-    """As `check_sums`, in a thread beside what the files are read for.
+    """Runs `check_sums` in a thread while the `with` block reads the files.
 
-    If a file is damaged, that error is raised in place of any error that reading it has led to.
+    If a file is damaged, the error of `check_sums` replaces any error from the block.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         check = pool.submit(check_sums, folder)
@@ -164,29 +163,32 @@ def checking(folder: pathlib.Path) -> Iterator[None]:
 
 
 def write_digested(file: pathlib.Path, content: object) -> None:
-    """Writes JSON, and before it a line with its SHA-256."""
+    """Writes a line with the SHA-256 of the JSON, then the JSON."""
     text = json.dumps(content)
     write_whole(file, f"{digest(text)}\n{text}")
 
 
 def read_digested(file: pathlib.Path) -> Any | None:
-    """Reads what `write_digested` wrote; None if it is missing or, with a warning, damaged."""
+    """Reads a file of `write_digested`; None if it is missing or (with a warning) damaged."""
     if not file.exists():
         return None
     expected, _, text = file.read_bytes().partition(b"\n")
     if digest(text).encode() == expected:
         return json.loads(text)
-    log.warning("%s is damaged, or of an earlier version: it is made anew", file)
+    log.warning("%s is damaged or was written by an earlier version: it is made anew", file)
     return None
 
 
 def with_digest(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON fields with one more, `sha256`: their SHA-256, for files that others write."""
+    """Adds the field `sha256` to JSON fields: the SHA-256 of the others.
+
+    For files that another library writes as JSON.
+    """
     return fields | {"sha256": digest(json.dumps(fields, sort_keys=True))}
 
 
 def without_digest(fields: dict[str, Any]) -> dict[str, Any]:
-    """Undoes `with_digest`; raises ValueError where the digest is not that of the fields."""
+    """Undoes `with_digest`; raises ValueError if the digest does not match the fields."""
     fields = {**fields}
     expected = fields.pop("sha256", None)
     if expected != digest(json.dumps(fields, sort_keys=True)):

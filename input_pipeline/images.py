@@ -1,4 +1,4 @@
-"""Encoded images to arrays, preprocessed as a checkpoint was trained."""
+"""Decodes images into arrays, with the preprocessing that a checkpoint was trained with."""
 
 import io
 import math
@@ -10,31 +10,32 @@ from PIL import ExifTags, Image, ImageOps
 from input_pipeline import photo_limits
 from input_pipeline.preprocessing import RESAMPLING, Preprocessing
 
-# A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves this many times the pixels per side that
-# it is resized to: half the time or less for a photo of 6 megapixels or more. At 224 pixels it is
-# 0.1 to 0.3 levels of 255 off in the mean and 3 at most; over 1 in 1.5% of a grainy photo's values,
-# in 1 of 40,000 of a smooth one's. Twice the pixels would cost 5 levels, and over 1 in 3%.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if each side keeps at least this many times the
+# pixels that it is resized to. That halves the time, or better, for photos of 6 megapixels or more.
+# At 224 pixels, values (0 to 255) change by 0.1 to 0.3 on average and by at most 3; they change by
+# more than 1 in 1.5% of a grainy photo's values and in 1 of 40,000 of a smooth photo's. A factor of
+# 2 would change values by up to 5, and 3% of them by more than 1.
 DRAFT_FACTOR = 4
-# Of a photo longer than this many times its width only the middle is resized.
+# If one side of a photo is more than this many times the other, only its middle is resized.
 MAX_ASPECT_RATIO = 32
-# Pixels that are converted at once: copies of a whole photo of 50 megapixels take 0.2 GB each.
+# Pixels converted at a time: copies of a whole photo of 50 megapixels take 0.2 GB each.
 CONVERTED_AT_ONCE = 1 << 18
-# A photo is checked as if it were resized to so many pixels: more than any tower takes.
+# `check` decodes a photo as if to resize it to this many pixels, more than any tower takes.
 CHECKED_SIZE = 1024
 
 
 class ImageError(ValueError):
-    """The bytes are not a whole image that can be decoded."""
+    """The bytes can't be decoded into a complete image."""
 
 
 def decode(
     data: bytes, preprocessing: Preprocessing, *, reduce: bool = True
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Decodes an image and resizes it to a square, RGB, values 0 to 255.
+    """Decodes an image and resizes it to a square: RGB, values 0 to 255.
 
-    It is turned upright as its EXIF orientation says, and laid over white where it is transparent;
-    of an animation the first frame counts. Colour profiles are ignored. Other than for large JPEGs
-    (`DRAFT_FACTOR`), the pixels equal those of transformers' image processors (Pillow's).
+    The EXIF orientation is applied, transparent pixels are blended with white, the first frame of
+    an animation is taken, and colour profiles are ignored. The pixels equal those of transformers'
+    image processors with Pillow, except for large JPEGs (`DRAFT_FACTOR`).
 
     Args:
       data: a file's bytes, in one of `photo_limits.FORMATS`.
@@ -42,7 +43,7 @@ def decode(
       reduce: decode large JPEGs at a fraction of their size, which takes half the time or less.
 
     Raises:
-      ImageError: the data are damaged, truncated, of no known format, or would take too much
+      ImageError: the data are damaged, truncated, of an unknown format, or would take too much
         memory (`photo_limits`).
     """
     image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
@@ -53,7 +54,7 @@ def decode(
         width, height = _shorter_side_to(preprocessing.resize, size)
     else:
         width = height = preprocessing.resize
-    # Resized as a whole: what `resize` makes of the crop's part differs by up to 3 levels.
+    # Resize the whole image, then crop: resizing only the cropped part differs by up to 3 of 255.
     image = _resized(image, (width, height), preprocessing.resample, box)
     half = round if preprocessing.crop == "center_rounded" else math.floor
     left, top = (half((side - preprocessing.size) / 2) for side in (width, height))
@@ -67,17 +68,17 @@ def decode_augmented(
     min_area: float,
     mirror: bool,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random part of an image, resized to a square, and perhaps mirrored.
+    """A random part of an image, resized to a square and randomly mirrored.
 
     The crop is Inception's (Szegedy et al. 2015, section 6): its area is uniform, its aspect ratio
     log-uniform between 3/4 and 4/3.
 
     Args:
       data: a file's bytes.
-      preprocessing: size and filter, and the crop where there is no random one.
-      generator: draws the part and the mirroring.
+      preprocessing: size and filter; its crop applies only without a random crop.
+      generator: draws the crop and whether to mirror.
       min_area: the smallest share of the area that is kept; 0 for no random crop.
-      mirror: swap left and right in half of the images.
+      mirror: mirror each image with a probability of 1/2.
 
     Raises:
       ImageError: as `decode`.
@@ -95,7 +96,7 @@ def decode_augmented(
 
 
 def check(data: bytes) -> None:
-    """Decodes an image as `decode` does, for whatever tower, to see whether it can be.
+    """Checks that `decode` can decode an image for any tower.
 
     Raises:
       ImageError: as `decode`.
@@ -104,7 +105,7 @@ def check(data: bytes) -> None:
 
 
 def preview(data: bytes, longest: int) -> UInt8[np.ndarray, "height width 3"]:
-    """An image in its proportions, upright, no side above `longest` pixels.
+    """An upright image in its own proportions, with no side above `longest` pixels.
 
     Raises:
       ImageError: as `decode`.
@@ -117,7 +118,7 @@ def preview(data: bytes, longest: int) -> UInt8[np.ndarray, "height width 3"]:
 def _random_box(
     size: tuple[int, int], min_area: float, generator: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a random part; the whole where ten draws do not fit."""
+    """Left, top, right and bottom of a random part; the whole image if ten draws do not fit."""
     width, height = size
     for _ in range(10):
         area = generator.uniform(min_area, 1) * width * height
@@ -133,7 +134,7 @@ def _random_box(
 def _upright_rgb(
     data: bytes, enough: int
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
-    """As `_decoded`; what goes wrong is an ImageError."""
+    """Calls `_decoded` and turns any error into an ImageError."""
     try:
         return _decoded(data, enough)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
@@ -146,13 +147,14 @@ def _upright_rgb(
 def _decoded(
     data: bytes, enough: int
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
-    """The image, perhaps reduced to a half, a quarter or an eighth, but no side below `enough`.
+    """Decodes an image upright, in RGB.
 
-    Not reduced where `enough` is 0.
+    A JPEG may be reduced to a half, a quarter or an eighth, with no side below `enough`; `enough`
+    of 0 means no reduction.
 
     Returns:
-      The image; the width and height that it has in the file; and where the file's pixels end in
-      the reduced image, whose last row and column may be partly filler (left, top, right, bottom).
+      The image; its upright width and height without reduction; and the box (left, top, right,
+      bottom) of the picture in a reduced image, whose last row and column may be partly padding.
     """
     image = Image.open(io.BytesIO(data), formats=photo_limits.FORMATS)
     size = image.size
@@ -169,7 +171,7 @@ def _decoded(
         _, (_, _, width, height) = reduced
         if orientation in (5, 6, 7, 8):
             size, width, height = size[::-1], height, width
-        # What was the right or the bottom edge in the file.
+        # The padding is at the right and the bottom in the file; the orientation moves it.
         left = image.width - width if orientation in (2, 3, 6, 7) else 0.0
         top = image.height - height if orientation in (3, 4, 7, 8) else 0.0
         box = (left, top, left + width, top + height)
@@ -180,14 +182,14 @@ def _decoded(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, over white; converted some rows at a time."""
+    """Converts an image of any mode to RGB over white, some rows at a time."""
     result = Image.new("RGB", image.size)
     rows = max(CONVERTED_AT_ONCE // image.width, 1)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         part = image.crop((0, top, image.width, bottom))
         if part.mode.startswith("I"):
-            # 16 bits a pixel, whose conversion would clip and not scale.
+            # 16 bits per pixel: Pillow's conversion to RGB would clip the values, not scale them.
             part = Image.fromarray((np.clip(part, 0, 65535) // 256).astype(np.uint8))
         if part.has_transparency_data:
             part = part.convert("RGBA")
@@ -202,10 +204,10 @@ def _resized(
     resample: str,
     box: tuple[float, float, float, float] | None,
 ) -> Image.Image:
-    """Part of an image, in another size.
+    """Resizes a part of an image.
 
-    Pillow resizes the width first, which of 1 x 1,000,000 pixels would take 900 MB: of so narrow
-    an image the height is resized first.
+    Pillow resizes the width first, which would take 900 MB for 1 x 1,000,000 pixels. Therefore the
+    height of such narrow images is resized first.
     """
     if image.height > MAX_ASPECT_RATIO * image.width:
         left, top, right, bottom = box or (0, 0, *image.size)
@@ -224,9 +226,9 @@ def _shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """The part of a strip that holds what will be cut out of its middle.
+    """The middle of a very long image, from which the center crop will be taken.
 
-    To resize the whole of 3 x 60,000 pixels to 224 in width would take 3 GB.
+    Resizing all of 3 x 60,000 pixels to a width of 224 would take 3 GB.
     """
     width, height = (min(side, MAX_ASPECT_RATIO * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2

@@ -1,4 +1,4 @@
-"""Which tags are true of which photos: from COCO's instance labels, or from English captions."""
+"""Tags of photos for evaluation: from COCO's instance labels, or from English captions."""
 
 import json
 import pathlib
@@ -14,13 +14,13 @@ from input_pipeline import nouns
 def mentioned(
     captions: Sequence[Sequence[str]], tags: Sequence[str]
 ) -> Bool[np.ndarray, "photos tags"]:
-    """A tag is true of a photo where one of its captions has it, in the singular or the plural.
+    """Marks a tag as true of a photo if one of its captions has the tag, singular or plural.
 
-    Captions are cut into words, and each word that is the plural of a tag's last word counts as
-    its singular (`nouns.singular`). A tag of several words has to stand there as a whole.
+    A word that is the plural of a tag's last word counts as the singular (`nouns.singular`). All
+    words of a tag have to be in the caption, next to each other.
 
     Args:
-      captions: of each photo, in English.
+      captions: the English captions of each photo.
       tags: English, in lower case.
     """
     wanted = [tuple(_words(tag)) for tag in tags]
@@ -38,14 +38,14 @@ def mentioned(
 
 
 def instance_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """COCO's instances_*.json of a data set: in its folder or in `annotations` below it."""
+    """COCO's instances_*.json in a data set's folder or in its subfolder `annotations`."""
     return sorted([*folder.glob("instances_*.json"), *folder.glob("annotations/instances_*.json")])
 
 
 def instances(
     files: Sequence[pathlib.Path], image_ids: Int[np.ndarray, " photos"], tags: Sequence[str]
 ) -> Bool[np.ndarray, "photos tags"]:
-    """A tag is true of a photo where COCO has an instance of that category in it, or a crowd.
+    """Marks a tag as true of a photo if COCO has an instance or a crowd of that category in it.
 
     Args:
       files: COCO's instances_*.json.
@@ -53,7 +53,7 @@ def instances(
       tags: COCO's names of the categories.
 
     Raises:
-      ValueError: a file is not COCO's, a tag is no category, or a photo is in none of the files.
+      ValueError: a file is not COCO's, a tag is not a category, or no file has a photo.
     """
     row_of = {int(image_id): row for row, image_id in enumerate(image_ids)}
     column_of = {tag: column for column, tag in enumerate(tags)}

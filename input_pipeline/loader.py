@@ -1,9 +1,9 @@
 """Training batches as a function of (seed, step).
 
-Nothing else is state: a checkpoint holds the step, and from it the same global batches follow on
-1, 2 or 8 processes. Photos are shuffled anew every epoch; the captions of one photo take turns,
-from a start of their own, so that each is used equally often. A batch may straddle two epochs and
-then hold a photo twice, which the losses mask by `image_id`.
+The loader has no other state: a checkpoint stores the step, and any number of processes continues
+with the same global batches. Photos are shuffled in every epoch. A photo's captions are used in
+turn, one per epoch, beginning with a random one, so that each is used equally often. A batch that
+spans two epochs may hold a photo twice; the losses mask such pairs by `image_id`.
 """
 
 import functools
@@ -14,17 +14,17 @@ import numpy as np
 from jaxtyping import Int
 
 Batch = dict[str, np.ndarray]
-# (image rows, caption rows, step, places in the global batch) -> the arrays of a batch.
+# (image rows, caption rows, step, positions in the global batch) -> the arrays of a batch.
 Read = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Batch]
 
 
 class Sampler:
-    """Which (photo, caption) pairs make up each global batch.
+    """Chooses the (photo, caption) pairs of each global batch.
 
     Args:
       seed: the run's seed.
-      captions_per_image: how many captions each photo has; captions are numbered through, photo
-        by photo.
+      captions_per_image: number of captions of each photo. Caption rows are numbered consecutively,
+        photo by photo.
       batch_size: pairs in a global batch.
     """
 
@@ -56,19 +56,19 @@ class Sampler:
         return image, self._first[image] + turn
 
     def _shuffle(self, epoch: int) -> Int[np.ndarray, " images"]:
-        # Key 0 of the second word draws the captions' starts.
+        # Key [seed, 0] is used for the first captions.
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch + 1]))
         return generator.permutation(len(self._counts))
 
 
 class Batches(grain.sources.RandomAccessDataSource):
-    """One process's share of every global batch: element `step` is the rows at `places` of it.
+    """One process's share of the global batches, by step.
 
     Args:
-      sampler: says which pairs make up each global batch.
-      read: reads rows.
-      steps: how many batches.
-      places: which rows of each batch are this process's (`partition.local_rows`).
+      sampler: chooses the pairs of each global batch.
+      read: reads the arrays of given rows.
+      steps: number of batches.
+      places: the positions in a batch that this process reads (`partition.local_rows`).
     """
 
     def __init__(self, sampler: Sampler, read: Read, steps: int, places: Int[np.ndarray, " rows"]):

@@ -1,18 +1,18 @@
-"""The most frequent nouns of English captions, by a rule instead of a language model.
+"""The most frequent nouns of English captions, found by rules instead of a language model.
 
-A noun phrase of a caption ends in its noun: "a small brown [dog] is", "two [men] on the [beach]".
-A word is counted as such a head where one of the three words before it is a determiner or a small
-number, and what follows is a preposition, a form of "be" or "have", or the caption's end. Plurals
-count with their singular, by their ending, where the captions have the singular too. A word is a
-noun where
+The last word of a noun phrase, its head, is a noun: "a small brown [dog] is", "two [men] on the
+[beach]". An occurrence of a word counts as a head if one of the three words before it is a
+determiner or a small number, and if a preposition, a form of "be" or "have", or the caption's end
+follows. Plurals, known by their ending, count as their singular if it occurs in the captions too. A
+word is a noun if all of these hold:
 
-- a fifth of its occurrences are heads (adjectives and most verbs stand elsewhere);
-- it ends in neither -ing nor -ed, or seven tenths are heads ("building", not "running");
-- its -ing form is less than half as frequent ("jump" and "run" are verbs here); and
-- it is not one of `NOT_THINGS`, which name a place, an amount or the picture itself.
+- at least a fifth of its occurrences are heads, unlike those of adjectives and most verbs;
+- for words in -ing or -ed, at least seven tenths are heads ("building" passes, "running" does not);
+- its -ing form is less than half as frequent ("jump" and "run" are verbs in captions);
+- it is not in `NOT_THINGS`, words for a place, an amount or the picture itself.
 
-Nouns rank by their occurrences. The rule errs: "face" is in, and "swing", which has "swinging", is
-out. It needs nothing but the captions, and gives the same list everywhere.
+Nouns are sorted by frequency. The rules err: "swing" is left out, for example, because "swinging"
+is frequent. They need nothing but the captions, and give the same list everywhere.
 """
 
 import collections
@@ -50,7 +50,7 @@ IRREGULAR = {
     "mice": "mouse",
     "sheep": "sheep",
 }
-# Plural ending -> singular ending; the first that gives a word of the captions counts.
+# Plural ending, singular ending. The first pair that gives a known word is used.
 ENDINGS = (("ies", "y"), ("es", ""), ("s", ""))
 HEAD_SHARE, HEAD_SHARE_OF_FORMS, GERUND_SHARE = 0.2, 0.7, 0.5
 
@@ -59,8 +59,8 @@ def frequent_nouns(captions: Iterable[str], count: int) -> list[str]:
     """The singulars of the `count` most frequent nouns, the most frequent one first.
 
     Args:
-      captions: in English, in any case.
-      count: of nouns; fewer come back where the captions have no more.
+      captions: English captions, in upper or lower case.
+      count: number of nouns; fewer are returned if the captions have fewer.
     """
     words, heads = collections.Counter(), collections.Counter()
     for caption in captions:
@@ -77,12 +77,15 @@ def frequent_nouns(captions: Iterable[str], count: int) -> list[str]:
 
 
 def singular(word: str, known: Collection[str]) -> str:
-    """A word's singular: the word itself, unless a rule leads to another one that is known."""
+    """A word's singular if a rule finds one in `known`, else the word itself.
+
+    Irregular plurals (`IRREGULAR`) need not be in `known`.
+    """
     if word in IRREGULAR:
         return IRREGULAR[word]
     for plural, ending in ENDINGS:
         stem = word.removesuffix(plural)
-        # "glass" and "grass" are no plurals, nor is "his".
+        # "glass", "grass" and "his" are not plurals.
         one = stem + ending
         if stem != word and len(one) > 2 and not word.endswith("ss") and one in known:
             return one

@@ -1,8 +1,8 @@
-"""Limits on the photos that are read: regular files, and a bound on the memory of each.
+"""Limits for photos: only regular files are read, and decoding must not take too much memory.
 
 A FIFO would block, a device has no end, and a small file can hold a picture that takes gigabytes.
-The memory that a file and its pixels take is estimated from the file's size and its header, before
-anything is decoded. A photo that would take more than $XLIR_PHOTO_MB is refused.
+The memory for a file and its pixels is estimated from the file's size and header, before anything
+is decoded. A photo that would take more than $XLIR_PHOTO_MB is refused.
 """
 
 import os
@@ -14,10 +14,10 @@ from PIL import Image
 VARIABLE = "XLIR_PHOTO_MB"
 DEFAULT_MB = 500
 
-# The formats that are read -> bytes a pixel while Pillow decodes, measured with Pillow 13 and
-# rounded up. Most are decoded in place, into 4 bytes a pixel; some libraries take copies of their
-# own. Of other formats the header may not tell the size of what is inside (ICO, ICNS, BLP), or
-# another program would be started (EPS).
+# Supported formats -> bytes per pixel while Pillow decodes, measured with Pillow 13 and rounded up.
+# Most formats are decoded in place, into 4 bytes per pixel; some libraries make copies. Other
+# formats are not supported: their header may not tell the size of the picture (ICO, ICNS, BLP), or
+# Pillow would start another program (EPS).
 BYTES_PER_PIXEL = {
     **dict.fromkeys(("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TGA", "TIFF"), 5),
     "AVIF": 12,
@@ -25,18 +25,19 @@ BYTES_PER_PIXEL = {
     "PPM": 12,
     "WEBP": 18,
 }
-# MPO, several JPEGs in one file, is opened as JPEG.
+# Pillow opens MPO (several JPEGs in one file) as JPEG.
 FORMATS = tuple(format for format in BYTES_PER_PIXEL if format != "MPO")
-# Bytes a pixel of a decoded image, by Pillow's mode; other modes have 4.
+# Pillow's mode -> bytes per pixel of a decoded image; other modes have 4.
 STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
-# libjpeg keeps so many bytes of each sample where a JPEG is not in one scan.
+# Bytes that libjpeg keeps for each sample of a JPEG of several scans.
 COEFFICIENT_BYTES = 2
-# libtiff unpacks a whole strip or tile at once; where that is JPEG or WebP, with copies.
+# libtiff unpacks a whole strip or tile at once, and copies it if it is JPEG or WebP.
 STRIP_COPIES = 3
+# Tags of TIFF.
 ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE = 278, 322, 323, 258
-# Bytes that do not depend on the picture: conversions of some rows at a time, and decoders' own.
+# Bytes for each photo, whatever its size: conversions of some rows at a time, decoders' buffers.
 CONSTANT = 8_000_000
-# Bytes that are unpacked at once; of what is packed as bzip2 or LZMA, packed bytes, which may be
+# Bytes of a zip member to read at a time. bzip2 and LZMA count packed bytes, which may unpack to
 # 45,000 times as many.
 CHUNK, PACKED_CHUNK = 1 << 20, 1 << 12
 
@@ -49,7 +50,7 @@ def limit() -> int:
     """Bytes that one photo may take in memory, its file included: $XLIR_PHOTO_MB, or 500 MB.
 
     Raises:
-      ValueError: the variable is no whole number above 0.
+      ValueError: the variable is not a whole number above 0.
     """
     value = os.environ.get(VARIABLE) or str(DEFAULT_MB)
     if not (value.isascii() and value.isdecimal() and int(value)):
@@ -58,10 +59,10 @@ def limit() -> int:
 
 
 def require(needed: int, what: str) -> None:
-    """Refuses what would take more bytes than the limit.
+    """Checks a number of bytes against the limit; `what` names their owner in the message.
 
     Raises:
-      Refused: it would.
+      Refused: they exceed the limit.
     """
     if needed > limit():
         raise Refused(
@@ -86,16 +87,16 @@ def read(file: str | os.PathLike) -> bytes:
 
 
 def _open_at_once(file: str, flags: int) -> int:
-    """Opens a file. Where it is a FIFO, this does not wait for a writer."""
+    """Opens a file. If it is a FIFO, this does not wait for a writer."""
     return os.open(file, flags | os.O_NONBLOCK)
 
 
 def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """The content of a member of a zip archive; no more is unpacked than it says that it holds.
+    """The content of a member of a zip archive, up to the size that the archive states for it.
 
     Raises:
-      zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError: it is damaged,
-        packed in an unknown way, or has a password.
+      zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError: the member is
+        damaged, compressed by an unknown method, or has a password.
     """
     packed = member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     parts = []
@@ -106,15 +107,15 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 def check_header(image: Image.Image, data: bytes, size: tuple[int, int]) -> None:
-    """Refuses an image that would take too much while it is decoded.
+    """Refuses an image that would take too much memory while it is decoded.
 
     Args:
       image: opened, perhaps reduced (`draft`), and not decoded yet.
-      data: its file, which is in memory too.
+      data: the bytes of its file, which are in memory too.
       size: its width and height in the file.
 
     Raises:
-      Refused: it would.
+      Refused: it would take more than the limit.
     """
     needed = CONSTANT + len(data) + image.width * image.height * BYTES_PER_PIXEL[image.format]
     if image.format in ("JPEG", "MPO"):
@@ -125,15 +126,15 @@ def check_header(image: Image.Image, data: bytes, size: tuple[int, int]) -> None
 
 
 def check_copy(image: Image.Image, data: bytes, copied: int) -> None:
-    """Refuses a decoded image that would take too much together with a copy of it.
+    """Refuses a decoded image that would take too much memory together with a copy of it.
 
     Args:
-      image: decoded.
-      data: its file, which is in memory too.
-      copied: bytes a pixel of the copy.
+      image: a decoded image.
+      data: the bytes of its file, which are in memory too.
+      copied: bytes per pixel of the copy.
 
     Raises:
-      Refused: it would.
+      Refused: both would take more than the limit.
     """
     each = STORED_BYTES.get(image.mode, 4) + copied
     needed = CONSTANT + len(data) + image.width * image.height * each
@@ -145,12 +146,13 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> str:
 
 
 def _coefficients(image: Image.Image, data: bytes, width: int, height: int) -> int:
-    """Bytes of a JPEG's coefficients, which are kept until the last scan where there are several.
+    """Bytes of the coefficients that libjpeg keeps for a JPEG of several scans; else 0.
 
-    They are those of the whole image, also where it is decoded at a fraction of its size.
+    libjpeg keeps those of the whole image even when it decodes at a fraction of the size.
     """
     count, end = len(image.layer), image.fp.tell()
-    # What Pillow has read ends with the header of the first scan: of all channels, or of some.
+    # Pillow has read up to the end of the first scan's header, which lists the scan's channels. If
+    # it lists all channels and the JPEG is not progressive, there is only one scan.
     first_scan = data[end - 8 - 2 * count : end]
     together = first_scan.startswith(b"\xff\xda\x00" + bytes((6 + 2 * count, count)))
     if together and "progressive" not in image.info:

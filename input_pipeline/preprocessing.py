@@ -1,4 +1,4 @@
-"""How an image becomes what a tower takes, and what a checkpoint's files say of it."""
+"""Image preprocessing of towers, read from a checkpoint's preprocessor_config.json."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ CLIP = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
-# transformers' image processors, less "ImageProcessor", and what they do where a config is silent.
+# Names of transformers' image processors, without "ImageProcessor" -> their default config.
 PROCESSORS: dict[str, dict] = {
     "ViT": STANDARD | {"size": {"height": 224, "width": 224}, "resample": 2},
     "DeiT": STANDARD
@@ -32,29 +32,29 @@ PROCESSORS: dict[str, dict] = {
     "Bit": CLIP,
     "ConvNext": STANDARD | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
 }
-# Those whose size, where it is one number, means both sides, and not the shorter one.
+# Processors for which a size of one number means both sides, not the shorter side.
 SQUARING = ("ViT", "DeiT")
-# From this size on ConvNext's processor does not crop.
+# ConvNext's processor does not crop at this size or above.
 CONVNEXT_SQUASH = 384
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what a tower takes.
+    """The preprocessing of an image for a tower.
 
     Attributes:
       size: pixels per side of the result.
-      resize: pixels that the shorter side is resized to ("center") or both sides are ("squash")
-        before the middle is cut out; 0 for the size itself.
-      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as Pillow does.
-      crop: "squash" resizes both sides; "center" keeps the proportions and cuts the longer side.
-        Of an odd margin transformers rounds the half down; torchvision, and so open_clip, rounds it
-        to an even number: "center_rounded".
-      mean, std: the tower was trained on (pixels / 255 - mean) / std, red, green and blue. It does
-        that itself, `decode` does not.
+      resize: pixels that the shorter side ("center") or both sides ("squash") are resized to
+        before the middle is cropped; 0: the same as `size`.
+      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as by Pillow.
+      crop: "squash" resizes both sides; "center" keeps the proportions and crops the longer side.
+        Half of an odd margin is rounded down, as by transformers; with "center_rounded" it is
+        rounded to an even number, as by torchvision and so by open_clip.
+      mean, std: the tower was trained on (pixels / 255 - mean) / std, for red, green and blue. The
+        tower applies them itself; `decode` does not.
 
     Raises:
-      ValueError: a field is none of these.
+      ValueError: a field has an invalid value.
     """
 
     size: int
@@ -91,7 +91,7 @@ class Preprocessing:
           config: the file's content, or processor_config.json's with an `image_processor` in it.
 
         Raises:
-          ValueError: the image processor is unknown, or asks for what is not implemented.
+          ValueError: the image processor is unknown, or needs an operation that is not implemented.
         """
         config = config.get("image_processor", config)
         kind = _processor(config)
@@ -110,12 +110,12 @@ class Preprocessing:
         )
 
     def resized(self, size: int) -> "Preprocessing":
-        """The same for another resolution: `resize` is in proportion, rounded down."""
+        """The same preprocessing at another size; `resize` is scaled with it and rounded down."""
         return dataclasses.replace(self, size=size, resize=self.resize * size // self.size)
 
 
 def _processor(config: Mapping[str, Any]) -> str:
-    """The key in PROCESSORS: the type's name without what tells its variants apart."""
+    """The key in PROCESSORS: the type's name without the suffixes of its variants."""
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     if not name:
         raise ValueError(
@@ -125,7 +125,7 @@ def _processor(config: Mapping[str, Any]) -> str:
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
     if kind not in PROCESSORS:
         known = ", ".join(f"{known}ImageProcessor" for known in PROCESSORS)
-        raise ValueError(f"no image processor {name!r} here; known: {known}")
+        raise ValueError(f"unknown image processor {name!r}; known: {known}")
     return kind
 
 
@@ -172,7 +172,7 @@ def _geometry(kind: str, config: Mapping[str, Any]) -> tuple[int, int, str]:
 
 
 def _square(field: str, size: Any) -> int:
-    """Pixels per side, given as one number, as [height, width], or by name."""
+    """Pixels per side, given as a number, as [height, width] or as {"height", "width"}."""
     sides = size
     if isinstance(size, Mapping):
         sides = [size.get(side) for side in ("height", "width")] if len(size) == 2 else []
@@ -192,5 +192,5 @@ def _resample(number: int) -> str:
 
 
 def _channels(value: Any) -> tuple[float, ...]:
-    """One number for each channel, or one for all."""
+    """One number per channel, given as three numbers or as one for all channels."""
     return tuple(map(float, value if isinstance(value, Sequence) else (value,) * 3))

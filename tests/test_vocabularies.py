@@ -109,8 +109,8 @@ def test_a_table_has_its_languages(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dog\ncat\nDog\n", r"'Dog' stands there twice, in lines 1 and 3"),
-        ("dog|dog\n", r"'dog' stands there twice, in lines 1 and 1"),
+        ("dog\ncat\nDog\n", r"'Dog' occurs twice, in lines 1 and 3"),
+        ("dog|dog\n", r"'dog' occurs twice, in lines 1 and 1"),
         ("en\tde\ndog\tHund\nhound\tHund|Jagdhund\n", r"'Hund' of 'de' .* lines 2 and 3"),
         ("en\tde\ndog\n", "line 2 has 1 columns, expected 2"),
         ("en\tde\ndog\t\n", "line 2 has an empty name of 'de'"),

@@ -1,22 +1,22 @@
-"""Data sets to train on, by the names that `config.data.name` may have.
+"""Data sets to train on. `NAMES` lists the values of `config.data.name`.
 
-Each name is a module of this package, which says by its `DATA_SET` how the set is opened. To add a
-data set, write its module, add its name to `NAMES`, and test it.
+Each name is a module of this package, whose `DATA_SET` opens the data set. To add a data set, write
+its module, add its name to `NAMES`, and test it.
 """
 
 import importlib
 
 from input_pipeline.datasets.source import DataSet
 
-# The modules are imported when they are asked for: TFDS takes a while.
+# `find` imports a module only when its data set is used, because importing TFDS is slow.
 NAMES = ("emoji", "captions", "coco", "coco_captions")
 
 
 def find(name: str) -> DataSet:
-    """The data set of a name.
+    """The data set of this name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the name is unknown.
     """
     if name not in NAMES:
         raise ValueError(f"there is no data set {name!r}; known: {', '.join(NAMES)}")

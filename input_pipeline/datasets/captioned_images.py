@@ -1,4 +1,4 @@
-"""Prepared sets, and their splits: captions in memory, images read by row, without TensorFlow."""
+"""Prepared data sets and their splits: captions in memory, images read by row, no TensorFlow."""
 
 import copy
 import dataclasses
@@ -25,23 +25,23 @@ Row = tuple[str, int, list[str]]
 
 
 class CaptionedImages:
-    """A source of one or more splits of a prepared set: `source[row]` reads an image.
+    """Images and captions of one or more splits of a prepared set; `source[row]` reads an image.
 
     Args:
       builder: the prepared set.
-      splits: their names, joined with a plus.
-      exclude: takes a file name, and says whether to leave that image out.
+      splits: names of splits, joined with a plus.
+      exclude: takes a file name and returns whether to leave that image out.
 
     Attributes:
       filenames: the file name of each image.
       image_ids: the id of each image, int64.
-      captions: the English captions of each image, which are in memory.
-      excluded: the file names that were left out.
-      fingerprint: identifies the content, for caches of what is computed from it. The same photos
-        and captions, prepared from another place, have the same.
+      captions: the English captions of each image.
+      excluded: the file names of the images that were left out.
+      fingerprint: identifies the photos and captions, for caches of features. It does not depend on
+        the path that they were prepared from.
 
     Raises:
-      ValueError: the set has no such split, or a file of it is damaged.
+      ValueError: the set has no such split, or one of its files is damaged.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class CaptionedImages:
         self.fingerprint = fingerprint([digests, rows])
 
     def select(self, filenames: Sequence[str]) -> "CaptionedImages":
-        """The images of these names, in this order.
+        """The images with these file names, in this order.
 
         Raises:
-          KeyError: an image is not there.
+          KeyError: there is no image of a name.
         """
         row_of = {filename: row for row, filename in enumerate(self.filenames)}
         rows = [row_of[filename] for filename in filenames]
@@ -94,14 +94,14 @@ class CaptionedImages:
 
     @property
     def images(self) -> Images:
-        """The encoded images alone."""
+        """The encoded images without their captions."""
         return Images(self)
 
     def __getitem__(self, row: int) -> Example:
-        """The encoded image of a row, as it was on disk, and its captions.
+        """The image of a row, with the bytes of its original file, and its captions.
 
         Raises:
-          ValueError: its record is damaged.
+          ValueError: the image's record is damaged.
         """
         source, place = self._places[row]
         example = self._sources[source][place]
@@ -112,17 +112,17 @@ class CaptionedImages:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSet:
-    """A data set that was prepared, here or by TFDS.
+    """A data set that was prepared by this package or by TFDS.
 
     Attributes:
-      builder: TFDS's view of it.
-      name: what results are filed under, with the split's name behind it.
-      main_split: the split whose results are filed under the set's name alone; may be empty.
-      translations: for a set that has one text a photo in several languages: takes a split and
-        gives, by language, the text of each photo. None: English captions alone.
+      builder: the data set as a TFDS builder.
+      name: name of the set; results on a split are named NAME-SPLIT.
+      main_split: the split whose results are named NAME alone; may be empty.
+      translations: for a set with one text per photo in several languages: takes a split's name and
+        returns, by language, the text of each photo. None: the set has English captions only.
       keeps_order: whether photos are in the order of the publisher's file.
-      own_tags: for a set whose photos each show one thing: takes a split and gives for each photo
-        the row of its tag in the vocabulary that has the set's name.
+      own_tags: for a set with exactly one tag per photo: takes a split's name and returns the row
+        of each photo's tag in the vocabulary of the set's name.
     """
 
     builder: tfds.core.DatasetBuilder
@@ -134,27 +134,27 @@ class PreparedSet:
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where it is."""
+        """The folder of the prepared files."""
         return pathlib.Path(self.builder.data_path)
 
     @property
     def splits(self) -> list[str]:
-        """The names of its splits."""
+        """The names of the splits."""
         return list(self.builder.info.splits)
 
     def source(
         self, splits: str, exclude: Callable[[str], object] = lambda filename: False
     ) -> CaptionedImages:
-        """See `CaptionedImages`."""
+        """The images and captions of some splits: see `CaptionedImages`."""
         return CaptionedImages(self.builder, splits, exclude)
 
     def filed_under(self, split: str) -> str:
-        """What results on a split are filed under."""
+        """The name of results on a split."""
         return self.name if split == self.main_split else f"{self.name}-{split}"
 
 
 class _Records(Sequence):
-    """The records of a split, whose errors name the shard."""
+    """The records of a split; an error names the damaged shard."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         decoders = {"image": tfds.decode.SkipDecoding()}
@@ -167,24 +167,24 @@ class _Records(Sequence):
         return len(self._source)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        """The record at a place; raises ValueError where it is damaged."""
+        """The record at a position; raises ValueError if it is damaged."""
         try:
             return self._source[place]
-        # ArrayRecord's checks raise RuntimeError, and TFDS reads bytes with several libraries.
+        # ArrayRecord raises RuntimeError; the libraries that TFDS decodes with raise other types.
         except Exception as error:
             raise self.damaged(place, str(error).splitlines()[0]) from error
 
     def damaged(self, place: int, fault: str) -> ValueError:
-        """The error of a damaged record."""
+        """The error for a damaged record."""
         shard = self._shards[int(np.searchsorted(self._ends, place, side="right"))]
         return ValueError(f"{shard} can't be read: {fault}. {self.way_out}")
 
 
 def _read_rows(source: _Records, builder: tfds.core.DatasetBuilder, split: str) -> dict[str, Any]:
-    """`digest` of the images and `rows` of everything else.
+    """A split's rows (everything but the images) and a digest of its images.
 
-    They lie beside records that were prepared here. For a set that TFDS prepared all records are
-    read once, and the result is kept in the cache: its folder may not be ours to write to.
+    Sets that this package prepared have a file with both. For a set that TFDS prepared, all records
+    are read once and the result is stored in the cache, because the set's folder may be read-only.
     """
     folder = pathlib.Path(builder.data_path)
     file = folder / f"rows-{split}.json"
@@ -211,12 +211,15 @@ def _read_rows(source: _Records, builder: tfds.core.DatasetBuilder, split: str) 
             make_folder(file.parent)
             files.write_digested(file, content)
         except OSError as error:
-            log.warning("what was read of %s is not kept: %s", builder.name, error)
+            log.warning(
+                "the list of %s's photos is not kept, the next run reads them again: %s",
+                *(builder.name, error),
+            )
     return content
 
 
 def _parse(file: pathlib.Path, way_out: str) -> dict[str, Any]:
-    """A file with rows; those of versions that wrote no digests may be damaged."""
+    """Reads a rows file. Earlier versions wrote no digests, so damage may only show here."""
     try:
         content = json.loads(file.read_bytes())
         rows = [
@@ -229,7 +232,7 @@ def _parse(file: pathlib.Path, way_out: str) -> dict[str, Any]:
 
 def _row(example: Mapping[str, Any]) -> Row:
     captions = example["captions"]
-    # TFDS's coco_captions has an id beside each text.
+    # TFDS's coco_captions has a mapping of ids and texts.
     texts = captions["text"] if isinstance(captions, Mapping) else captions
     texts = [" ".join(text.decode().split()) for text in texts]
     return example["image/filename"].decode(), int(example["image/id"]), [t for t in texts if t]

@@ -1,4 +1,4 @@
-"""Any captioned set in Karpathy and Li's JSON: COCO, Flickr8k, Flickr30k.
+"""Captioned data sets in the JSON format of Karpathy and Li: COCO, Flickr8k, Flickr30k.
 
     {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "A dog."}, ...]}]}
 
@@ -32,7 +32,7 @@ EXPECTED = (
 
 
 class Photo(NamedTuple):
-    """One entry of the JSON, with the file found for it (None: missing)."""
+    """An entry of the JSON, and the photo's file (None: missing)."""
 
     filename: str
     split: str
@@ -44,21 +44,21 @@ class Photo(NamedTuple):
 def prepare(
     folder: str | os.PathLike, annotations: str | os.PathLike = ""
 ) -> tfds.core.DatasetBuilder:
-    """The prepared set of a folder, built into the cache where it is not there yet.
+    """The prepared set of a folder. It is prepared into the cache if the cache does not have it.
 
     Photos that are missing, can't be decoded, would take too much memory (`photo_limits`), or have
-    no caption are counted, named and skipped.
+    no caption are skipped. A log line counts them and names the first ones.
 
     Args:
-      folder: holds the photos, in itself, in `images`, in folders named by `filepath`, or in zip
-        archives of such folders, which are read without unpacking.
-      annotations: the JSON; where not given, the folder's only dataset_*.json. It may be in a zip
-        archive of the folder, as Karpathy's caption_datasets.zip.
+      folder: holds the photos: directly, in `images`, in the folders that `filepath` names, or in
+        zip archives of these folders, which are read without unpacking.
+      annotations: the JSON; empty: the folder's only dataset_*.json. The JSON may also be in a zip
+        archive in the folder, such as Karpathy's caption_datasets.zip.
 
     Raises:
-      FileNotFoundError: no folder, no JSON or no photo is there.
-      ValueError: the file is not that JSON, or names a photo or an id twice; an archive is not
-        whole; or no photo of a split can be decoded.
+      FileNotFoundError: the folder, the JSON or all photos are missing.
+      ValueError: the JSON has another format, or names a photo or an id twice; an archive is not
+        complete; or no photo of a split can be decoded.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -87,15 +87,16 @@ def prepare(
         splits.setdefault(photo.split, []).append(example)
     name = set_name(annotations)
     files = [photo.file for photo in present]
-    # Of either kind of file the identity's second part is its size in bytes.
+    # identity[1] is the size in bytes, for files in folders and in archives.
     size = sum(file.identity[1] for file in files)
     return records.prepare(name, source, splits, lambda: photo_files.check(files), size)
 
 
 def set_name(annotations: pathlib.Path) -> str:
-    """The set's name: a letter of ASCII, then word characters, or TFDS can't read it back.
+    """The set's name: NAME of dataset_NAME.json.
 
-    It is what stands in dataset_NAME.json; in other names ("mein set") all else becomes "_".
+    TFDS can only read names of an ASCII letter and word characters: other characters become "_", as
+    in "mein set", and "set_" is prepended where the first one is not an ASCII letter.
     """
     name = annotations.stem.removeprefix("dataset_")
     if re.fullmatch(r"[a-zA-Z]\w*", name):
@@ -105,7 +106,7 @@ def set_name(annotations: pathlib.Path) -> str:
 
 
 def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
-    """The JSON's path, which for a member of an archive goes on inside, and its content."""
+    """The JSON's path (ARCHIVE.zip/MEMBER if it is in an archive) and its content."""
     if given and pathlib.Path(given).is_file():
         return pathlib.Path(given), pathlib.Path(given).read_bytes()
     files = [file for file in sorted(folder.glob("dataset_*.json")) if file.is_file()]
@@ -114,7 +115,7 @@ def _find_annotations(folder: pathlib.Path, given: str | os.PathLike) -> tuple[p
         found = [file for file in found if file.name == str(given)]
         if not found:
             raise FileNotFoundError(f"there is no file {given} (config.data.annotations)")
-    # Karpathy's archive holds three; COCO's folders of photos tell which is meant.
+    # Karpathy's archive holds three sets' JSON. If the folder holds COCO's photos, take COCO's.
     coco = [file for file in found if file.name == "dataset_coco.json"]
     if len(found) > 1 and coco and not coco[0].is_file() and _holds_coco(folder):
         found = coco
@@ -135,7 +136,7 @@ def _holds_coco(folder: pathlib.Path) -> bool:
 
 
 def _in_archives(folder: pathlib.Path) -> list[pathlib.Path]:
-    """JSON files at the top of the zip archives of a folder."""
+    """The dataset_*.json files at the top level of a folder's zip archives."""
     return [
         file / name
         for file in sorted(folder.glob("*.zip"))
@@ -145,7 +146,7 @@ def _in_archives(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[Photo]:
-    """The JSON's entries, checked, with the files found for them."""
+    """Checks the JSON's entries and finds their files."""
     try:
         content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -163,10 +164,10 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
             split = entry["split"]
             if not all(isinstance(text, str) for text in (filename, filepath, split)):
                 raise TypeError("filename, filepath and split should be strings")
-            # TFDS parses "+" and "[" in the name of a split, and takes "all" for every split.
+            # In a split's name TFDS would parse "+" and "["; the name "all" means all splits.
             if not re.fullmatch(r"[\w-]+", split) or split == "all":
                 raise ValueError(f"{split!r} can't be the name of a split")
-            # Half of a surrogate pair is a str but not text that can be stored.
+            # Fails for half of a surrogate pair, which JSON allows and UTF-8 does not.
             "".join((filename, *captions)).encode()
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
@@ -181,7 +182,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
 
 
 def _image_id(value: object) -> int:
-    """An id, which is kept in 64 bits."""
+    """Checks that an id fits into 64 bits, signed and not negative."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise ValueError(
             f"the id {repr(value)[:40]} is not a whole number from 0 to {(1 << 63) - 1}"
@@ -198,12 +199,12 @@ def _check_unique(annotations: pathlib.Path, what: str, values: list) -> None:
     seen = set()
     for value in values:
         if value in seen:
-            raise ValueError(f"{annotations}: {what} {value!r} stands there twice")
+            raise ValueError(f"{annotations}: {what} {value!r} occurs twice")
         seen.add(value)
 
 
 def _read_photo(photo: Photo) -> bytes | None:
-    """The photo's bytes, or None where they are not read or decoding them fails anywhere."""
+    """The photo's bytes, or None if they exceed the limits or can't be decoded."""
     try:
         data = photo.file.read()
         images.check(data)

@@ -14,19 +14,22 @@ CAPTIONS_URL = "http://cs.stanford.edu/people/karpathy/deepimagesent/caption_dat
 ARCHIVES = {"train2014.zip": "82,783 photos", "val2014.zip": "40,504 photos"}
 CAPTIONS_MB = 37
 ANNOTATIONS = "dataset_coco.json"
-# What the prepared set takes.
+# Disk space of the prepared set.
 PREPARED_GB = 20
 TERMS = "COCO captions, CC BY 4.0; the photos are under their Flickr licences"
 
 
 def missing(folder: str | os.PathLike, annotations: str = "") -> str:
-    """What a folder lacks of COCO, how large it is and the commands that get it; empty: nothing.
+    """Lists the files of COCO that a folder lacks, their sizes and the commands that get them.
 
     The photos may be extracted (train2014/, val2014/, also below images/) or in their archives.
 
     Args:
-      folder: holds them.
-      annotations: Karpathy's JSON, where it is not in the folder.
+      folder: the folder of the photos.
+      annotations: Karpathy's JSON, if it is not in the folder.
+
+    Returns:
+      A message; empty if no file is missing.
     """
     folder = pathlib.Path(folder or "PATH")
     lacking = []
@@ -41,13 +44,13 @@ def missing(folder: str | os.PathLike, annotations: str = "") -> str:
         lacking.append(("caption_datasets.zip", f"{CAPTIONS_MB} MB", captions, CAPTIONS_URL))
     if not lacking:
         return ""
-    lines = [f"{folder} (--config.data.dir=PATH) lacks, of COCO 2014:"]
+    lines = [f"{folder} (--config.data.dir=PATH) lacks these files of COCO 2014:"]
     lines += [f"  {name:<21}{size:>8}  {content}" for name, size, content, _ in lacking]
-    lines += ["Nothing is downloaded unasked. These commands get it; archives stay packed:"]
+    lines += ["Nothing is downloaded automatically. Get them like this, archives can stay packed:"]
     lines += [f"  wget -c -P {folder} {url}" for *_, url in lacking]
     lines += [
-        f"Prepared, it takes another {PREPARED_GB} GB in {cache_folder()} ($XLIR_CACHE).",
-        "TFDS's own coco_captions, prepared as ArrayRecord, will do too: "
+        f"The prepared set takes another {PREPARED_GB} GB in {cache_folder()} ($XLIR_CACHE).",
+        "TFDS's coco_captions, prepared as ArrayRecord, works too: "
         "--config.data.name=coco_captions --config.data.dir=TFDS_DATA_DIR",
     ]
     return "\n".join(lines)

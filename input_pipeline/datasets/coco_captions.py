@@ -1,4 +1,4 @@
-"""TFDS's `coco_captions`, as it was prepared elsewhere; read without TensorFlow."""
+"""TFDS's `coco_captions`, prepared elsewhere by TFDS, and read here without TensorFlow."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from input_pipeline.datasets.source import DataSet
 
 
 def prepared_by_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
-    """The prepared set, whose splits are train, val, test and restval.
+    """The set that TFDS prepared, with the splits train, val, test and restval.
 
     Args:
-      data_dir: TFDS's `data_dir`, or the folder of the version itself.
+      data_dir: TFDS's `data_dir`, or the folder of one version of the set.
 
     Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it was prepared in another format than ArrayRecord.
+      FileNotFoundError: there is no such set in the folder.
+      ValueError: the set is damaged, or was prepared in another format than ArrayRecord.
     """
     data_dir = pathlib.Path(data_dir).expanduser()
     found = [*data_dir.glob("coco_captions/2014/*/dataset_info.json")]
@@ -43,8 +43,8 @@ def prepared_by_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
     formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
     if "array_record" not in formats:
         raise ValueError(
-            f"{folder} was prepared as {formats[0]}, which only TensorFlow reads; where it is "
-            f"installed, convert it: tfds convert_format --dataset_version_dir={folder} "
+            f"{folder} was prepared as {formats[0]}, which only TensorFlow reads; convert it where "
+            f"TensorFlow is installed: tfds convert_format --dataset_version_dir={folder} "
             "--out_file_format=array_record"
         )
     return records.open_prepared(folder)
@@ -63,7 +63,7 @@ def _version(info: pathlib.Path) -> tuple[int, ...]:
 
 
 def _open(folder: str, annotations: str) -> PreparedSet:
-    # COCO is filed under one name, whoever prepared it.
+    # Results on COCO have the same name, whether TFDS or this package prepared the set.
     return PreparedSet(prepared_by_tfds(folder), "coco", keeps_order=False)
 
 

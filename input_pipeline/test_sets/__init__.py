@@ -1,7 +1,7 @@
-"""Test sets, by the types that `config.evals.NAME.type` may have.
+"""Test sets. `TYPES` lists the values of `config.evals.NAME.type`.
 
-Each type is a module of this package, which says by its `ENTRY` how such a set is read. To add a
-test set, write its module, add its name to `TYPES`, and test it.
+Each type is a module of this package, whose `ENTRY` reads such test sets. To add a type, write its
+module, add its name to `TYPES`, and test it.
 """
 
 import importlib
@@ -13,10 +13,10 @@ TYPES = ("xtd10", "folder", "split")
 
 
 def find(type: str) -> Entry:
-    """How test sets of a type are read.
+    """The entry of a type of test sets.
 
     Raises:
-      ValueError: there is no such type.
+      ValueError: the type is unknown.
     """
     if type not in TYPES:
         raise ValueError(f"there is no type {type!r} of test sets; known: {', '.join(TYPES)}")

@@ -1,4 +1,4 @@
-"""Any multilingual test set in XTD10's layout, in a folder of its own."""
+"""Multilingual test sets in XTD10's layout, each in its own folder."""
 
 import pathlib
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet,
 
 
 def read(options: Options, run: RunData) -> RetrievalSet:
-    """The test set of the folder `options.captions`; XTD10 is recognized, and read as such.
+    """The test set of the folder `options.captions`. If this is XTD10, it is read as type xtd10.
 
     Raises:
       FileNotFoundError: the folder, one of its files, or a photo is missing.
@@ -25,7 +25,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
 
 
 def photos(options: Options, run: RunData) -> Collection[str]:
-    """The names of the photos; none where it is XTD10, whose photos are known in any case."""
+    """The names of the photos; none for XTD10, because `xtd10.origin` knows its photos."""
     folder = pathlib.Path(options.captions)
     return () if xtd10.is_xtd10(folder) else line_aligned.read(folder).filenames
 

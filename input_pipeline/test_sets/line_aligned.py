@@ -1,8 +1,8 @@
-"""Multilingual captions in XTD10's layout, and where their photos are.
+"""Multilingual captions in XTD10's layout, and their photos.
 
-A folder holds `test_image_names.txt` and, for each language, `test_captions_LANG.txt` (or XTD10's
-own `test_1kcaptions_LANG.txt`): line i of each file belongs to the same photo. The folder may also
-be XTD10 as published, where the files lie in XTD10/, MIC/ and STAIR/.
+A folder holds `test_image_names.txt` and, for each language, `test_captions_LANG.txt` (in XTD10:
+`test_1kcaptions_LANG.txt`). Line i of each file belongs to the same photo. The files may also be in
+subfolders, as in XTD10, which has them in XTD10/, MIC/ and STAIR/.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from input_pipeline.test_sets.retrieval_set import Options, RetrievalSet, RunDat
 
 NAMES_FILE = "test_image_names.txt"
 CAPTIONS_FILE = re.compile(r"test_(?:1k)?captions_([A-Za-z0-9_-]+)\.txt")
-# XTD10 calls Japanese by its country's code.
+# XTD10 uses the country code for Japanese.
 ALIASES = {"jp": "ja"}
 
 
 @dataclasses.dataclass(frozen=True)
 class LineAligned:
-    """Photos by name, and one caption for each in every language.
+    """The names of photos, and one caption per photo in each language.
 
     Attributes:
-      name: of the set.
-      filenames: of the photos.
+      name: name of the set.
+      filenames: names of the photos.
       captions: language -> captions, in the order of `filenames`; English comes first.
-      dropped: language -> rows whose caption is left out of `captions`.
+      dropped: language -> rows of the photos whose caption is left out of `captions`.
     """
 
     name: str
@@ -39,26 +39,26 @@ class LineAligned:
     dropped: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def rows(self, language: str) -> np.ndarray:
-        """The photo of each caption of a language, int64."""
+        """The row of each caption's photo, for a language; int64."""
         return np.delete(np.arange(len(self.filenames)), list(self.dropped.get(language, ())))
 
 
 def read(folder: str | os.PathLike) -> LineAligned:
     """Reads a folder in XTD10's layout.
 
-    Line ends may be CRLF or LF, a byte order mark and a missing final newline are fine. A line of
-    a caption file may be empty only at the file's end.
+    Lines may end in CRLF or LF. A byte order mark is allowed, a final newline is not required, and
+    empty lines are allowed at a file's end only.
 
     Raises:
       FileNotFoundError: the folder, its list of names, or every caption file is missing.
-      ValueError: files of differing line counts, an empty line, a language that stands there
-        twice, or a photo that does.
+      ValueError: files have different numbers of lines, a line is empty, or a language or a photo
+        occurs twice.
     """
     folder = pathlib.Path(folder)
     files = text_files(folder)
     lists = [file for file in files if file.name == NAMES_FILE]
     if len(lists) != 1:
-        found = f"{len(lists)} of them" if lists else "none"
+        found = str(len(lists)) if lists else "none"
         raise FileNotFoundError(f"{folder} should hold one {NAMES_FILE}, found {found}")
     names, lines = read_lines(lists[0]), {}
     counts = {lists[0]: len(names)}
@@ -74,7 +74,7 @@ def read(folder: str | os.PathLike) -> LineAligned:
         raise FileNotFoundError(f"{folder} holds no test_captions_LANG.txt")
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{file.name} {count}" for file, count in counts.items())
-        raise ValueError(f"the files of {folder} have differing numbers of lines: {found}")
+        raise ValueError(f"the files of {folder} have different numbers of lines: {found}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{lists[0]} names {twice} twice")
@@ -82,18 +82,18 @@ def read(folder: str | os.PathLike) -> LineAligned:
 
 
 def text_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a test set, and others of the name test_*.txt."""
+    """All files test_*.txt in a folder and in its subfolders."""
     return sorted([*folder.glob("test_*.txt"), *folder.glob("*/test_*.txt")])
 
 
 def english_first(lines: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The same, English first and the other languages by their codes."""
+    """The same mapping with English first and the other languages sorted by their codes."""
     languages = sorted(lines, key=lambda language: (language != "en", language))
     return {language: lines[language] for language in languages}
 
 
 def read_lines(file: pathlib.Path) -> list[str]:
-    """The lines of a file, split at LF and CRLF only: captions may hold other separators."""
+    """The lines of a file, split only at LF and CRLF: captions may hold other line separators."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,7 +105,7 @@ def read_lines(file: pathlib.Path) -> list[str]:
 
 
 def find_photos(captions: LineAligned, folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The photos of a test set below a folder, in its order.
+    """Finds the photos of a test set below a folder; returns them in the order of the set.
 
     Raises:
       FileNotFoundError: the folder or some of the photos are missing.
@@ -141,10 +141,10 @@ def with_photos_of_folder(captions: LineAligned, folder: str | os.PathLike) -> R
 
 
 def with_photos_of_run(captions: LineAligned, options: Options, run: RunData) -> RetrievalSet:
-    """The test set whose photos are, by name, in any splits of the run's data set.
+    """The test set with photos from the run's data set, found by name in all of its splits.
 
     Raises:
-      FileNotFoundError: some are not there, or the data set is not at hand.
+      FileNotFoundError: the data set is missing, or does not have some of the photos.
     """
     data = run.open()
     source = data.source("+".join(data.splits))

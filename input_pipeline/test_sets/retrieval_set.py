@@ -1,4 +1,4 @@
-"""What a test set is to those who evaluate on it, and how one is asked for."""
+"""The interface of test sets: their content, their options, and the entry of a type."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -13,13 +13,13 @@ class RetrievalSet:
     """Images and their captions in one or more languages.
 
     Attributes:
-      name: what results are filed under.
-      images: encoded images or paths, one an image.
+      name: name of the results.
+      images: the images, each as encoded bytes or as a path.
       captions: language -> captions.
-      image_of: language -> for each caption the row of its image.
+      image_of: language -> the row of each caption's image.
       fingerprint: identifies the images' content, for the feature cache.
-      folds: (name, number) where results are also the mean over so many equal parts, taken in
-        order, each searched alone; filed under that name.
+      folds: (name, number), or None. The set is also split, in order, into this number of equal
+        parts. Each part is searched separately, and the mean results are saved under this name.
     """
 
     name: str
@@ -32,14 +32,14 @@ class RetrievalSet:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One test set of a run, as `config.evals.NAME` describes it (see configs/base.py).
+    """The options of one test set: the fields of `config.evals.NAME` (see configs/base.py).
 
     Attributes:
-      name: NAME; for messages.
-      captions: the folder of its captions; empty: the type's default.
-      images: the folder that holds its photos, at any depth; empty: the type's default.
-      split: of the run's data set.
-      drop_junk: leave out captions that are known to say nothing of their photo.
+      name: NAME, for messages.
+      captions: the folder of the captions; empty: the type's default.
+      images: the folder that holds the photos, at any depth; empty: the type's default.
+      split: a split of the run's data set.
+      drop_junk: leave out captions that are known not to describe their photo.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """The data set that a run is trained on, which test sets may take their photos from.
+    """The data set that a run is trained on. Test sets may take photos from it.
 
     Attributes:
-      folder: its folder, `config.data.dir`; may be empty.
-      open: gives the prepared set; raises ValueError where the run has none.
+      folder: `config.data.dir`; may be empty.
+      open: returns the prepared set; raises ValueError if the run has no data set.
     """
 
     folder: str
@@ -63,25 +63,26 @@ class RunData:
 
 
 def nothing_missing(options: Options, run: RunData) -> str:
-    """Of a test set whose `read` says itself what is missing."""
+    """`missing` for a type whose `read` raises an error that says what is missing."""
     return ""
 
 
 def no_photos(options: Options, run: RunData) -> Collection[str]:
-    """Of a test set whose photos are known in another way, or may be trained on."""
+    """`photos` for a type whose photos are recognized otherwise, or may be used in training."""
     return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How test sets of a type are read, and what else is known of them.
+    """The entry of a type of test sets in the registry.
 
     Attributes:
-      read: reads a test set; raises FileNotFoundError or ValueError where it can't.
-      photos: the names of its photos, which are kept out of training.
-      missing: what is not at hand of it and how to get it; empty where nothing is missing.
-      download: gets its captions where they are missing; None where nothing is ever downloaded.
-      terms: its licence; empty where it depends on the user's own files.
+      read: reads a test set; raises FileNotFoundError or ValueError if that fails.
+      photos: returns the file names of the photos to keep out of training.
+      missing: returns a message that says which files are missing and how to get them; empty if
+        none is missing.
+      download: downloads missing captions; None: this type is never downloaded.
+      terms: licence of the test set; empty: depends on the user's files.
     """
 
     read: Callable[[Options, RunData], RetrievalSet]

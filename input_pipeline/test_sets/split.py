@@ -1,14 +1,14 @@
-"""A split of the run's own data set: English captions, or every language that the set has.
+"""A split of the run's data set as a test set, in English or in every language of the set.
 
-COCO's test split is evaluated as published (Karpathy and Li 2015): with five captions a photo, over
-all 5,000 photos at once, and as the mean of five folds of 1,000.
+COCO's test split is evaluated by the published protocol (Karpathy and Li 2015): with five captions
+per photo, over all 5,000 photos at once, and as the mean of five folds of 1,000.
 """
 
 import numpy as np
 
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
-# Karpathy's test split of COCO: photos, folds of the 1K protocol, captions a photo that count.
+# Karpathy's test split of COCO: photos, folds of the 1K protocol, captions used per photo.
 COCO_TEST, COCO_FOLDS, COCO_CAPTIONS = 5000, 5, 5
 
 
@@ -17,7 +17,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
 
     Raises:
       ValueError: the data set has no such split, or the run has no data set.
-      FileNotFoundError: the data set is not at hand.
+      FileNotFoundError: the data set is missing.
     """
     data = run.open()
     source = data.source(options.split)
@@ -30,7 +30,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
     if name == "coco-test" and len(source) == COCO_TEST:
         captions = [texts[:COCO_CAPTIONS] for texts in captions]
         name = "coco-test-5k"
-        # Folds are in the order of Karpathy's file, which TFDS has shuffled.
+        # The folds follow the order of Karpathy's file. TFDS's version of COCO is shuffled.
         folds = ("coco-test-1k", COCO_FOLDS) if data.keeps_order else None
     return RetrievalSet(
         name=name,

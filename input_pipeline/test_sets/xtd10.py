@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 REPOSITORY = "adobe-research/Cross-lingual-Test-Dataset-XTD10"
 URL = f"https://github.com/{REPOSITORY}"
 RAW_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
-# Of the files as published. They may lie in any folder: upstream has English ones in two.
+# SHA-256 of the published files, by file name: XTD10 has English captions in two folders.
 SHA256 = {
     "test_image_names.txt": "504a472dfd40e44f2d0facd6320b9dc1c7d64c58aac9840f0b1da4807cb3a30a",
     "test_1kcaptions_en.txt": "ac5531b6842c1d469fba80aa6f44e2af054e84a41da8f9eaf01d831e943039b9",
@@ -46,7 +46,7 @@ TERMS = (
     "them"
 )
 LICENCE_SHA256 = "f9908a6ae7d75e49452013687f4db397b035d7bb69f3975961eb739e878a83bf"
-# Commit of the repository -> files that it holds as published.
+# Commit of the repository -> files to download from this commit.
 COMMITS = {
     "f2ce7e3b87f871c655a49542ea59ccf4c065089e": (
         "LICENSE.md",
@@ -61,25 +61,25 @@ COMMITS = {
     "d77ff16148468c84287f3efcbf602a015c5e4954": ("STAIR/test_1kcaptions_jp.txt",),
     "d6cfdf769647697cfc060fab276c9f1fb883652a": ("XTD10/test_image_names.txt",),
 }
-# Lines, from 1, of the German file that translate nothing: "Could not translate" (148, 241, 727),
-# "?" and "dfgdfg".
+# Lines, counted from 1, of the German file that are not translations: "Could not translate" (148,
+# 241, 727), "?" and "dfgdfg".
 JUNK = {"de": (148, 241, 262, 727, 768, 939)}
-# COCO 2014's names, and 2017's, which are the bare id.
+# File names of COCO 2014, and of COCO 2017, which are the id alone.
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
 
 
 def read_captions(
     folder: str | os.PathLike, *, drop_junk: bool = False
 ) -> line_aligned.LineAligned:
-    """XTD10 as published: 1,000 photos, 11 languages. Its licence is shown once on a machine.
+    """Reads XTD10: 1,000 photos, 11 languages. Shows its licence the first time on a machine.
 
     Args:
-      folder: a clone of its repository, or any folder with its files.
-      drop_junk: leave out the German captions that translate nothing. Their photos stay.
+      folder: a clone of XTD10's repository, or any folder with its files.
+      drop_junk: leave out the German captions that are not translations. Their photos stay.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file is not the published one.
+      ValueError: a file differs from the published one.
     """
     folder = pathlib.Path(folder)
     command = f"git clone {URL} {folder}"
@@ -110,19 +110,19 @@ def read_captions(
         dropped = {language: tuple(n - 1 for n in numbers) for language, numbers in JUNK.items()}
         for language, rows in dropped.items():
             lines[language] = [c for row, c in enumerate(lines[language]) if row not in rows]
-    # Results with and without are filed apart.
+    # Results with and without these captions have different names.
     name = "xtd10-without-junk" if drop_junk else "xtd10"
     return line_aligned.LineAligned(name, names, line_aligned.english_first(lines), dropped)
 
 
 def download(folder: str | os.PathLike) -> None:
-    """Downloads XTD10's captions and its licence, 1 MB, at pinned commits; each file is checked.
+    """Downloads XTD10's captions and licence (1 MB) at pinned commits, and checks each file.
 
-    Files that are there already are kept.
+    Existing files are kept.
 
     Raises:
       OSError: a file can't be downloaded or written.
-      ValueError: a file is not the published one; nothing of it is written.
+      ValueError: a file differs from the published one, and is not written.
     """
     folder = pathlib.Path(folder)
     for commit, paths in COMMITS.items():
@@ -135,8 +135,8 @@ def download(folder: str | os.PathLike) -> None:
                     data = response.read()
             except OSError as error:
                 raise OSError(
-                    f"can't download {url} ({error}); without a network get XTD10 elsewhere, with "
-                    f"git clone {URL}, and name its folder: --config.evals.xtd10.captions=DIR"
+                    f"can't download {url} ({error}); without a network, clone XTD10 elsewhere "
+                    f"(git clone {URL}) and name its folder: --config.evals.xtd10.captions=DIR"
                 ) from error
             expected = {**SHA256, "LICENSE.md": LICENCE_SHA256}[target.name]
             if hashlib.sha256(data).hexdigest() != expected:
@@ -149,16 +149,16 @@ def download(folder: str | os.PathLike) -> None:
 
 
 def is_xtd10(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds XTD10's own list of names."""
+    """Whether a folder holds XTD10's published list of photos."""
     name = line_aligned.NAMES_FILE
     files = line_aligned.text_files(pathlib.Path(folder))
     return any(_sha256(file) == SHA256[name] for file in files if file.name == name)
 
 
 def origin(filename: str) -> str | None:
-    """train2014 or val2014 for a photo of XTD10, None for another.
+    """train2014 or val2014 for a photo of XTD10, None for any other photo.
 
-    A photo is known by its id, as COCO 2014 and 2017 name their files, in any folder.
+    Photos are recognized by the id in their file name, as in COCO 2014 or 2017, in any folder.
     """
     match = COCO_NAME.fullmatch(filename.rsplit("/", 1)[-1])
     return origins().get(int(match[1])) if match else None
@@ -166,7 +166,7 @@ def origin(filename: str) -> str | None:
 
 @functools.cache
 def origins() -> dict[int, str]:
-    """COCO's id -> train2014 or val2014, for XTD10's photos in their order."""
+    """COCO's id -> train2014 or val2014, for the photos of XTD10, in XTD10's order."""
     text = importlib.resources.files(__package__).joinpath("xtd10_names.txt").read_text()
     photos, origin = {}, ""
     for line in text.splitlines():
@@ -187,7 +187,7 @@ def _show_licence(folder: pathlib.Path) -> None:
         "XTD10's captions are under %s. Its text: %s (this is shown once)",
         *(TERMS, licence),
     )
-    # If the cache can't be written, they are shown again next time.
+    # If the cache can't be written, the terms are shown again next time.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(exist_ok=True)
         stamp.touch()
@@ -208,7 +208,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
     for language, lines in JUNK.items():
         way = f"config.evals.{options.name}.drop_junk or --drop_junk"
         what = "dropped" if options.drop_junk else f"kept ({way} leaves them out)"
-        log.info("xtd10: %d captions in %r are junk, %s", len(lines), language, what)
+        log.info("xtd10: %d captions in %r are not translations, %s", len(lines), language, what)
     if options.images:
         return line_aligned.with_photos_of_folder(captions, options.images)
     return line_aligned.with_photos_of_run(captions, options, run)
@@ -227,9 +227,9 @@ def _download(options: Options, run: RunData) -> None:
 
 
 def _folder(options: Options, run: RunData) -> pathlib.Path:
-    """Where the captions are: xtd10 in the run's data folder, where nothing else is said."""
+    """The folder of the captions; by default xtd10 in the run's data folder."""
     return pathlib.Path(options.captions or pathlib.Path(run.folder or "PATH") / "xtd10")
 
 
-# Its photos need not be named to be kept out of training: `origin` knows them in any data set.
+# No `photos`: training leaves out XTD10's photos in any case, recognized by `origin`.
 ENTRY = Entry(read, missing=_missing, download=_download, terms=TERMS)

@@ -1,4 +1,4 @@
-"""Texts to token ids: SentencePiece models, Hugging Face's tokenizers, and padded batches."""
+"""Tokenizers (SentencePiece models and Hugging Face's tokenizers), and padded batches of tokens."""
 
 import json
 import pathlib
@@ -30,8 +30,8 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     """The tokenizer that was saved in a folder.
 
     Raises:
-      FileNotFoundError: the folder holds no tokenizer, or not all of it.
-      ValueError: a file of it is corrupt, or its kind is unknown.
+      FileNotFoundError: a file of the tokenizer is missing.
+      ValueError: a file is damaged, or the tokenizer's kind is unknown.
     """
     file = folder / DESCRIPTION_FILE
     try:

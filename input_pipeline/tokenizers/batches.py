@@ -1,4 +1,4 @@
-"""Token ids of texts to padded batches of few distinct shapes."""
+"""Padded batches of token ids, with few distinct shapes, because each shape is compiled."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int, Int32
 def pad(
     ids: Sequence[Int32[np.ndarray, " _"]], length: int
 ) -> tuple[Int32[np.ndarray, "b {length}"], Bool[np.ndarray, "b {length}"]]:
-    """Stacks texts: ids, zero where a row is padding, and a mask that is False there.
+    """Stacks the token ids of texts, padded with 0, and a mask that is False at the padding.
 
     Raises:
       ValueError: a text is longer than `length`.
@@ -34,19 +34,20 @@ def length_batches(
 ) -> Iterator[tuple[Int[np.ndarray, " _"], int]]:
     """Groups texts of similar lengths into batches of few distinct padded shapes.
 
-    Texts go in order from the longest to the shortest, so a batch is as long as its first text
-    needs, memory is at its peak at the start, and only the last batch has an odd number of rows.
+    Texts are sorted from the longest to the shortest. So the first text of a batch determines its
+    length, the first batch needs the most memory, and only the last batch can have an odd number of
+    rows.
 
     Args:
-      lengths: tokens of each text, special tokens included.
+      lengths: number of tokens of each text, with special tokens.
       batch_size: texts in a batch of short texts.
-      max_tokens: tokens in a batch, padding included. Batches of longer texts hold fewer texts, and
-        at least one.
-      multiple: padded lengths are multiples of it: with 4 they are 4, 8, 12, 16, 24, 32, 48, ...
-      longest: no text is padded to more than this, which no text may exceed. None: no limit.
+      max_tokens: tokens in a batch, with padding. Batches of longer texts hold fewer texts, but at
+        least one.
+      multiple: padded lengths are multiples of this: with 4 they are 4, 8, 12, 16, 24, 32, 48, ...
+      longest: largest padded length; no text may be longer. None: no limit.
 
     Yields:
-      The texts' indices, and the length to pad them to.
+      The indices of a batch's texts, and the length to pad them to.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -54,7 +55,7 @@ def length_batches(
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
         length = length if longest is None else min(length, longest)
-        # Powers of two, like a last batch that is rounded up: the same shape serves both.
+        # A power of two, as callers pad the last batch to one, and that shape is then known.
         fitting = 1 << max(max_tokens // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]
         yield rows, length
@@ -62,6 +63,6 @@ def length_batches(
 
 
 def padded_length(length: int, multiple: int = 4) -> int:
-    """Rounds a length up to one of `multiple`, 2 * `multiple`, ... (two lengths an octave)."""
+    """Rounds a length up to `multiple` times 1, 2, 3, 4, 6, 8, 12, ... (two lengths an octave)."""
     step = max(multiple, (1 << max(length - 1, 0).bit_length()) // 4)
     return max(-(-length // step), 1) * step

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face checkpoints, whole or with the vocabulary that a corpus needs."""
+"""Tokenizers of Hugging Face checkpoints, with their whole vocabulary or a part of it."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from jaxtyping import Int32, Integer
 from input_pipeline.tokenizers.long_texts import CLEANING, first_tokens, splits_at_spaces
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE, TOKENIZER_FILE
 
-# One of them must be in a checkpoint; without any, transformers makes an empty tokenizer.
+# A checkpoint must have one of these files; without them, transformers makes an empty tokenizer.
 VOCABULARY_FILES = (
     TOKENIZER_FILE,
     "sentencepiece.bpe.model",
@@ -26,19 +26,19 @@ VOCABULARY_FILES = (
     "vocab.txt",
     "vocab.json",
 )
-# Rows of the embedding beyond the vocabulary that pass as padding; published models have up to 35.
+# Rows that an embedding table may have beyond the vocabulary; published models have up to 35.
 SPARE_ROWS = 1024
-# Towers whose positions do not depend on the padding id.
+# Model types whose position ids do not depend on the padding id.
 ABSOLUTE_POSITIONS = ("bert", "distilbert")
-# Texts given to the tokenizer at once: the library keeps many bytes for each token.
+# Texts given to the tokenizer at a time, because the library takes much memory for each token.
 CHUNK = 10_000
 
 
 class HuggingFaceTokenizer:
     """Splits texts into tokens by a tokenizer of the `tokenizers` library.
 
-    The ids are those of `transformers`. So a special token that is written out in a text, such as
-    a literal "</s>", is that token, and an empty text has special tokens only.
+    The ids equal those of `transformers`. For example, a literal "</s>" in a text becomes that
+    special token, and an empty text has special tokens only.
     """
 
     kind = "huggingface"
@@ -51,7 +51,7 @@ class HuggingFaceTokenizer:
           prefix: put before every text, such as "query: " for the E5 models.
 
         Raises:
-          ValueError: it is not a tokenizer, or one without special tokens around a text.
+          ValueError: this is not a tokenizer, or it puts no special tokens around a text.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
@@ -71,27 +71,27 @@ class HuggingFaceTokenizer:
     def from_checkpoint(
         cls, folder: pathlib.Path, model_config: Mapping[str, Any], prefix: str = ""
     ) -> "HuggingFaceTokenizer":
-        """The tokenizer of a checkpoint, converted where it is a vocabulary only.
+        """The tokenizer of a checkpoint; an older format is converted.
 
-        Neither the network nor code of the checkpoint is used.
+        This uses neither the network nor the checkpoint's code.
 
         Args:
-          folder: a checkpoint.
-          model_config: its config.json, which the tokenizer must agree with.
+          folder: the checkpoint's folder.
+          model_config: the checkpoint's config.json, which the tokenizer must agree with.
           prefix: see `__init__`.
 
         Raises:
           FileNotFoundError: the folder holds no tokenizer.
-          ValueError: the tokenizer is damaged or needs code of the checkpoint, or its vocabulary,
+          ValueError: the tokenizer is damaged or needs the checkpoint's code, or its vocabulary,
             its special ids or its case disagree with the model.
         """
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             raise FileNotFoundError(
                 f"{folder} has no tokenizer: none of {', '.join(VOCABULARY_FILES)}"
             )
-        # Its advice is to install torch.
+        # Hide the advice of transformers to install torch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        import transformers  # takes seconds, and a finished run does not need it
+        import transformers  # not at the top: it takes seconds, and finished runs do not need it
 
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer:
             backend.no_padding()
             backend.no_truncation()
             tokenizer = cls(backend.to_str(), prefix)
-        except Exception as error:  # the library raises nearly anything
+        except Exception as error:  # the library raises many types
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: its tokenizer can't be loaded: {reason}") from error
         special_ids = {
@@ -122,14 +122,14 @@ class HuggingFaceTokenizer:
     def __call__(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[Int32[np.ndarray, " _"]]:
-        """Ids of each text: special tokens before, its own, special tokens after.
+        """The token ids of each text, with special tokens before and after.
 
         Args:
           texts: any strings; a lone surrogate counts as "?".
           max_length: longer texts lose tokens at their end, but no special tokens. None: no limit.
 
         Raises:
-          ValueError: `max_length` leaves no room for the special tokens and one of the text.
+          ValueError: `max_length` leaves no room for the special tokens and a token of the text.
         """
         special = len(self._before) + len(self._after)
         if max_length is not None and max_length <= special:
@@ -146,7 +146,7 @@ class HuggingFaceTokenizer:
         return rows
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, behind the prefix."""
+        """The token ids of each text with the prefix, without special tokens."""
         clean = [self.prefix + text.encode("utf8", "replace").decode() for text in texts]
         encoded = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return [tokens.ids for tokens in encoded]
@@ -161,16 +161,16 @@ class HuggingFaceTokenizer:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def special_tokens(self) -> dict[str, int]:
-        """The ids of tokens that stand for no part of a text, such as the padding."""
+        """Content -> id of the added tokens, such as the padding token."""
         added = json.loads(self._serialized)["added_tokens"]
         return {token["content"]: token["id"] for token in added}
 
     def save_vocabulary(self, folder: pathlib.Path) -> None:
-        """Writes a tokenizer.json, which knows neither the prefix nor a longest text."""
+        """Writes a tokenizer.json, which holds neither the prefix nor a maximum length."""
         (folder / TOKENIZER_FILE).write_text(self._serialized, encoding="utf8")
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes what `load_tokenizer` needs into a folder, which is created."""
+        """Creates a folder and writes into it what `load_tokenizer` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.save_vocabulary(folder)
         description = {"kind": self.kind, "prefix": self.prefix}
@@ -186,13 +186,13 @@ class HuggingFaceTokenizer:
             raise ValueError(f"{folder / TOKENIZER_FILE}: {error}") from error
 
     def used_ids(self, texts: Iterable[str]) -> Int32[np.ndarray, " kept"]:
-        """The ids that must stay for `trimmed` to split texts as before, in ascending order.
+        """The ids, ascending, that `trimmed` has to keep in order to split these texts as before.
 
-        They are the tokens of these texts, added tokens, and all tokens of a single character or
-        byte, so that the words of other texts fall into shorter tokens instead of into UNK.
+        These are the tokens of the texts, the added tokens, and all tokens of a single character or
+        byte, so that unknown words of other texts become shorter tokens instead of UNK.
 
         Args:
-          texts: a corpus, and the texts of the evaluation languages.
+          texts: a corpus, with texts in every language of the evaluation.
         """
         content = json.loads(self._serialized)
         model = content["model"]
@@ -202,7 +202,7 @@ class HuggingFaceTokenizer:
             if len(token.removeprefix(prefix)) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", token):
                 used.add(id)
         if model["type"] == "Unigram":
-            # The score of an unknown character derives from the lowest one.
+            # The library derives the score of unknown characters from the lowest score.
             used.add(min(range(len(model["vocab"])), key=lambda id: model["vocab"][id][1]))
             used.add(model["unk_id"])
         elif model.get("unk_token"):
@@ -213,17 +213,17 @@ class HuggingFaceTokenizer:
         return np.array(sorted(used - {None}), np.int32)
 
     def trimmed(self, kept: Integer[np.ndarray, " kept"]) -> "HuggingFaceTokenizer":
-        """A tokenizer of some of the tokens, whose ids are 0 to len(kept) - 1.
+        """A tokenizer with a part of the vocabulary, whose ids are 0 to len(kept) - 1.
 
-        Row i of its model's embedding is row `kept[i]` of this one's. A text whose tokens are all
-        kept is split as before; others are split into what there is.
+        New token i is old token `kept[i]`, so row `kept[i]` of the embedding table becomes row i. A
+        text whose tokens are all kept is split as before; other texts are split into kept tokens.
 
         Args:
-          kept: ascending ids, among them all added tokens (see `used_ids`).
+          kept: ascending ids that include all added tokens (see `used_ids`).
 
         Raises:
-          ValueError: `kept` is something else, or the vocabulary is neither of the Unigram kind
-            (SentencePiece) nor WordPiece: a BPE token needs those that it is merged from.
+          ValueError: `kept` is invalid, or the vocabulary is neither Unigram (SentencePiece) nor
+            WordPiece. BPE can't be trimmed, as a token needs the tokens that it is merged from.
         """
         content = json.loads(self._serialized)
         model, added = content["model"], content["added_tokens"]
@@ -251,11 +251,11 @@ class HuggingFaceTokenizer:
         return type(self)(json.dumps(content, ensure_ascii=False), self.prefix)
 
     def cleaned(self) -> "HuggingFaceTokenizer":
-        """This tokenizer behind open_clip's cleaning of texts: straight quotes, single spaces.
+        """This tokenizer after open_clip's cleaning of texts: straight quotes, single spaces.
 
-        Of what `ftfy` does besides, XLM-R's own normalisation covers what captions hold: the ids of
-        15,495 captions in 12 languages are the same. Wrongly decoded texts and HTML stay as they
-        are.
+        open_clip also runs `ftfy`. Its other changes that matter for captions are part of XLM-R's
+        normalisation: the ids of 15,495 captions in 12 languages are the same. Unlike `ftfy`, this
+        does not repair wrongly decoded texts and HTML entities.
         """
         content = json.loads(self._serialized)
         steps = [
@@ -270,7 +270,7 @@ class HuggingFaceTokenizer:
     def check_against_model(
         self, special_ids: Mapping[str, int | None], model_config: Mapping[str, Any]
     ) -> None:
-        """Refuses a tokenizer that is not the one a model was trained with.
+        """Refuses a tokenizer that does not fit to a model.
 
         Args:
           special_ids: pad_token_id and so on; None where the tokenizer has no such token.
@@ -285,12 +285,12 @@ class HuggingFaceTokenizer:
         if not rows - SPARE_ROWS <= self.vocab_size <= rows:
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} tokens and the model an embedding of {rows} "
-                "rows: they are not of one checkpoint"
+                "rows: they are not of the same checkpoint"
             )
         for name, ours in special_ids.items():
             theirs = model_config.get(name)
-            # BERT's code writes pad_token_id 0 whatever the tokenizer (multilingual-e5-small has 1)
-            # and does not depend on it.
+            # BERT's config.json has pad_token_id 0 for any tokenizer (multilingual-e5-small: 1),
+            # and the model does not use it.
             bert = model_config.get("model_type") in ABSOLUTE_POSITIONS
             if None in (ours, theirs) or (bert and (name, theirs) == ("pad_token_id", 0)):
                 continue
@@ -300,7 +300,7 @@ class HuggingFaceTokenizer:
         cased = self._tokenizer.token_to_id("A") is not None
         if cased and normalizer is not None and normalizer.normalize_str("A") == "a":
             raise ValueError(
-                "the tokenizer lowercases texts, and its vocabulary is cased: put "
+                "the tokenizer lowercases texts, but its vocabulary is cased: put "
                 '"do_lower_case": false into tokenizer_config.json'
             )
 
@@ -309,7 +309,7 @@ def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> Non
     """Replaces the ids in the post-processor of a tokenizer.json, in place."""
     for part in post_processor.get("processors", ()):
         _renumber(part, new_ids)
-    for name in ("cls", "sep"):  # of BERT's and RoBERTa's: (token, id)
+    for name in ("cls", "sep"):  # (token, id), in post-processors of BERT and RoBERTa
         if name in post_processor:
             token, id = post_processor[name]
             post_processor[name] = [token, new_ids[id]]
@@ -321,7 +321,7 @@ def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> Non
 def byte_tokenizer(prefix: str = "") -> HuggingFaceTokenizer:
     """A tokenizer that needs no files: each byte of UTF-8 is a token, as in ByT5 (Xue et al. 2022).
 
-    Its ids are <s> 0, <pad> 1, </s> 2, <unk> 3, then 256 bytes.
+    The ids are <s> 0, <pad> 1, </s> 2, <unk> 3, then the 256 bytes.
     """
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

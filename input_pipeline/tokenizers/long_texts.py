@@ -1,24 +1,23 @@
-"""The first tokens of a text that may be very long, without splitting all of it.
+"""The first tokens of very long texts, without tokenizing all of the text.
 
-A tokenizer that divides a text at spaces, or that looks for the best tokens from left to right and
-has none that reaches across a space, gives the beginning of a text, up to a space, the tokens that
-it gives it within the whole: what comes after does not change what comes before.
+If no token spans a space, then what follows a space does not change the tokens before it. For such
+tokenizers it is enough to tokenize the beginning of a text, cut at a space.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Characters of a text that are looked at first for each token that is wanted.
+# Length of the beginning that is tokenized first, in characters per wanted token.
 CHARACTERS_PER_TOKEN = 64
 # Where a text may be cut: before a space after a letter or digit. Excluded are characters that
 # Unicode may join with what follows them: U+0D4E, and some beyond the 16-bit plane.
 CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
-# Steps of a tokenizer.json that work alike on a text and on its beginning up to such a space.
+# Steps of a tokenizer.json that give the same result for a beginning alone and in the whole text.
 NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 NORMALIZERS += ("Prepend", "Strip", "StripAccents")
 PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
-# What open_clip replaces in texts before it tokenizes them: regular expression, replacement.
+# Replacements that open_clip makes before it tokenizes texts: regular expression, replacement.
 CLEANING = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), (r"\s+", " "))
 REPLACED = (*(pattern for pattern, _ in CLEANING), " {2,}")
 
@@ -29,17 +28,17 @@ def first_tokens(
     keep: int | None,
     splits_at_spaces: Callable[[], bool],
 ) -> list[list[int]]:
-    """At least the first `keep` tokens of each text, or all that it has.
+    """At least the first `keep` tokens of each text, or all tokens of shorter texts.
 
-    The beginning of a long text is split, up to a space, and more of it where that gives too few
-    tokens. A long text without such a space is split as a whole.
+    Of a long text, only the beginning up to a space is tokenized, and a longer beginning if that
+    gives too few tokens. A text without a space to cut at is tokenized as a whole.
 
     Args:
-      split: gives all tokens of texts.
+      split: tokenizes whole texts.
       texts: any strings.
-      keep: how many tokens are wanted; None for all.
-      splits_at_spaces: says whether the tokenizer gives a beginning the tokens that it has in the
-        whole text; asked for long texts only.
+      keep: number of wanted tokens; None for all.
+      splits_at_spaces: whether no token spans a space (the function `splits_at_spaces`); called for
+        long texts only.
     """
     characters = CHARACTERS_PER_TOKEN * (keep or 0)
     if keep is None or max(map(len, texts), default=0) <= characters or not splits_at_spaces():
@@ -59,7 +58,7 @@ def first_tokens(
 
 
 def splits_at_spaces(content: Mapping[str, Any]) -> bool:
-    """Whether no token, and no step before the split, reaches across a space (see `CUT`).
+    """Whether no token and no normalization step depends on text beyond a space (see `CUT`).
 
     Args:
       content: a tokenizer.json.
@@ -75,24 +74,24 @@ def splits_at_spaces(content: Mapping[str, Any]) -> bool:
 
 
 def _beginning(text: str, characters: int) -> str:
-    """A text up to a space after so many characters, or all of it."""
+    """A text up to the first space after some characters, or all of it if there is no space."""
     space = CUT.search(text, characters)
     return text[: space.start()] if space else text
 
 
 def _steps(step: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
-    """A normalizer or a pre-tokenizer, or the parts of a sequence of them."""
+    """The steps of a normalizer or pre-tokenizer: itself, or the parts of a sequence."""
     return [] if step is None else step.get(parts, [step])
 
 
 def _divides_at_spaces(step: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer divides a text at each space, by what comes before it alone."""
+    """Whether a pre-tokenizer splits at each space, whatever follows the space."""
     options = {"Metaspace": "split", "ByteLevel": "use_regex"}
     return step["type"] in PRE_TOKENIZERS and step.get(options.get(step["type"]), True)
 
 
 def _is_local(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer makes of a text's beginning up to a space the beginning of the whole."""
+    """Whether a normalizer gives the beginning of a text, up to a space, as in the whole text."""
     if step["type"] == "Replace":
         return step["pattern"].get("Regex") in REPLACED
     return step["type"] in NORMALIZERS

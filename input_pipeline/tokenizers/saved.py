@@ -1,8 +1,8 @@
 """Names of the files of a saved tokenizer."""
 
-# Says which class reads the folder, and the tokenizer's prefix.
+# JSON with the tokenizer's kind and its prefix.
 DESCRIPTION_FILE = "tokenization.json"
-# Of a SentencePiece tokenizer, beside the description.
+# The model of a SentencePiece tokenizer.
 MODEL_FILE = "sentencepiece.model"
-# Of a Hugging Face tokenizer, beside the description.
+# The content of a Hugging Face tokenizer.
 TOKENIZER_FILE = "tokenizer.json"

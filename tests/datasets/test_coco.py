@@ -169,7 +169,13 @@ def test_a_json_in_the_archive_that_is_wrong_is_one_line(packed, cache):
 
 def test_what_is_missing_comes_with_sizes_and_commands(tmp_path, packed):
     text = coco.missing(tmp_path / "none")
-    for part in ("13.5 GB", "6.6 GB", "37 MB", "82,783 photos", "Nothing is downloaded unasked"):
+    for part in (
+        "13.5 GB",
+        "6.6 GB",
+        "37 MB",
+        "82,783 photos",
+        "Nothing is downloaded automatically",
+    ):
         assert part in text
     for url in (f"{coco.IMAGES_URL}/train2014.zip", coco.CAPTIONS_URL):
         assert f"wget -c -P {tmp_path / 'none'} {url}" in text

@@ -70,7 +70,7 @@ def test_other_separators_inside_a_caption_do_not_split_it(write, separator):
 
 def test_differing_counts_name_every_file_and_its_count(write):
     folder = write(en="1\n2\n", de="1\n2\n3\n", zh="1\n")
-    with pytest.raises(ValueError, match="differing numbers of lines") as error:
+    with pytest.raises(ValueError, match="different numbers of lines") as error:
         line_aligned.read(folder)
     for part in ("image_names.txt 2", "captions_en.txt 2", "_de.txt 3", "_zh.txt 1"):
         assert part in str(error.value)

@@ -475,7 +475,10 @@ def test_published_configurations_agree(library, model, config):
     ("change", "message"),
     [
         ({"vocab_size": 3}, "tokens and the model an embedding of 3 rows"),
-        ({"vocab_size": 250_002}, "an embedding of 250002 rows: they are not of one checkpoint"),
+        (
+            {"vocab_size": 250_002},
+            "an embedding of 250002 rows: they are not of the same checkpoint",
+        ),
         ({"vocab_size": None}, "no vocab_size"),
         ({"pad_token_id": 5}, "pad_token_id is 0 in the tokenizer and 5 in config.json"),
         ({"pad_token_id": 1, "model_type": "xlm-roberta"}, "pad_token_id is 0"),
@@ -587,7 +590,7 @@ def test_e5_trimmed_to_the_captions(e5, captions, tmp_path):
 def test_e5_s_tokenizer_is_refused_for_other_models(e5):
     special_ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     for rows in (119_547, 501_153):  # M-BERT, LaBSE
-        with pytest.raises(ValueError, match="not of one checkpoint"):
+        with pytest.raises(ValueError, match="not of the same checkpoint"):
             e5.check_against_model(special_ids, {"model_type": "bert", "vocab_size": rows})
     config = {"model_type": "xlm-roberta", "vocab_size": 250_002, "pad_token_id": 0}
     with pytest.raises(ValueError, match="pad_token_id is 1 in the tokenizer and 0"):
