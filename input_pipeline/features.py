@@ -68,8 +68,8 @@ def cached(
     """
     count, dim = shape
     name = fingerprint({**description, "count": count, "dim": dim})
-    # A second run that needs the same features waits for the first one and then reads them. Where
-    # processes compute together it does not wait: two runs could wait for each other for ever.
+    # A second run that needs the same features waits for the first one, and then reads them. A run
+    # of several processes does not wait: two such runs could wait for each other for ever.
     with _lock(folder / f"{name}.lock", wait=agree is None) as obstacle:
         rows = _Rows(folder / f"{name}.npy", count, dim, obstacle)
         agree = agree or (lambda row: row)
@@ -144,7 +144,7 @@ class _Rows:
                 left.unlink(missing_ok=True)
 
     def _verify(self) -> None:
-        """Finds the intact rows, and tells of damaged ones."""
+        """Finds the intact rows, and logs how many are damaged."""
         with open(self._file, "rb") as file, concurrent.futures.ThreadPoolExecutor() as pool:
             header = os.pread(file.fileno(), len(self._header), 0)
             try:
@@ -195,13 +195,13 @@ class _Rows:
         return self._count if self.intact.all() else int(np.argmin(self.intact))
 
     def describe(self, description: Mapping[str, object]) -> None:
-        """Says beside the file what its rows are of, for a reader."""
+        """Writes beside the file what its rows were computed from, for people to read."""
         with contextlib.suppress(OSError):
             text = json.dumps(description, indent=1, sort_keys=True)
             write_whole(self._file.with_suffix(".json"), text)
 
     def put(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
-        """Takes in those of the rows from `start` on that are missing."""
+        """Keeps those of the rows, which begin at `start`, that were missing."""
         missing = np.concatenate([[False], ~self.intact[start : start + len(rows)], [False]])
         for first, stop in np.flatnonzero(np.diff(missing)).reshape(-1, 2).tolist():
             self._keep(start + first, rows[first:stop])

@@ -27,14 +27,14 @@ BYTES_PER_PIXEL = {
 }
 # MPO, several JPEGs in one file, is opened as JPEG.
 FORMATS = tuple(format for format in BYTES_PER_PIXEL if format != "MPO")
-# Of a decoded image, by Pillow's mode; 4 where it is not here.
+# Bytes a pixel of a decoded image, by Pillow's mode; other modes have 4.
 STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 # libjpeg keeps so many bytes of each sample where a JPEG is not in one scan.
 COEFFICIENT_BYTES = 2
 # libtiff unpacks a whole strip or tile at once; where that is JPEG or WebP, with copies.
 STRIP_COPIES = 3
 ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE = 278, 322, 323, 258
-# Of what does not grow with the picture: conversions, some rows at a time, and decoders' own.
+# Bytes that do not depend on the picture: conversions of some rows at a time, and decoders' own.
 CONSTANT = 8_000_000
 # Bytes that are unpacked at once; of what is packed as bzip2 or LZMA, packed bytes, which may be
 # 45,000 times as many.

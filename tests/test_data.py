@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import base
-from input_pipeline import datasets
+from input_pipeline import datasets, test_sets
 from input_pipeline.test_sets import split, xtd10
 from tests.datasets.test_coco import CocoCaptions
 from xlir import data
@@ -283,3 +283,10 @@ def test_photos_of_every_folder_are_kept_out_of_training(two_folders):
     assert not names & set(data.training_photos(two_folders).filenames)
     two_folders.evals = {}
     assert names & set(data.training_photos(two_folders).filenames)
+
+
+def test_types_of_test_sets_are_a_registry():
+    assert "noncommercial" in test_sets.find("xtd10").terms
+    assert [type for type in test_sets.TYPES if test_sets.find(type).download] == ["xtd10"]
+    with pytest.raises(ValueError, match="no type 'voc' of test sets; known: xtd10, folder, split"):
+        test_sets.find("voc")

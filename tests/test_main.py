@@ -1,7 +1,9 @@
 """The command line: help, errors that a user can mend in one line, and COCO from end to end."""
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -49,6 +51,15 @@ def test_help_lists_the_verbs(arguments, command):
     for verb in commands.VERBS:
         (line,) = (line for line in process.stdout.splitlines() if line.startswith(f"  {verb} "))
         assert len(line) > 40
+
+
+def test_every_module_with_a_verb_is_registered():
+    modules = {
+        module.name
+        for module in pkgutil.iter_modules(commands.__path__)
+        if hasattr(importlib.import_module(f"xlir.commands.{module.name}"), "run")
+    }
+    assert modules == set(commands.VERBS.values())
 
 
 @pytest.mark.parametrize("verb", commands.VERBS)

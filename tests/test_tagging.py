@@ -18,7 +18,7 @@ from input_pipeline import vocabularies
 from input_pipeline.datasets import emoji
 from tests.test_main import NO_JAX, refusal
 from tests.test_photo_limits import odd_files, png
-from xlir import encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
+from xlir import embed, encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
 from xlir.commands import tag
 
 SHAPES = "en\tde\ncircle\tKreis|Scheibe\nsquare\tQuadrat\nline\tStrich\nred\trot\nblue\tblau\n"
@@ -202,7 +202,7 @@ def test_batches_skip_what_is_broken_and_keep_the_order():
     assert seen == [number for number in numbers if int(number.name) % 7 != 3]
     assert len(skipped) == 14
     # The last batch is filled up: one shape is compiled for.
-    assert set(fake.sizes) == {tagging.IMAGE_BATCH}
+    assert set(fake.sizes) == {embed.IMAGE_BATCH}
     fake = CountingEncoder()
     assert len(list(tagging.embed_files(fake, numbers[1:3], skipped.append))) == 1
     assert fake.sizes == [2]

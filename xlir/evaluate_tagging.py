@@ -1,8 +1,8 @@
 """Evaluation of zero-shot tagging in the languages of a vocabulary, and how its results are shown.
 
-What is true of a photo comes from, in this order: its own name, where the run's data set is the
-emoji; COCO's instance labels, where instances_*.json are beside the photos; else the English
-captions (`input_pipeline.labels`).
+The true tags of a photo come from the first of these that there is: its own name, where the run's
+data set is the emoji; COCO's instance labels, where instances_*.json are beside the photos; the
+English captions (`input_pipeline.labels`).
 """
 
 import dataclasses

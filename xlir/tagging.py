@@ -35,12 +35,12 @@ import numpy as np
 from jaxtyping import Float
 
 from input_pipeline import vocabularies
+from xlir import embed
 from xlir.decoding import decode_each
-from xlir.embed import IMAGE_BATCH
 from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 
-# Prompts: the bare name, and a photo of it.
+# The prompts of each language: the bare name, and "a photo of" it.
 TEMPLATES = {
     "en": ("{}", "a photo of a {}"),
     "ar": ("{}", "صورة {}"),
@@ -173,7 +173,7 @@ class Tagger:
         least = -np.inf if threshold is None else self.prominence_at(threshold)
         found = []
         for row, value in enumerate(values):
-            best = np.argsort(-value, kind="stable")[:top_k]
+            best = embed.top_k(value, top_k)
             best = best[value[best] >= least]
             shares = self.percentiles(value[best]).tolist() if calibrated else [None] * len(best)
             found.append(
@@ -190,14 +190,14 @@ def embed_names(
 ) -> Float[np.ndarray, "tags dim"]:
     """One embedding of unit length a tag: the mean over its names and the language's prompts.
 
-    A language without prompts has the bare names.
+    Where a language has no prompts, its names are embedded as they are.
     """
     templates = TEMPLATES.get(language, ("{}",))
     prompts = [
         template.format(name) for of_tag in names for name in of_tag for template in templates
     ]
     if language == "fr":
-        # Une photo d'arbre.
+        # "de" is elided before a vowel: une photo d'arbre.
         prompts = [
             re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in prompts
         ]
@@ -210,7 +210,7 @@ def embed_names(
 def _neighbourhood(
     cosines: Float[np.ndarray, "rows others"], count: int = NEIGHBOURS
 ) -> Float[np.ndarray, " rows"]:
-    """The mean of each row's `count` highest."""
+    """The mean of the `count` highest values of each row."""
     count = min(count, cosines.shape[1])
     return np.partition(cosines, -count, axis=1)[:, -count:].mean(axis=1)
 
@@ -239,9 +239,9 @@ def embed_files(
     Args:
       encoder: embeds.
       files: of images.
-      skip: is told, in a line, of each file that can't be read or decoded; it is left out.
+      skip: called with one line for each file that can't be read or decoded, which is left out.
     """
-    size, ready = IMAGE_BATCH * encoder.mesh.size, []
+    size, ready = embed.IMAGE_BATCH * encoder.mesh.size, []
     whole = False
     for file, pixels in decode_each(encoder.embedder.decode, files, 2 * size):
         if isinstance(pixels, Exception):

@@ -30,7 +30,7 @@ class CaptionedImages:
     Args:
       builder: the prepared set.
       splits: their names, joined with a plus.
-      exclude: says of a file name whether to leave the image out.
+      exclude: takes a file name, and says whether to leave that image out.
 
     Attributes:
       filenames: the file name of each image.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from input_pipeline import photo_limits
 
 LOCAL_HEADER = b"PK\x03\x04"
-# Of the archives as published at images.cocodataset.org, in bytes.
+# Sizes of the archives at images.cocodataset.org, in bytes.
 PUBLISHED = {"train2014.zip": 13_510_573_713, "val2014.zip": 6_645_013_297}
 # What programs that download leave beside a file that is not whole.
 LEFT_BESIDE = (".aria2", ".part", ".crdownload", ".st")
@@ -174,7 +174,7 @@ def check(files: Iterable[FileInFolder | FileInZip]) -> None:
 
 
 def partial(file: str | os.PathLike, fault: str) -> ValueError:
-    """The error of an archive that is not whole."""
+    """The error for an archive that is not whole."""
     file = pathlib.Path(file)
     whole = f" of {PUBLISHED[file.name]:,}" if file.name in PUBLISHED else ""
     return ValueError(

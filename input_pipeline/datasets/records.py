@@ -3,7 +3,7 @@
 A prepared set is named by a fingerprint of its source, so a changed source is prepared anew, never
 read stale, and earlier sets stay. It is written shard by shard into a folder beside, which is
 renamed at the end: a killed preparation leaves nothing that could be taken for a whole one, and
-the next one keeps the shards that were finished.
+the next one uses the shards that were finished.
 
 Everything in a set has a digest. ArrayRecord checks each record that is read; SHA256SUMS has the
 other files', which are checked when the set is opened.
@@ -43,7 +43,7 @@ NAMED = 3
 
 
 class Unread(NamedTuple):
-    """One captioned image, not read yet; `read` gives None where it can't be decoded."""
+    """A captioned image that is not read yet; `read` returns None if it can't be decoded."""
 
     filename: str
     image_id: int
@@ -125,7 +125,7 @@ def open_prepared(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
         raise ValueError(f"{error}. {way_out}") from error
     try:
         return tfds.builder_from_directory(folder)
-    # Of versions that wrote no digests: whatever TFDS makes of damaged JSON.
+    # Sets of earlier versions have no digests: TFDS raises many kinds of errors at damaged JSON.
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -151,7 +151,7 @@ def _unfinished(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _clean_up(folder: pathlib.Path) -> None:
-    """Removes what killed preparations of this set left, but for what can be gone on with."""
+    """Removes what killed preparations left, other than shards that this one can use."""
     for left in folder.parent.parent.glob("*/incomplete.*"):
         if left == _unfinished(folder):
             continue

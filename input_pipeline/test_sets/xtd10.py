@@ -3,8 +3,7 @@
 Aggarwal and Kale 2020, "Towards Zero-shot Cross-lingual Image Retrieval",
 https://github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10.
 
-XTD10's own files are checked against their SHA-256, and its photos can be told from others by name:
-`origin`.
+Its files are checked against their SHA-256. `origin` recognizes its photos by their names.
 """
 
 import contextlib
@@ -179,7 +178,7 @@ def origins() -> dict[int, str]:
 
 
 def _show_licence(folder: pathlib.Path) -> None:
-    """Tells the terms once on a machine."""
+    """Logs the terms, the first time on a machine."""
     stamp = cache_folder() / "licences" / "xtd10"
     if stamp.exists():
         return
@@ -188,7 +187,7 @@ def _show_licence(folder: pathlib.Path) -> None:
         "XTD10's captions are under %s. Its text: %s (this is shown once)",
         *(TERMS, licence),
     )
-    # Where the cache can't be written they are shown again.
+    # If the cache can't be written, they are shown again next time.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(exist_ok=True)
         stamp.touch()

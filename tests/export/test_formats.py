@@ -354,7 +354,7 @@ def test_the_reference_is_computed_in_full_float32(bert_and_vit, pairs, monkeypa
     seen = []
     for name in ("features", "embed"):
         monkeypatch.setattr(
-            encoder, name, lambda *_: seen.append(jax.config.jax_default_matmul_precision)
+            encoder.embedder, name, lambda *_: seen.append(jax.config.jax_default_matmul_precision)
         )
     verification._reference(encoder, pairs)
     assert seen == ["highest"] * 4

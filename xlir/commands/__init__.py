@@ -4,13 +4,15 @@ The module of a verb has
 
 - a docstring, which `VERB --help` shows; the list of all verbs shows its first line;
 - `define(flags)`, which declares the verb's flags (`xlir.commands.flags.Flags`);
-- `run(values)`, which does the work. Its argument has the flags' values, and what it returns is the
-  exit code, None for 0. It raises `UsageError` where flags do not go together;
-- `WORDS`, where the verb takes words besides its flags: what they are, for the help. `run` takes
+- `run(values)`, which does the work. `values.workdir` is the value of --workdir, and so on. It
+  returns the exit code, or None for 0, and raises `UsageError` where flags do not go together;
+- `WORDS`, only where the verb takes words besides its flags: what the help calls them. `run` takes
   them as further arguments.
 
-A module imports nothing at its top that imports JAX, and checks its flags before it starts JAX:
-the help and most refusals then take no seconds. Adding a verb is its module and a line below.
+JAX takes seconds to import. So a module imports nothing at its top that imports JAX, and `run`
+checks the flags before it does: help and most refusals then come at once.
+
+A new verb is a new module, and a line in `VERBS`.
 """
 
 import importlib
@@ -99,14 +101,11 @@ def _summary(verb: str) -> str:
 
 
 def _unknown_flag(name: str, verb: str) -> str:
-    """What to say of a flag that the verb has not; other verbs may have it."""
+    """What to say of a flag that the verb does not have, though others may."""
     name, *_ = name.split(".")
     others = [other for other in VERBS if name in declared_flags(other).values]
     if not others:
         return f"unknown flag --{name}"
-    *first, last = others
-    message = f"--{name} goes with {' and '.join(filter(None, [', '.join(first), last]))}"
-    message += f", not with {verb}"
-    if name == "config":
-        message += ": a run has its configuration in --workdir"
-    return message
+    listed = " and ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
+    hint = ": the run's folder has its configuration" if name == "config" else ""
+    return f"--{name} goes with {listed}, not with {verb}{hint}"

@@ -11,6 +11,7 @@ Examples:
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
@@ -32,6 +33,7 @@ def define(flags: Flags) -> None:
         "vocabulary",
         "With --task=tagging: coco, flickr8k, emoji, or a file (a tag a line, or a table of "
         "languages as in input_pipeline/vocabularies); default: the one of the run's data set.",
+        default="",
     )
     processes.define(flags)
 
@@ -41,6 +43,7 @@ def run(values: FlagValues) -> None:
     for name in FOREIGN[values.task]:
         if values[name].value:
             raise UsageError(f"--{name} does not go with --task={values.task}")
+    splits = _splits(values.test_set) if values.task == "tagging" else []
     processes.start_jax(values)
     from xlir import data, evaluate, partition
     from xlir.encoder import Encoder
@@ -50,7 +53,7 @@ def run(values: FlagValues) -> None:
     mesh = partition.fitting_mesh(read_config(workdir).mesh)
     encoder = Encoder.load(workdir, mesh=mesh)
     if values.task == "tagging":
-        _evaluate_tagging(encoder, workdir, values)
+        _evaluate_tagging(encoder, workdir, values.vocabulary, splits)
         return
     for test_set in data.test_sets(
         encoder.config, values.test_set, values.images, drop_junk=values.drop_junk
@@ -58,12 +61,20 @@ def run(values: FlagValues) -> None:
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
-def _evaluate_tagging(encoder, workdir: pathlib.Path, values: FlagValues) -> None:
-    from xlir import data, evaluate_tagging
-
-    for name in (values.test_set or "split:test").split(","):
+def _splits(test_set: str) -> list[str]:
+    """The splits of the run's data set that tagging is evaluated on."""
+    names = (test_set or "split:test").split(",")
+    for name in names:
         if not name.startswith("split:"):
             raise ValueError(f"--test_set={name}: tagging is evaluated on split:NAME")
-        split = name.removeprefix("split:")
-        chosen = evaluate_tagging.tagging_set(encoder.config, values.vocabulary or "", split)
+    return [name.removeprefix("split:") for name in names]
+
+
+def _evaluate_tagging(
+    encoder, workdir: pathlib.Path, vocabulary: str, splits: Sequence[str]
+) -> None:
+    from xlir import data, evaluate_tagging
+
+    for split in splits:
+        chosen = evaluate_tagging.tagging_set(encoder.config, vocabulary, split)
         evaluate_tagging.report(encoder, chosen, workdir, data.feature_cache())

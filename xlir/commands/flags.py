@@ -10,6 +10,9 @@ from ml_collections import config_flags
 from xlir.commands.errors import UsageError
 from xlir.config import check_config
 
+# Columns of the help: where the text of a flag begins, and where it is wrapped.
+INDENT, WIDTH = 25, 96
+
 
 class Flags:
     """The flags of one verb. A method for each kind of flag declares one, with its help.
@@ -142,10 +145,6 @@ class Flags:
 
     def _declare(self, define: Callable, *description: Any) -> None:
         define(*description, flag_values=self.values)
-
-
-# Columns of the help text.
-INDENT, WIDTH = 25, 96
 
 
 def _reason(error: Exception) -> str:

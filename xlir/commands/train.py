@@ -1,7 +1,8 @@
-"""Train and evaluate what --config describes; continue where the run's folder has a checkpoint.
+"""Train and evaluate what --config describes, or continue where it was interrupted.
 
-Prepared data sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in
-$XLIR_CACHE (default ~/.cache/xlir). Run the same command again to continue an interrupted run.
+The same command, run again, continues from the last checkpoint in the run's folder. Prepared data
+sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in $XLIR_CACHE
+(default ~/.cache/xlir).
 
 Examples:
   python -m xlir.main --config=configs/quickstart.py

@@ -24,7 +24,7 @@ _LARGE = _BASE | {
     "intermediate_size": 4096,
     "patch_size": 14,
 }
-# Of CLIP and SigLIP.
+# The names are the same in CLIP and SigLIP.
 LAYERS = LayerNames(
     "encoder.layers.{}.",
     {
@@ -70,7 +70,7 @@ CLIP = VisionFamily(
     modules=MODULES | {"input_norm": "pre_layrnorm"},  # sic
     prefixes=("vision_model.",),
     ignored=IGNORED,
-    # Its mean would be over the class token too.
+    # sentence-transformers would take the class token into the mean.
     outputs={"cls": ("pooler_output", None)},
     dual_encoder_pooling="cls",
     architectures={

@@ -38,7 +38,7 @@ def _is_gated(config: Mapping) -> bool:
 
 
 def _read(config: Mapping) -> VisionConfig:
-    """The width inside of the feed-forward block is a multiple of the other."""
+    """The feed-forward block is `mlp_ratio` times as wide as the residual stream."""
     mlp_dim = read_field(config, "hidden_size", WIDTH)
     mlp_dim = int(mlp_dim * read_field(config, "mlp_ratio", Real(1, 1000)))
     if gated := _is_gated(config):
@@ -77,8 +77,8 @@ DINOV2 = VisionFamily(
     modules=MODULES,
     prefixes=("dinov2.",),
     zeros={"embeddings.mask_token": (1,)},
-    size_of_weights=224,
-    # Its mean would be over the class token too.
+    applied_at=224,
+    # sentence-transformers would take the class token into the mean.
     outputs={"cls": ("last_hidden_state", "cls")},
     dual_encoder_pooling="cls",
     architectures={

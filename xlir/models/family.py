@@ -1,7 +1,7 @@
-"""What the package has to know of a family of towers, in one value.
+"""A family of towers as one value, which holds all that the package knows of it.
 
-A family's file makes a `Family` and fills it; `registry.py` lists them all. Loading, training,
-sharding, compiling and exporting ask the family and know no towers by name.
+The file of a family fills a `Family`, and `registry.py` lists all families. The code that loads,
+trains, shards, compiles and exports asks the family, and knows no tower by its name.
 """
 
 import abc
@@ -30,15 +30,16 @@ class Family(abc.ABC):
       name: the `model_type` that `transformers` gives a tower alone; of a package its own name.
       side: "text" or "image".
       kind: the tower's module, by its name in a run's tower.json and in exported PyTorch code.
-      other_names: further values of `model_type` that are read.
+      other_names: further values of `model_type` that are read as this family.
       poolings: how the tower's output becomes one vector, the default first; none where the tower
         has a way of its own.
       architectures: Hub id -> what that checkpoint's config.json says, as far as it matters here.
       packages: name of a tower that comes as a package -> its config.
       terms: licence of the packages' weights.
-      below_layers: the tower's parameters and modules that come before its layers.
+      below_layers: names of the parameters and modules that come before the layers; layer-wise
+        decay of the learning rate counts them as one layer more.
       outputs: pooling -> the output of `transformers`' model, and sentence-transformers' pooling
-        over it (None: it is pooled already). None at all where `transformers` has no such model.
+        over it (None: it is pooled already). Empty where `transformers` has no such model.
       dual_encoder_pooling: the pooling that `VisionTextDualEncoderModel` applies, if it takes such
         a tower.
       pooler_is_optional: `transformers`' model takes `add_pooling_layer=False`.
@@ -145,7 +146,7 @@ class TowerSpec:
     that it started from.
 
     Attributes:
-      family: what the tower is one of.
+      family: the family that the tower belongs to.
       config: the checkpoint's config.json.
       pooling: one of the family's.
       dense: of a text tower the layers after the pooling, as `sentence_modules.read` gives them.

@@ -265,7 +265,7 @@ class MuseFamily(Family):
     """See `Family`."""
 
     def check(self, config: Mapping) -> None:
-        """There is nothing to check: it has one form alone."""
+        """mUSE has one form, so there is nothing to check."""
 
     def create(self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> Muse:
         """See `Family.create`; `remat` has no effect."""

@@ -1,7 +1,7 @@
-"""Parameters that were renamed: files of runs that older versions wrote are still read.
+"""Names of parameters that have changed, so that runs of older versions can still be read.
 
-Of towers these are safetensors files, of checkpoints whole trees: parameters, their moving average
-and the optimizer's state, which holds a tree of the parameters' structure for each of its moments.
+A run holds parameters in two places: the safetensors files of its towers, and its checkpoints. A
+checkpoint has trees of the parameters, of their moving average, and of the optimizer's moments.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ import jax
 
 PyTree = Any
 
-# Raised by one with each renaming. Checkpoints of version 1 do not say which they are of.
+# The version of the names; a renaming raises it by one. Records of checkpoints hold it from
+# version 2 on.
 VERSION = 2
-# Module -> names of its parts today -> those that they had in version 1.
+# Module -> name of its part today -> name of that part in version 1.
 _RENAMED = {"mlp": {"fc1": "inner", "fc2": "outer"}}
 _TODAY = {module: {old: new for new, old in names.items()} for module, names in _RENAMED.items()}
 

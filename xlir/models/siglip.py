@@ -49,7 +49,7 @@ class SigLIPFamily(VisionFamily):
     """Image towers with a pooling by attention."""
 
     def check_pooling(self, config: Mapping, pooling: str) -> None:
-        """See `Family.check_pooling`. The head that pools may have been left out."""
+        """See `Family.check_pooling`. Some checkpoints lack the head that pools by attention."""
         super().check_pooling(config, pooling)
         pooling = pooling or self.default_pooling
         if pooling == "attention" and self.complete(config).get("vision_use_head") is False:
@@ -59,7 +59,7 @@ class SigLIPFamily(VisionFamily):
             )
 
     def rename_pooling(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The query, and the projection that keys and values have with it in one matrix."""
+        """The learned query, and the joint projection of queries, keys and values."""
         names = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias")
         if not all(name in left for name in names):
             return {}

@@ -31,7 +31,7 @@ class TextFamily(Family):
     Attributes:
       read: the content of a config.json -> the tower that it describes; it raises ValueError where
         a field is missing or not what it may be.
-      prefix: of all names in checkpoints for other tasks.
+      prefix: what the tower's names begin with in checkpoints that hold more than the tower.
       layer_names: of a checkpoint.
       token_types: the embedding has a table of token types.
       sentence_modules: Hub id -> fields of a `TowerSpec` that the modules.json of this

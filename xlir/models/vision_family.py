@@ -57,11 +57,12 @@ class VisionFamily(Family):
       layer_names: of a checkpoint, by its completed config.
       embedding_names: of a checkpoint.
       modules: our name of a module outside of the layers -> a checkpoint's.
-      prefixes: of all names in checkpoints of more than the tower.
-      ignored: what names begin with that are not of the tower.
-      zeros: name of a tensor that only pre-training uses -> its shape but for the last axis.
-      size_of_weights: pixels a side at which images are shown to the published weights, where that
-        is not the size of the position table.
+      prefixes: what the tower's names begin with in checkpoints that hold more than the tower.
+      ignored: what the names of tensors begin with that do not belong to the tower.
+      zeros: tensors that only pre-training uses, which are exported as zeros: name -> shape without
+        the last axis, the width.
+      applied_at: the size of images, in pixels a side, that the published weights are used with,
+        where it differs from that of the position table; else 0.
     """
 
     side: str = "image"
@@ -78,7 +79,7 @@ class VisionFamily(Family):
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...] = ("classifier.", "embeddings.mask_token")
     zeros: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    size_of_weights: int = 0
+    applied_at: int = 0
 
     def complete(self, config: Mapping) -> dict[str, Any]:
         """The image tower's part of a config.json, with the defaults filled in.
@@ -131,7 +132,7 @@ class VisionFamily(Family):
 
     def image_size(self, config: Mapping) -> int:
         """See `Family.image_size`."""
-        return self.size_of_weights or self.complete(config)["image_size"]
+        return self.applied_at or self.complete(config)["image_size"]
 
     def smallest_image(self, config: Mapping) -> int:
         """One patch."""

@@ -58,7 +58,7 @@ VIT = VisionFamily(
     embedding_names=EmbeddingNames(),
     modules=MODULES | {"pooler": "pooler.dense"},
     prefixes=("vit.",),
-    # Its mean would be over the class token too.
+    # sentence-transformers would take the class token into the mean.
     outputs={"cls": ("last_hidden_state", "cls"), "pooler": ("pooler_output", None)},
     dual_encoder_pooling="pooler",
     pooler_is_optional=True,
