@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from input_pipeline.cache import fingerprint
 from tests.runs import metrics_of
 from xlir import data, evaluate, train
 from xlir.encoder import Encoder
@@ -48,3 +49,13 @@ def test_an_earlier_run_resumes_to_the_same_curve(expected):
     np.testing.assert_allclose(curve, expected["loss"], rtol=1e-5)
     (results,) = workdir.glob("results/*.json")
     assert json.loads(results.read_text()) == expected["final"][results.name]
+
+
+def test_features_that_an_earlier_version_kept_are_found(expected):
+    """They are filed under the towers' descriptions, weights and names of parameters included."""
+    encoder = Encoder.open(pathlib.Path("run"))
+    found = [
+        fingerprint(encoder.embedder.describe_tower(encoder.parameters, side))
+        for side in ("text", "image")
+    ]
+    assert found == ["fadf48af6105f7cabd03196e", "15855259361228d0707c36a4"]

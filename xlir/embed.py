@@ -20,7 +20,7 @@ from input_pipeline import images as image_io
 from input_pipeline import tokenizers
 from input_pipeline.cache import fingerprint
 from xlir import decoding, partition
-from xlir.models import dual_encoder, pretrained
+from xlir.models import dual_encoder, parameter_names, pretrained
 from xlir.models.family import TowerSpec
 
 PyTree = Any
@@ -215,14 +215,20 @@ class Embedder:
         return {name: partition.gather(x) for name, x in pretrained.flatten(module).items()}
 
     def describe_tower(self, parameters: Parameters, side: str) -> dict[str, object]:
-        """Everything that a tower's outputs depend on, except the input."""
-        digest = hashlib.sha256()
-        for name, array in sorted(self.weights(parameters, f"{side}_tower").items()):
+        """Everything that a tower's outputs depend on, except the input.
+
+        Features are kept under it. Parameters and the default pooling are therefore named as in the
+        first version, so that features which that version has kept are still found.
+        """
+        weights, digest = self.weights(parameters, f"{side}_tower"), hashlib.sha256()
+        for name, array in sorted(parameter_names.weights_of(1, weights).items()):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array))
-        options = self.config[side]
+        options, tower = self.config[side], self.specs[side].to_json()
+        if side == "image" and "pooling" in tower:
+            tower["pooling"] = options.pooling
         description: dict[str, object] = {
-            "tower": self.specs[side].to_json(),
+            "tower": tower,
             "weights": digest.hexdigest(),
             "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
         }

@@ -25,7 +25,8 @@ from input_pipeline.tokenizers import HuggingFaceTokenizer
 from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
-from xlir.encoder import SIDES, Encoder
+from xlir.embed import SIDES
+from xlir.encoder import Encoder
 from xlir.models import clip, dual_encoder, pretrained, registry, towers
 from xlir.models.family import TowerSpec
 from xlir.models.transformer import WIDTH

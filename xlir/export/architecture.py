@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xlir.encoder import SIDES, Encoder
+from xlir.embed import SIDES
+from xlir.encoder import Encoder
 from xlir.models.transformer import STACK
 
 

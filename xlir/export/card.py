@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from input_pipeline import datasets
-from xlir.encoder import SIDES, Encoder
+from xlir.embed import SIDES
+from xlir.encoder import Encoder
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.preprocessing import RESAMPLING
-from xlir.encoder import SIDES, Encoder
+from xlir.embed import SIDES
+from xlir.encoder import Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 

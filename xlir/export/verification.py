@@ -22,7 +22,8 @@ from PIL import ExifTags, Image
 from input_pipeline import images as image_io
 from xlir import metrics
 from xlir.data import RetrievalSet
-from xlir.encoder import SIDES, Encoder
+from xlir.embed import SIDES
+from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 

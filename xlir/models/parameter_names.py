@@ -25,14 +25,13 @@ def weights_of_today(weights: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       weights: by dotted path, such as `layers.stacked.mlp.inner.kernel`.
     """
+    return {_renamed_path(name, _TODAY): value for name, value in weights.items()}
 
-    def renamed(name: str) -> str:
-        parts = name.split(".")
-        for place in range(1, len(parts)):
-            parts[place] = _TODAY.get(parts[place - 1], {}).get(parts[place], parts[place])
-        return ".".join(parts)
 
-    return {renamed(name): value for name, value in weights.items()}
+def weights_of(version: int, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's weights, which have today's names, by the names of a version."""
+    names = {} if version == VERSION else _RENAMED
+    return {_renamed_path(name, names): value for name, value in weights.items()}
 
 
 def tree_of_today(tree: PyTree, version: int) -> PyTree:
@@ -43,6 +42,14 @@ def tree_of_today(tree: PyTree, version: int) -> PyTree:
 def tree_of(version: int, tree: PyTree) -> PyTree:
     """The inverse of `tree_of_today`: today's tree with the names that a checkpoint has."""
     return tree if version == VERSION else _renamed(tree, _RENAMED)
+
+
+def _renamed_path(name: str, names: Mapping[str, Mapping[str, str]]) -> str:
+    """A dotted path, in which the parts of some modules have other names."""
+    parts = name.split(".")
+    for place in range(1, len(parts)):
+        parts[place] = names.get(parts[place - 1], {}).get(parts[place], parts[place])
+    return ".".join(parts)
 
 
 def _renamed(tree: PyTree, names: Mapping[str, Mapping[str, str]]) -> PyTree:
