@@ -408,7 +408,7 @@ def test_other_ways_to_say_the_same():
     ("name", "change", "message"),
     [
         ("vit", {"feature_extractor_type": None}, "names no image_processor_type; add one"),
-        ("vit", {"feature_extractor_type": "SamImageProcessor"}, "unknown image processor 'SamImageProcessor'; known"),
+        ("vit", {"feature_extractor_type": "SamImageProcessor"}, "unknown image processor 'Sam"),
         ("vit", {"do_resize": False}, "do_resize is false"),
         ("vit", {"do_rescale": False}, "do_rescale is false"),
         ("vit", {"rescale_factor": 1 / 127.5}, "only 1/255"),
