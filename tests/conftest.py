@@ -231,3 +231,21 @@ def toy_run(toy_config, session_folder) -> pathlib.Path:
 def one_device(photos, session_folder) -> runs.Run:
     """A run on one device, which those on others are compared with; only to be read."""
     return runs.whole_run(session_folder / "one-device", runs.flags_of(photos))
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Exported folders are checked in this process, which saves the import of torch each time."""
+    from xlir.export import check, verification
+
+    def run(folder, format, pairs):
+        return check.outputs(format, folder, pairs.texts, pairs.images)
+
+    monkeypatch.setattr(verification, "_run", run)
+    # Each folder's modules have the same names.
+    before = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - before[0]:
+        if name.split(".")[0] in ("dual_encoder", "inputs"):
+            del sys.modules[name]
+    sys.path[:] = before[1]

@@ -74,7 +74,7 @@ def test_one_evaluator_takes_the_parameters_of_any_state(
     fresh = Encoder(
         embed.Embedder(
             *(encoder.config, encoder.embedder.graph, encoder.tokenizer),
-            *(encoder.descriptions, encoder.feature_dims, encoder.mesh),
+            *(encoder.specs, encoder.feature_dims, encoder.mesh),
         ),
         encoder.parameters,
     )

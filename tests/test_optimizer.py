@@ -118,5 +118,5 @@ def test_layer_decay_scales_a_towers_updates_and_no_others(towers):
 
 def test_biases_and_norms_of_a_stack_do_not_decay(towers):
     layers = optimizer.decays(towers)["text_tower"]["layers"]["stacked"]
-    assert layers["mlp"]["inner"] == {"kernel": True, "bias": False}
+    assert layers["mlp"]["fc1"] == {"kernel": True, "bias": False}
     assert not any(jax.tree.leaves(layers["mlp_norm"]))

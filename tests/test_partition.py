@@ -84,12 +84,12 @@ def test_a_real_run_holds_what_the_table_says():
 @pytest.mark.parametrize(
     ("path", "shape", "expected"),
     [
-        ("text_tower.layers.stacked.mlp.inner.kernel", (12, 768, 3072), (None, None, "fsdp")),
+        ("text_tower.layers.stacked.mlp.fc1.kernel", (12, 768, 3072), (None, None, "fsdp")),
         # The last axis does not divide, the one before does; the first one of a stack never counts.
-        ("text_tower.layers.stacked.mlp.inner.kernel", (8, 768, 1001), (None, "fsdp")),
-        ("text_tower.layers.stacked.mlp.inner.kernel", (8, 767, 1001), ()),
+        ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 768, 1001), (None, "fsdp")),
+        ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 767, 1001), ()),
         ("text_tower.embedding", (250002, 768), (None, "fsdp")),
-        ("text_tower.layers.stacked.mlp.inner.bias", (12, 3072), ()),
+        ("text_tower.layers.stacked.mlp.fc1.bias", (12, 3072), ()),
         ("optimizer.0.mu.image_tower.patches.kernel", (768, 768), (None, "fsdp")),
         ("text_head.kernel", (16, 16), ()),  # too small
     ],

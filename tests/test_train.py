@@ -278,7 +278,7 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
     model = dual_encoder.DualEncoder(
         config, opened.text_tower, opened.image_tower, rngs=nnx.Rngs(config.seed)
     )
-    encoder = Encoder.from_model(config, model, source.tokenizer, source.descriptions, mesh)
+    encoder = Encoder.from_model(config, model, source.tokenizer, source.specs, mesh)
     params, frozen = encoder.parameters
     layout, step = train_step.compile_step(config, encoder.embedder.graph, params, mesh)
     towers = [name for name in params if "tower" in name]

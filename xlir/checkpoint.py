@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from input_pipeline import files
 from xlir import partition
 from xlir.digests import digests
+from xlir.models import parameter_names
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             not validated, as when a run is stopped: it is there to resume from, and counts as the
             best only while no checkpoint has a score.
         """
-        record = {"score": score, "digests": digests(items)}
+        record = {"score": score, "digests": digests(items), "names": parameter_names.VERSION}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         arguments["record"] = ocp.args.JsonSave(files.with_digest(record))
         # Before the save, which deletes those that are not kept.
@@ -109,7 +110,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 damaged[step] = f"{differing[0]} is not what was saved"
             else:
                 self._set_aside(damaged, step)
-                return step, items
+                return step, parameter_names.tree_of_today(items, self._names(step))
         reasons = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
         raise ValueError(
             f"no checkpoint in {self.folder} can be restored. They are damaged, or of another "
@@ -118,7 +119,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def _read(self, step: int, targets: Items) -> tuple[Items, str]:
-        """The items of a checkpoint, or why they can't be read."""
+        """The items of a checkpoint, with the names that it has; or why they can't be read."""
+        targets = parameter_names.tree_of(self._names(step), targets)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments))), ""
@@ -164,6 +166,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _list(self) -> list[int]:
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
+
+    def _names(self, step: int) -> int:
+        """Which version's names the parameters of a checkpoint have."""
+        return self._records[step].get("names", 1)
 
     def _score(self, step: int) -> tuple[float, int]:
         """What orders checkpoints from the worst to the best."""

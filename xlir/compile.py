@@ -42,8 +42,8 @@ def abstract(
     config: ConfigDict,
 ) -> tuple[nnx.GraphDef, Parameters, dict[str, jax.ShapeDtypeStruct]]:
     """A model's structure, and the shapes of its parameters and of a global batch."""
-    described = towers.describe_published(config)
-    model = towers.abstract_model(config, described)
+    specs = towers.describe_published(config)
+    model = towers.abstract_model(config, specs)
     graph, parameters = split(config, model)
     size = config.data.batch_size
     batch: dict[str, tuple] = {"image_id": ((size,), jnp.int32)}
@@ -54,7 +54,7 @@ def abstract(
         batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
         batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)
     if not config.image.frozen:
-        pixels = described["image"]["preprocessing"]["size"]
+        pixels = specs["image"].preprocessing.size
         batch["image"] = ((size, pixels, pixels, 3), jnp.uint8)
     shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in batch.items()}
     return graph, parameters, shapes

@@ -19,9 +19,9 @@ from input_pipeline import features as feature_cache
 from input_pipeline import images as image_io
 from input_pipeline import tokenizers
 from input_pipeline.cache import fingerprint
-from input_pipeline.preprocessing import Preprocessing
 from xlir import decoding, partition
-from xlir.models import dual_encoder, pretrained, towers
+from xlir.models import dual_encoder, pretrained
+from xlir.models.family import TowerSpec
 
 PyTree = Any
 SIDES = ("text", "image")
@@ -82,7 +82,7 @@ class Embedder:
       config: the configuration of the model.
       graph: the structure of the model, from `split`.
       tokenizer: texts -> token ids.
-      descriptions: of both towers.
+      specs: of both towers.
       preprocessing: what the image tower expects of pixels.
       feature_dims: the width of each tower's outputs.
       mesh: the devices.
@@ -93,13 +93,13 @@ class Embedder:
         config: ConfigDict,
         graph: nnx.GraphDef,
         tokenizer: tokenizers.Tokenizer,
-        descriptions: dict[str, towers.Description],
+        specs: dict[str, TowerSpec],
         feature_dims: dict[str, int],
         mesh: Mesh,
     ):
         self.config, self.graph, self.tokenizer = config, graph, tokenizer
-        self.descriptions, self.feature_dims, self.mesh = descriptions, feature_dims, mesh
-        self.preprocessing = Preprocessing(**descriptions["image"]["preprocessing"])
+        self.specs, self.feature_dims, self.mesh = specs, feature_dims, mesh
+        self.preprocessing = specs["image"].preprocessing
         # Every process, and the host, gets all rows of what is embedded.
         compiled = functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
         self._embed = {side: compiled(functools.partial(self._embed_batch, side)) for side in SIDES}
@@ -222,7 +222,7 @@ class Embedder:
             digest.update(np.ascontiguousarray(array))
         options = self.config[side]
         description: dict[str, object] = {
-            "tower": self.descriptions[side],
+            "tower": self.specs[side].to_json(),
             "weights": digest.hexdigest(),
             "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
         }

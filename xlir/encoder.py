@@ -27,12 +27,13 @@ from xlir.config import check_config
 from xlir.decoding import Photo
 from xlir.embed import SIDES, Embedder, Inputs, Parameters
 from xlir.models import dual_encoder, pretrained, towers
+from xlir.models.family import TowerSpec
 
 log = logging.getLogger(__name__)
 
 # In the folder of a tower in a workdir.
 WEIGHTS_FILE = "weights.safetensors"
-DESCRIPTION_FILE = "tower.json"
+SPEC_FILE = "tower.json"
 
 
 class Encoder:
@@ -43,14 +44,14 @@ class Encoder:
         processes, all have to make the same calls.
       parameters: laid out on that mesh.
       step: training steps that the parameters have seen.
-      config, tokenizer, preprocessing, descriptions, feature_dims, mesh: those of the embedder.
+      config, tokenizer, preprocessing, specs, feature_dims, mesh: those of the embedder.
     """
 
     def __init__(self, embedder: Embedder, parameters: Parameters, step: int = 0):
         self.embedder, self.parameters, self.step = embedder, parameters, step
         self.config, self.mesh = embedder.config, embedder.mesh
         self.tokenizer, self.preprocessing = embedder.tokenizer, embedder.preprocessing
-        self.descriptions, self.feature_dims = embedder.descriptions, embedder.feature_dims
+        self.specs, self.feature_dims = embedder.specs, embedder.feature_dims
         self._describe_tower = functools.cache(
             functools.partial(embedder.describe_tower, parameters)
         )
@@ -61,7 +62,7 @@ class Encoder:
         config: ConfigDict,
         model: dual_encoder.DualEncoder,
         tokenizer: tokenizers.Tokenizer,
-        descriptions: dict[str, towers.Description],
+        specs: dict[str, TowerSpec],
         mesh: Mesh | None = None,
     ) -> "Encoder":
         """An encoder of a model that has its weights, which are laid out on the mesh.
@@ -70,13 +71,13 @@ class Encoder:
           config: the configuration that the model was built from.
           model: the model, as a rule in the host's memory.
           tokenizer: of the text tower.
-          descriptions: of both towers.
+          specs: of both towers.
           mesh: the devices; default: the first one.
         """
         mesh = mesh or partition.single_device_mesh()
         graph, parameters = embed.split(config, model)
         dims = {"text": model.text_tower.dim, "image": model.image_tower.dim}
-        embedder = Embedder(config, graph, tokenizer, descriptions, dims, mesh)
+        embedder = Embedder(config, graph, tokenizer, specs, dims, mesh)
         return cls(embedder, Parameters(*(partition.shard(tree, mesh) for tree in parameters)))
 
     @classmethod
@@ -95,22 +96,22 @@ class Encoder:
           FileNotFoundError: weights or tokenizer are not installed.
         """
         check_config(config)
-        descriptions = {
+        specs = {
             "text": towers.describe_text(config.text),
             "image": towers.describe_image(config.image),
         }
-        tokenizer, kept = towers.load_tokenizer(config.text, descriptions["text"]), None
+        tokenizer, kept = towers.load_tokenizer(config.text, specs["text"]), None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
             log.info("vocabulary: %d of %d tokens kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
-            descriptions["text"] = towers.trimmed(descriptions["text"], kept)
+            specs["text"] = specs["text"].family.trimmed(specs["text"], kept)
         with partition.on_host():
-            text_tower = towers.load(config.text, descriptions["text"], kept=kept)
-            image_tower = towers.load(config.image, descriptions["image"])
+            text_tower = towers.load(config.text, specs["text"], kept=kept)
+            image_tower = towers.load(config.image, specs["image"])
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
-        return cls.from_model(config, model, tokenizer, descriptions, mesh)
+        return cls.from_model(config, model, tokenizer, specs, mesh)
 
     @classmethod
     def load(
@@ -181,12 +182,12 @@ class Encoder:
 
     @classmethod
     def _open(cls, workdir: pathlib.Path, mesh: Mesh | None, config: ConfigDict) -> "Encoder":
-        descriptions, loaded = {}, {}
+        specs, loaded = {}, {}
         with partition.on_host():
             for side in SIDES:
                 folder = run_folder.tower_folder(workdir, side)
-                descriptions[side] = towers.read_description(side, folder / DESCRIPTION_FILE)
-                create = functools.partial(towers.create, descriptions[side], config[side])
+                specs[side] = towers.read_spec(side, folder / SPEC_FILE)
+                create = functools.partial(towers.create, specs[side], config[side])
                 # Shapes alone, as the weights that would be drawn are replaced at once.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
                 pretrained.load(loaded[side], folder / WEIGHTS_FILE)
@@ -194,13 +195,13 @@ class Encoder:
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         folder = run_folder.tower_folder(workdir, "text")
         tokenizer = tokenizers.load_tokenizer(folder)
-        rows = descriptions["text"].get("config", {}).get("vocab_size", tokenizer.vocab_size)
+        rows = specs["text"].config.get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, and the tower an "
                 f"embedding of {rows}; it is the tokenizer of another model"
             )
-        return cls.from_model(config, model, tokenizer, descriptions, mesh)
+        return cls.from_model(config, model, tokenizer, specs, mesh)
 
     def save(self, workdir: pathlib.Path) -> None:
         """Writes what training does not change: both towers, the tokenizer and the configuration.
@@ -215,7 +216,7 @@ class Encoder:
             folder = run_folder.tower_folder(workdir, side)
             folder.mkdir(parents=True, exist_ok=True)
             pretrained.save(weights[side], folder / WEIGHTS_FILE)
-            (folder / DESCRIPTION_FILE).write_text(json.dumps(self.descriptions[side], indent=1))
+            (folder / SPEC_FILE).write_text(json.dumps(self.specs[side].to_json(), indent=1))
         self.tokenizer.save(run_folder.tower_folder(workdir, "text"))
         run_folder.write_config(workdir, self.config)
 

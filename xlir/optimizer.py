@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-# What a tower applies before its layers.
-BELOW_LAYERS = frozenset(
-    ("embedding", "embedding_norm", "position", "patches", "class_token", "input_norm", "stem")
-)
+from xlir.models import registry
 
 
 def schedule(config: ConfigDict) -> optax.Schedule:
@@ -97,7 +94,7 @@ def layer_scales(params: Any, decay: float) -> Any:
         for names, x in ((_names(path), x) for path, x in jax.tree.leaves_with_path(params))
         if "stacked" in names or "blocks" in names
     ]
-    depth = max(depths, default=0)
+    depth, below_layers = max(depths, default=0), registry.below_layers()
 
     def scale(path: tuple, x: Any) -> Any:
         names = _names(path)
@@ -106,7 +103,7 @@ def layer_scales(params: Any, decay: float) -> Any:
             return powers.reshape(depth, *(1,) * (x.ndim - 1))
         if "blocks" in names:
             return decay ** (depth - int(names[names.index("blocks") + 1]))
-        return decay ** (depth + 1) if depth and BELOW_LAYERS.intersection(names) else 1.0
+        return decay ** (depth + 1) if depth and below_layers.intersection(names) else 1.0
 
     return jax.tree.map_with_path(scale, params)
 

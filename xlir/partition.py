@@ -33,8 +33,8 @@ AXES = ("data", "fsdp")
 # which they are tried; the first match counts. Optimizer state and moving averages end in the path
 # of their parameter, and lie as it does.
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    # Vectors, also those of a stack of layers: a message each would cost more than they take.
-    (r"(scale|bias|offset|mean|class_token|probe)$", ()),
+    # The vectors of all layers of a stack are one matrix.
+    (r"(scale|bias|offset|mean)$", ()),
     # Matrices and tables, by output first. Never by the first axis of a stack of layers: the scan
     # over it takes one layer at a time. Vocabularies seldom divide, their columns do.
     (r"", (-1, -2)),
@@ -180,8 +180,11 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 
 
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
-    """The axes that are tried, none where an array stays whole by intent."""
-    if mesh.shape["fsdp"] == 1 or math.prod(shape) < SMALLEST:
+    """The axes that are tried, none where an array stays whole by intent.
+
+    Vectors stay whole: a message each would cost more than the memory that they take.
+    """
+    if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
     return next(axes for pattern, axes in RULES if re.search(pattern, path))
 

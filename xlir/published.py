@@ -26,13 +26,14 @@ from xlir import partition
 from xlir.checkpoint import Checkpoints
 from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
 from xlir.encoder import SIDES, Encoder
-from xlir.models import dual_encoder, pretrained, towers, transformer, vit
+from xlir.models import clip, dual_encoder, pretrained, registry, towers
+from xlir.models.family import TowerSpec
 from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
 # What a config.json may say (model_type) of a folder that is not open_clip's.
-HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": ("clip", "clip_vision_model")}
+HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": (*clip.CLIP.other_names, clip.CLIP.name)}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Where its config says nothing.
@@ -61,13 +62,13 @@ class Side:
 
     Attributes:
       options: fields of config.text or config.image.
-      description: of the tower.
+      spec: of the tower.
       tower, head: weights.
       dim: width of the embeddings.
     """
 
     options: dict[str, Any]
-    description: towers.Description
+    spec: TowerSpec
     tower: Weights
     head: Weights
     dim: int
@@ -110,8 +111,8 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
     with _blamed_on(of_image):
         check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
-    descriptions = {"text": text_side.description, "image": image_side.description}
-    _write(Encoder.from_model(config, model, tokenizer, descriptions), workdir)
+    specs = {"text": text_side.spec, "image": image_side.spec}
+    _write(Encoder.from_model(config, model, tokenizer, specs), workdir)
     log.info("%s: texts of %s, images of %s, %d dimensions", workdir, text, image, text_side.dim)
 
 
@@ -158,7 +159,7 @@ def _blamed_on(published: Published) -> Iterator[None]:
 def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
     is_open_clip = published.layout == "open_clip"
     side = _open_clip_text(published) if is_open_clip else _m_clip_text(published)
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, side.description["config"])
+    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, side.spec.config)
     return side, tokenizer.cleaned() if is_open_clip else tokenizer
 
 
@@ -214,20 +215,21 @@ def _transformer(
     name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
 ) -> Side:
     """The text side whose tower was trained from a published model, and has its architecture."""
-    known = transformer.ARCHITECTURES
+    known = registry.architectures("text")
     architecture = known.get(name) or known.get(f"FacebookAI/{name}")
     if architecture is None:
         try:
             architecture = pretrained.read_config(pretrained.checkpoint_folder(name))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"needs the config.json of {name}: {error}") from error
-    transformer.check_config(architecture)
-    positions = transformer.longest_text(architecture)
+    family = registry.family_of("text", architecture)
+    family.check(architecture)
+    positions = family.longest_text(architecture)
     length = min(positions, options.get("max_length", positions))
     return Side(
         options={**options, "pooling": "mean", "max_length": length},
-        description={"kind": "transformer", "config": dict(architecture), "pooling": "mean"},
-        tower=transformer.rename_text(weights, architecture, "mean"),
+        spec=TowerSpec(family, architecture, "mean"),
+        tower=family.rename(weights, architecture, "mean"),
         head=head,
         dim=dim,
     )
@@ -244,13 +246,8 @@ def _image_side(published: Published) -> Side:
     (projection,) = _taken(weights, "visual_projection.weight")
     return Side(
         options={"head": "linear"},
-        description={
-            "kind": "vit",
-            "config": dict(config),
-            "pooling": "",
-            "preprocessing": dataclasses.asdict(preprocessing),
-        },
-        tower=vit.rename(weights, config),
+        spec=TowerSpec(clip.CLIP, config, preprocessing=preprocessing),
+        tower=clip.CLIP.rename(weights, config, clip.CLIP.default_pooling),
         head={"kernel": projection.T},
         dim=len(projection),
     )
@@ -351,10 +348,10 @@ def _model(
     loaded = {}
     with partition.on_host():
         for side, folder in zip(SIDES, published, strict=True):
-            description, options = sides[side].description, config[side]
+            spec, options = sides[side].spec, config[side]
             with _blamed_on(folder):
                 loaded[side] = nnx.eval_shape(
-                    lambda d=description, o=options: towers.create(d, o, rngs=nnx.Rngs(0))
+                    lambda s=spec, o=options: towers.create(s, o, rngs=nnx.Rngs(0))
                 )
                 _merge(loaded[side], sides[side].tower)
         rngs = nnx.Rngs(config.seed)

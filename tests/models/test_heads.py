@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
-from xlir.models import dual_encoder, heads
+from configs import xlmr
+from xlir.models import heads, towers
 
 
 def both(hidden=(24, 20)):
@@ -65,9 +65,9 @@ def test_a_plain_mlp_is_matrices_and_gelu(hidden):
     ("name", "parameters"), [("linear", {"kernel"}), ("affine", {"kernel", "bias"})]
 )
 def test_only_an_affine_head_has_a_bias(name, parameters):
-    config = base.get_config()
-    config.embedding_dim, config.text.head = 8, name
-    head = dual_encoder._head("text", config, 12, nnx.Rngs(0))
+    config = xlmr.get_config("tiny")
+    config.text.head = name
+    head = towers.abstract_model(config).text_head
     assert set(nnx.to_pure_dict(nnx.state(head))) == parameters
 
 

@@ -124,7 +124,7 @@ def test_gradients_equal_torch(name):
 
     gradients = flat(gradients)
     pairs = {"pixels": (pixel_gradient, inputs.grad.numpy().transpose(0, 2, 3, 1))}
-    for name, their_name in resnet._names(config):
+    for name, their_name in resnet.convolution_names(config):
         layer = theirs.get_submodule(their_name)
         norm = layer.normalization
         scale = (norm.weight / torch.sqrt(norm.running_var + 1e-5)).detach().numpy()
@@ -192,7 +192,7 @@ def test_published_architectures_are_the_ones_of_transformers():
             theirs = transformers.ResNetModel(transformers.ResNetConfig(**config))
         model = create(config)
         shapes = {name: value.shape for name, value in pretrained.flatten(model).items()}
-        for ours, their_name in resnet._names(config):
+        for ours, their_name in resnet.convolution_names(config):
             output, features, height, width = theirs.get_submodule(
                 f"{their_name}.convolution"
             ).weight.shape

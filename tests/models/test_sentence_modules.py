@@ -147,10 +147,10 @@ def test_the_published_labse_has_its_dense_layer():
     """Where the checkpoint is not at hand, for shapes."""
     config = configured("sentence-transformers/LaBSE", 768)
     described = towers.describe_published(config)["text"]
-    assert (described["pooling"], len(described["dense"])) == ("cls", 1)
+    assert (described.pooling, len(described.dense)) == ("cls", 1)
     config.text.pooling = "mean"
     described = towers.describe_published(config)["text"]
-    assert (described["pooling"], "dense" in described) == ("mean", False)
+    assert (described.pooling, len(described.dense)) == ("mean", 0)
 
 
 def test_older_fields_of_the_pooling(labse, tmp_path):
@@ -233,4 +233,4 @@ def test_what_is_not_known_is_one_line(change, message, labse, tmp_path):
 def test_a_folder_without_modules(bert):
     assert sentence_modules.read(bert, 32) is None
     assert pretrained.checkpoint_folder(str(bert)) == bert
-    assert "dense" not in towers.describe_text(configured(bert, 32).text)
+    assert not towers.describe_text(configured(bert, 32).text).dense

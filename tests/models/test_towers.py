@@ -11,7 +11,8 @@ from PIL import Image
 import xlir
 from configs import base
 from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
-from xlir.models import towers
+from xlir.models import pretrained, registry, towers
+from xlir.models.family import TowerSpec
 from xlir.models.torch_pickle import LEGACY_MAGIC, LEGACY_PROTOCOL
 
 TEXT = {
@@ -120,7 +121,7 @@ def test_images_as_in_torch(checkpoints, config):
 def test_saved_towers_need_no_checkpoint(config, tmp_path, monkeypatch):
     encoder = xlir.Encoder.create(config)
     encoder.save(tmp_path)
-    monkeypatch.setattr(towers.pretrained, "checkpoint_folder", None)
+    monkeypatch.setattr(pretrained, "checkpoint_folder", None)
     opened = xlir.Encoder.open(tmp_path)
     np.testing.assert_array_equal(opened.encode_text(CORPUS), encoder.encode_text(CORPUS))
     photo = Image.new("RGB", (50, 40), "red")
@@ -253,14 +254,13 @@ def test_a_padding_token_in_a_text(checkpoints, config, tmp_path):
 
 
 def test_a_trimmed_vocabulary_may_move_the_padding():
-    config = {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 4}
-    described = towers.trimmed({"kind": "transformer", "config": config}, np.int32([0, 2, 4, 7]))
-    assert described["pad_id"] == 2
-    assert described["config"] == config | {"vocab_size": 4}
-    described = towers.trimmed(
-        {"kind": "transformer", "config": config}, np.arange(6, dtype=np.int32)
-    )
-    assert "pad_id" not in described
+    config = TEXT | {"model_type": "roberta", "vocab_size": 9, "pad_token_id": 4}
+    family = registry.family_of("text", config)
+    spec = family.trimmed(TowerSpec(family, config), np.int32([0, 2, 4, 7]))
+    assert spec.pad_id == spec.to_json()["pad_id"] == 2
+    assert spec.config == config | {"vocab_size": 4}
+    spec = family.trimmed(TowerSpec(family, config), np.arange(6, dtype=np.int32))
+    assert "pad_id" not in spec.to_json()
 
 
 @pytest.mark.parametrize(("positions", "max_length"), [(79, 77), (66, 61)])

@@ -14,14 +14,12 @@ from flax import nnx
 from input_pipeline.datasets.xtd10 import read_xtd10
 from input_pipeline.tokenizers import HuggingFaceTokenizer, length_batches, pad
 from xlir import metrics
-from xlir.models import pretrained
-from xlir.models.transformer import (
-    ARCHITECTURES,
-    TextTransformer,
-    attend,
-    position_offset,
-    rename_text,
-)
+from xlir.models import pretrained, registry
+from xlir.models.family import TowerSpec
+from xlir.models.text_transformer import TextTransformer
+from xlir.models.transformer import attend
+
+ARCHITECTURES = registry.architectures("text")
 
 TINY = {
     "vocab_size": 40,
@@ -73,14 +71,27 @@ def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
     return pretrained.read_config(folder), pretrained.read_checkpoint(folder)
 
 
-def create(config: dict, **options) -> TextTransformer:
+def create(
+    config: dict, *, pooling: str = "", dtype=jnp.float32, remat: bool = False
+) -> TextTransformer:
     """Shapes without values."""
-    return nnx.eval_shape(lambda: TextTransformer(config, rngs=nnx.Rngs(0), **options))
+    family = registry.family_of("text", config)
+    family.check_pooling(config, pooling)
+    spec = TowerSpec(family, config, pooling)
+    return nnx.eval_shape(lambda: family.create(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+
+
+def rename(weights: dict[str, np.ndarray], config: dict, pooling: str) -> dict[str, np.ndarray]:
+    return registry.family_of("text", config).rename(weights, config, pooling)
+
+
+def position_offset(config: dict) -> int:
+    return registry.family_of("text", config).read(config).position_offset
 
 
 def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> TextTransformer:
     model = create(config, **options)
-    pretrained.merge(model, rename_text(weights, config, model.pooling))
+    pretrained.merge(model, rename(weights, config, model.pooling))
     return model
 
 
@@ -182,7 +193,7 @@ def test_gradients_equal_torch(model_type, pooling, tmp_path):
             parameter.copy_(unused if parameter.grad is None else parameter.grad)
     config, expected = written(theirs, tmp_path / "gradients")
     types = expected.pop(TYPES, None)
-    expected = rename_text(expected, config, pooling)
+    expected = rename(expected, config, pooling)
     assert set(expected) == set(gradients)
     if types is not None:
         np.testing.assert_allclose(gradients["position"].sum(0), types[0], rtol=1e-4, atol=1e-4)
@@ -239,7 +250,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"model_type": "gpt2"}, {}, "model_type 'gpt2' .* bert, distilbert"),
+        ({"model_type": "gpt2"}, {}, "of type 'gpt2'; known text models: bert, distilbert"),
         ({"hidden_act": "swish"}, {}, "hidden_act is 'swish'; known: gelu, "),
         ({"num_attention_heads": 5}, {}, "num_attention_heads is 5; .* divides 32"),
         ({"num_attention_heads": 0}, {}, "num_attention_heads is 0; .* divides 32"),
@@ -253,7 +264,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
         ({"hidden_dropout_prob": 1.5}, {}, r"hidden_dropout_prob is 1\.5; it must be"),
         ({"layer_norm_eps": float("nan")}, {}, "layer_norm_eps is nan; it must be"),
         ({"position_embedding_type": "relative_key"}, {}, "relative_key"),
-        ({}, {"pooling": "max"}, "'max'; known: mean, cls, pooler"),
+        ({}, {"pooling": "max"}, "'max'; of bert it can be mean, cls, pooler"),
     ],
 )
 def test_what_is_not_known_is_refused(fields, options, message):
@@ -262,7 +273,7 @@ def test_what_is_not_known_is_refused(fields, options, message):
 
 
 def test_distilbert_has_no_pooler_and_long_texts_are_refused():
-    with pytest.raises(ValueError, match="set pooling to mean or cls"):
+    with pytest.raises(ValueError, match=r"'pooler'; of distilbert it can be mean, cls$"):
         create({"model_type": "distilbert"} | CONFIGS["distilbert"], pooling="pooler")
     with pytest.raises(ValueError, match="21 tokens, but this tower takes 20"):
         random_model()(*batch((21,)))

@@ -10,9 +10,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from xlir.models import pretrained
-from xlir.models.vit import ARCHITECTURES, ViT, bicubic_weights, rename, vision_config
+from input_pipeline.preprocessing import Preprocessing
+from xlir.models import pretrained, registry
+from xlir.models.family import TowerSpec
+from xlir.models.vision_transformer import VisionTransformer, bicubic_weights
 
+ARCHITECTURES = {
+    name: config
+    for name, config in registry.architectures("image").items()
+    if registry.family_of("image", config).kind == "vit"
+}
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 TINY = {
     "hidden_size": 32,
@@ -78,18 +85,27 @@ def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
     return pretrained.read_config(folder), pretrained.read_checkpoint(folder)
 
 
-def create(config: dict, **options) -> ViT:
+def create(
+    config: dict, *, pooling: str = "", dtype=jnp.float32, remat: bool = False
+) -> VisionTransformer:
     """Shapes without values."""
-    return nnx.eval_shape(lambda: ViT(config, mean=MEAN, std=STD, rngs=nnx.Rngs(0), **options))
+    family = registry.family_of("image", config)
+    family.check_pooling(config, pooling)
+    spec = TowerSpec(family, config, pooling, preprocessing=Preprocessing(32, mean=MEAN, std=STD))
+    return nnx.eval_shape(lambda: family.create(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
 
 
-def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> ViT:
+def rename(weights: dict[str, np.ndarray], config: dict, pooling: str) -> dict[str, np.ndarray]:
+    return registry.family_of("image", config).rename(weights, config, pooling)
+
+
+def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> VisionTransformer:
     model = create(config, **options)
     pretrained.merge(model, rename(weights, config, options.get("pooling", "")))
     return model
 
 
-def random_model(fields: dict | None = None, **options) -> ViT:
+def random_model(fields: dict | None = None, **options) -> VisionTransformer:
     """Without torch: every parameter at random."""
     model = create({"model_type": "dinov2"} | DINOV2 | (fields or {}), **options)
     generator = np.random.default_rng(0)
@@ -109,7 +125,7 @@ def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
     }
 
 
-def photos(height: int, width: int, count: int = 2) -> np.ndarray:
+def photos_of(height: int, width: int, count: int = 2) -> np.ndarray:
     """Smooth, as photos are."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 9, 9, 3), np.uint8)
     return np.stack([Image.fromarray(image).resize((width, height)) for image in coarse])
@@ -141,7 +157,7 @@ def test_outputs_equal_torch(case, tmp_path):
     assert (ours.dim, ours.image_size) == (32, fields["image_size"])
     apply = nnx.jit(lambda model, images: model(images))
     for height, width in SIZES if case in ALL_SIZES else SIZES[::3]:
-        images = photos(height, width)
+        images = photos_of(height, width)
         with torch.inference_mode():
             expected = pooled(theirs, images, pooling).numpy()
         assert np.abs(expected).max() > 0.3
@@ -158,7 +174,7 @@ def test_gradients_equal_torch(case, tmp_path):
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     name, fields, pooling = CASES[case]
-    theirs, images = reference(name, fields), photos(40, 27)
+    theirs, images = reference(name, fields), photos_of(40, 27)
     seed = np.random.default_rng(2).normal(size=(2, 32)).astype(np.float32)
     (pooled(theirs, images, pooling) * torch.from_numpy(seed)).sum().backward()
     config, weights = written(theirs, tmp_path / "weights")
@@ -232,7 +248,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"model_type": "swin"}, {}, "model_type 'swin' is not one of vit, clip"),
+        ({"model_type": "swin"}, {}, "of type 'swin'; known image models: resnet, vit, clip"),
         ({"model_type": "vit", "num_channels": 1}, {}, "1 channels"),
         ({"model_type": "vit", "image_size": [32, 48]}, {}, "not square"),
         ({"model_type": "vit", "pooler_act": "gelu"}, {}, "pooler_act 'gelu'"),
@@ -264,7 +280,8 @@ def test_fields_that_a_config_lacks_have_the_defaults_of_transformers():
     transformers = pytest.importorskip("transformers")
     for name in ("ViTConfig", "CLIPVisionConfig", "Dinov2Config", "SiglipVisionConfig"):
         theirs = getattr(transformers, name)().to_dict()
-        ours = vision_config({"model_type": theirs["model_type"]})
+        family = registry.families("image")[theirs["model_type"]]
+        ours = family.complete({"model_type": theirs["model_type"]})
         read = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
         assert all(not theirs.get(field) for field in read)
         # DINOv2 has a ratio in place of it.
@@ -284,7 +301,7 @@ def test_resized_positions_equal_torch():
 
 
 def test_bfloat16_changes_little():
-    images = photos(32, 32, 4)
+    images = photos_of(32, 32, 4)
     for fields in ({}, {"model_type": "siglip_vision_model"}):
         whole, half = (
             np.asarray(nnx.jit(lambda m: m(images))(random_model(fields, dtype=dtype)))
@@ -296,7 +313,7 @@ def test_bfloat16_changes_little():
 
 
 def test_rematerialisation_changes_nothing_and_takes_less_memory():
-    images = photos(48, 48, 8)
+    images = photos_of(48, 48, 8)
     models = [random_model({"num_hidden_layers": 6}, remat=remat) for remat in (False, True)]
     values, temporaries = [], []
     for model in models:
@@ -315,7 +332,7 @@ def test_rematerialisation_changes_nothing_and_takes_less_memory():
 
 
 def test_dropout_is_on_with_keys_only():
-    images = photos(32, 32)
+    images = photos_of(32, 32)
     model = random_model({"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
     plain = model(images)
     apply = nnx.jit(lambda model, key: model(images, rngs=nnx.Rngs(dropout=key)))

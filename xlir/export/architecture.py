@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xlir.encoder import SIDES, Encoder
-from xlir.models import efficientnet, muse, resnet, transformer, vit
+from xlir.models.transformer import STACK
 
 
 class HeadLayer(NamedTuple):
@@ -44,19 +44,9 @@ def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
 
 
 def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights by our names; a ViT's positions are those of the size it is used at."""
-    weights = encoder.weights(f"{side}_tower")
-    description = encoder.descriptions[side]
-    if description["kind"] == "vit":
-        config = vit.vision_config(description["config"])
-        old = config["image_size"] // config["patch_size"]
-        new = encoder.preprocessing.size // config["patch_size"]
-        if new != old:
-            resize, dim = vit.bicubic_weights(old, new), weights["position"].shape[1]
-            grid = weights["position"].reshape(old, old, dim)
-            resized = np.einsum("ri,cj,ijd->rcd", resize, resize, grid)
-            weights["position"] = resized.reshape(-1, dim)
-    return weights
+    """A tower's weights by our names, for inputs as the run has them."""
+    spec = encoder.specs[side]
+    return spec.family.used_weights(spec, encoder.weights(f"{side}_tower"))
 
 
 def describe(encoder: Encoder) -> dict:
@@ -68,8 +58,7 @@ def describe(encoder: Encoder) -> dict:
     return {
         "embedding_dim": encoder.config.embedding_dim,
         "logit_scale": encoder.scale,
-        "text": {"tower": _text_tower(encoder), "head": _described_head(encoder, "text")},
-        "image": {"tower": _image_tower(encoder), "head": _described_head(encoder, "image")},
+        **{side: _side(encoder, side) for side in SIDES},
         "tokenizer": tokenizer,
         "preprocessing": {
             field: preprocessing[field] for field in ("size", "resize", "resample", "crop")
@@ -90,7 +79,7 @@ def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> di
     renamed: dict[str, np.ndarray] = {}
     for side in SIDES:
         for name, value in tower_weights(encoder, side).items():
-            prefix, stacked, suffix = name.partition("layers.stacked.")
+            prefix, stacked, suffix = name.partition(STACK)
             rows = enumerate(value) if stacked else ((None, value),)
             for layer, row in rows:
                 ours = f"{prefix}layers.{layer}.{suffix}" if stacked else name
@@ -137,68 +126,7 @@ def _described_head(encoder: Encoder, side: str) -> list[list]:
     return described
 
 
-def _text_tower(encoder: Encoder) -> dict:
-    description = encoder.descriptions["text"]
-    if description["kind"] == "muse":
-        return {
-            "kind": "muse",
-            "vocabulary": muse.ROWS,
-            "width": muse.EMBEDDING_DIM,
-            "branch": muse.BRANCH_DIM,
-            "branches": muse.BRANCHES,
-            "chunks": muse.CHUNKS,
-            "hidden": muse.HIDDEN_DIM,
-            "dim": muse.Muse.dim,
-        }
-    depth, shape = transformer.text_shape(description["config"])
-    weights, pad = encoder.weights("text_tower"), description.get("pad_id")
-    return {
-        "kind": "transformer",
-        "vocabulary": len(weights["embedding"]),
-        "positions": len(weights["position"]),
-        "depth": depth,
-        "shape": _layer_shape(shape),
-        "pooling": description["pooling"],
-        "dense": description.get("dense", []),
-        "pad": transformer.padding_id(description["config"]) if pad is None else pad,
-    }
-
-
-def _image_tower(encoder: Encoder) -> dict:
-    description = encoder.descriptions["image"]
-    kind, preprocessing = description["kind"], encoder.preprocessing
-    colours = {"mean": preprocessing.mean, "std": preprocessing.std}
-    if kind == "efficientnet":
-        mean, std = efficientnet.PIXEL_MEAN, efficientnet.PIXEL_STD
-        return {
-            "kind": kind,
-            "stem": efficientnet.STEM_CHANNELS,
-            "blocks": efficientnet.block_shapes(description["variant"]),
-            "head": efficientnet.HEAD_CHANNELS,
-            "mean": (mean,) * 3,
-            "std": (std,) * 3,
-        }
-    if kind == "resnet":
-        stem, blocks = resnet.shapes(description["config"])
-        return {"kind": kind, "stem": stem, "blocks": [b._asdict() for b in blocks], **colours}
-    config = vit.vision_config(description["config"])
-    depth, shape = vit.vision_shape(config)
-    weights = encoder.weights("image_tower")
-    return {
-        "kind": kind,
-        "size": preprocessing.size,
-        "patch": config["patch_size"],
-        "depth": depth,
-        "shape": _layer_shape(shape),
-        "pooling": description["pooling"] or vit.default_pooling(config),
-        "class_token": "class_token" in weights,
-        "input_norm": "input_norm.scale" in weights,
-        "patch_bias": "patches.bias" in weights,
-        **colours,
-    }
-
-
-def _layer_shape(shape: transformer.Shape) -> dict:
-    """Without dropout, which is for training."""
-    fields = shape._asdict()
-    return {name: value for name, value in fields.items() if not name.endswith("dropout")}
+def _side(encoder: Encoder, side: str) -> dict:
+    spec = encoder.specs[side]
+    tower = {"kind": spec.family.kind, **spec.family.torch_arguments(spec)}
+    return {"tower": tower, "head": _described_head(encoder, side)}

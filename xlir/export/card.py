@@ -8,20 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from xlir.encoder import SIDES, Encoder
-from xlir.export import architecture
 from xlir.export.plain import OPSET
 from xlir.export.verification import Report
 
-# What is known of the terms of data sets and towers; anything else has to be looked up.
+# What is known of the terms of data sets; anything else has to be looked up.
 DATA_TERMS = {
     "emoji": "Twemoji pictures, CC BY 4.0; names from Unicode CLDR",
     "coco": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
     "coco_captions": "COCO captions, CC BY 4.0; the photos are under their Flickr licences",
-}
-TOWER_TERMS = {
-    "muse": "mUSE, Apache-2.0",
-    "efficientnet-lite0": "EfficientNet-lite, Apache-2.0",
-    "efficientnet-lite2": "EfficientNet-lite, Apache-2.0",
 }
 USE = {
     "sentence-transformers": """```python
@@ -160,7 +154,7 @@ def _table(encoder: Encoder) -> str:
     sides = (encoder.config.text, encoder.config.image)
     rows = {
         "tower": [_name(side.tower) for side in sides],
-        "pooling": [_pooling(encoder, side) for side in SIDES],
+        "pooling": [encoder.specs[side].pooling or "mean" for side in SIDES],
         "trained": ["no" if side.frozen else "yes" for side in sides],
         "head": [side.head for side in sides],
         "input": [
@@ -187,17 +181,12 @@ def _measured(results: Sequence[dict]) -> str:
     return "\n".join(parts)
 
 
-def _pooling(encoder: Encoder, side: str) -> str:
-    tower = architecture.describe(encoder)[side]["tower"]
-    return tower.get("pooling", "mean")  # convolutional towers, and mUSE
-
-
 def _terms(encoder: Encoder, format: str) -> str:
     """What the weights derive from; whose terms are not known here has to be looked up."""
     config, lines = encoder.config, []
     for side in SIDES:
         name = _name(config[side].tower)
-        known = TOWER_TERMS.get(name, f"{name}: see the terms of that checkpoint")
+        known = encoder.specs[side].family.terms or f"{name}: see the terms of that checkpoint"
         lines.append(f"- {side} tower: {known}")
     if config.data.name:
         name = _name(config.data.dir)

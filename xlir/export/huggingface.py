@@ -12,7 +12,7 @@ import numpy as np
 from input_pipeline.preprocessing import RESAMPLING
 from xlir.encoder import SIDES, Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
-from xlir.models import pretrained, resnet, sentence_modules, transformer, vit
+from xlir.models import pretrained, sentence_modules
 
 # sentence-transformers' modules, by what they are here.
 _MODULES = "sentence_transformers.base.modules"
@@ -27,30 +27,6 @@ TYPES = {
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
-# How a model's output becomes one vector: the output's name, and the pooling over its tokens.
-_TOKENS = "last_hidden_state"
-_OUTPUTS = {
-    ("transformer", "mean"): (_TOKENS, "mean"),
-    ("transformer", "cls"): (_TOKENS, "cls"),
-    ("transformer", "pooler"): ("pooler_output", None),
-    ("resnet", ""): ("pooler_output", "mean"),
-    ("vit", "cls"): (_TOKENS, "cls"),
-    ("vit", "pooler"): ("pooler_output", None),
-    ("dinov2", "cls"): (_TOKENS, "cls"),
-    ("clip_vision_model", "cls"): ("pooler_output", None),
-    ("siglip_vision_model", "attention"): ("pooler_output", None),
-    ("siglip_vision_model", "mean"): (_TOKENS, "mean"),
-}
-# What VisionTextDualEncoderModel takes for a tower's output.
-_POOLED = {
-    "transformer": "pooler",
-    "vit": "pooler",
-    "dinov2": "cls",
-    "clip_vision_model": "cls",
-    "siglip_vision_model": "attention",
-}
-# Those that have a pooler which can be left out.
-_POOLERS = ("bert", "roberta", "xlm-roberta", "vit")
 # What a checkpoint's config.json may say besides of the model that it was, or of its code.
 _NOT_OURS = (
     "_name_or_path",
@@ -70,11 +46,11 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
     """What of an encoder sentence-transformers can't hold; empty where it can."""
     reasons = []
     for side in SIDES:
-        kind = _kind(encoder, side)
-        if kind in ("muse", "efficientnet"):
+        spec = encoder.specs[side]
+        if not spec.family.outputs:
             reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
-        elif _output(encoder, side) is None:
-            reasons.append(f"its mean over {kind} takes the class token in")
+        elif spec.pooling not in spec.family.outputs:
+            reasons.append(f"its mean over {spec.family.name} takes the class token in")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
@@ -82,12 +58,12 @@ def unfit_for_transformers(encoder: Encoder) -> str:
     """What of an encoder VisionTextDualEncoderModel can't hold; empty where it can."""
     reasons = []
     for side in SIDES:
-        kind, pooling = _kind(encoder, side), _pooling(encoder, side)
-        head = encoder.config[side].head
-        if kind not in _POOLED:
+        spec, head = encoder.specs[side], encoder.config[side].head
+        known = spec.family.dual_encoder_pooling
+        if not known:
             reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
-        elif pooling != _POOLED[kind]:
-            reasons.append(f"its {side} pooling is {_POOLED[kind]!r}, not {pooling!r}")
+        elif spec.pooling != known:
+            reasons.append(f"its {side} pooling is {known!r}, not {spec.pooling!r}")
         if head != "linear":
             reasons.append(f"its {side} head is a matrix without bias, not {head!r}")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
@@ -174,7 +150,8 @@ def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
     """The modules of one route: their types, and what writes each into its folder."""
-    output, pooling = _output(encoder, side)
+    spec = encoder.specs[side]
+    output, pooling = spec.family.outputs[spec.pooling]
     dense = _tower_dense(encoder, side)
     dim = dense[0][0].weight.shape[1] if dense else encoder.feature_dims[side]
     modules = [("Transformer", lambda folder: _write_tower(encoder, side, folder, output, pooling))]
@@ -201,7 +178,7 @@ def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
 def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
     """The dense layers that end a text tower, with the names of their activations."""
     weights, layers = encoder.weights(f"{side}_tower"), []
-    for index, layer in enumerate(encoder.descriptions[side].get("dense", ())):
+    for index, layer in enumerate(encoder.specs[side].dense):
         kernel, bias = (weights.get(f"dense.{index}.{part}") for part in ("kernel", "bias"))
         layers.append((HeadLayer("dense", kernel.T, bias), layer["activation"]))
     return layers
@@ -211,8 +188,7 @@ def _write_tower(
     encoder: Encoder, side: str, folder: pathlib.Path, output: str, pooling: str | None
 ) -> None:
     """A checkpoint, with what makes it a module of sentence-transformers."""
-    config = _config(encoder, side)
-    _json(folder / "config.json", config)
+    _json(folder / "config.json", _config(encoder, side))
     pretrained.save(_published(encoder, side), folder / WEIGHTS_FILE)
     modality = "text"
     options: dict[str, Any] = {}
@@ -223,7 +199,7 @@ def _write_tower(
         _json(folder / "preprocessor_config.json", _image_processor(encoder))
         # As in training; torchvision's resize differs in the last bit.
         options["processor_kwargs"] = {"backend": "pil"}
-    if config["model_type"] in _POOLERS and output != "pooler_output":
+    if encoder.specs[side].family.pooler_is_optional and output != "pooler_output":
         options["model_kwargs"] = {"add_pooling_layer": False}
     _json(
         folder / "sentence_bert_config.json",
@@ -259,59 +235,19 @@ def _write_dense(folder: pathlib.Path, layer: HeadLayer, activation: str) -> Non
     pretrained.save({"linear.weight": layer.weight} | bias, folder / WEIGHTS_FILE)
 
 
-def _kind(encoder: Encoder, side: str) -> str:
-    """A tower's kind; of vision transformers the model type."""
-    description = encoder.descriptions[side]
-    if description["kind"] == "vit":
-        return vit.vision_config(description["config"])["model_type"]
-    return description["kind"]
-
-
-def _pooling(encoder: Encoder, side: str) -> str:
-    description = encoder.descriptions[side]
-    if description["kind"] == "vit" and not description["pooling"]:
-        return vit.default_pooling(vit.vision_config(description["config"]))
-    return "" if description["kind"] == "resnet" else description.get("pooling", "")
-
-
-def _output(encoder: Encoder, side: str) -> tuple[str, str | None] | None:
-    return _OUTPUTS.get((_kind(encoder, side), _pooling(encoder, side)))
-
-
 def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
     """A tower's weights by the names of `transformers`."""
-    weights, config = tower_weights(encoder, side), _config(encoder, side)
+    weights = tower_weights(encoder, side)
     weights = {name: x for name, x in weights.items() if not name.startswith("dense.")}
-    restore = {
-        "transformer": transformer.restore_text,
-        "vit": vit.restore,
-        "resnet": resnet.restore,
-    }[encoder.descriptions[side]["kind"]]
-    return restore(weights, config)
+    return encoder.specs[side].family.restore(weights, _config(encoder, side))
 
 
 def _config(encoder: Encoder, side: str) -> dict[str, Any]:
     """The config.json of a tower: the checkpoint's that it began as, and what has changed."""
-    description = encoder.descriptions[side]
-    config = description["config"]
-    if description["kind"] == "vit":
-        config = vit.vision_config(config)
+    spec = encoder.specs[side]
+    config = spec.family.hub_config(spec, pad_id=_pad_token(encoder)[1])
     config = {name: x for name, x in config.items() if name not in _NOT_OURS}
-    config["dtype"] = "float32"
-    if side == "text":
-        weights = encoder.weights("text_tower")
-        config["vocab_size"] = len(weights["embedding"])
-        if "roberta" in config["model_type"]:
-            # Positions count from the padding token's id.
-            config["pad_token_id"] = _pad_token(encoder)[1]
-        offset = transformer.position_offset(config)
-        config["max_position_embeddings"] = len(weights["position"]) + offset
-        return config
-    if description["kind"] == "vit":
-        config["image_size"] = encoder.preprocessing.size
-        if _pooling(encoder, side) == "mean":
-            config["vision_use_head"] = False
-    return config
+    return config | {"dtype": "float32"}
 
 
 def _image_processor(encoder: Encoder) -> dict[str, Any]:

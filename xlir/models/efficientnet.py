@@ -8,7 +8,8 @@ Batch normalisation is folded into the convolutions, for inference and for fine-
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from xlir.config import Choice, read_field
 from xlir.models import pretrained
+from xlir.models.family import Family, TowerSpec
 
 
 class Variant(NamedTuple):
@@ -301,3 +304,45 @@ def _scaled_channels(channels: int, width: float) -> int:
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+class EfficientNetFamily(Family):
+    """See `Family`."""
+
+    def check(self, config: Mapping) -> None:
+        """See `Family.check`."""
+        read_field(config, "variant", Choice(*VARIANTS))
+
+    def create(
+        self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs
+    ) -> EfficientNet:
+        """See `Family.create`; `remat` has no effect."""
+        return EfficientNet(spec.config["variant"], dtype=dtype, rngs=rngs)
+
+    def from_package(self, spec: TowerSpec, *, dtype: DTypeLike) -> EfficientNet:
+        """See `Family.from_package`."""
+        return from_package(spec.config["variant"], dtype=dtype)
+
+    def image_size(self, config: Mapping) -> int:
+        """See `Family.image_size`."""
+        return VARIANTS[config["variant"]].image_size
+
+    def torch_arguments(self, spec: TowerSpec) -> dict[str, Any]:
+        """See `Family.torch_arguments`."""
+        return {
+            "stem": STEM_CHANNELS,
+            "blocks": block_shapes(spec.config["variant"]),
+            "head": HEAD_CHANNELS,
+            "mean": (PIXEL_MEAN,) * 3,
+            "std": (PIXEL_STD,) * 3,
+        }
+
+
+EFFICIENTNET = EfficientNetFamily(
+    name="efficientnet",
+    side="image",
+    kind="efficientnet",
+    packages={f"efficientnet-{variant}": {"variant": variant} for variant in VARIANTS},
+    terms="EfficientNet-lite, Apache-2.0",
+    below_layers=frozenset(("stem",)),
+)

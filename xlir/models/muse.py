@@ -8,7 +8,8 @@ vocabulary of 128,000 pieces, 512-dimensional sentence embeddings.
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from xlir.models import pretrained
+from xlir.models.family import Family, TowerSpec
 
 # The embedding table was quantised in 17 interleaved chunks: piece i is in chunk i % 17.
 CHUNKS = 17
@@ -257,3 +259,40 @@ def _linear(
 def _norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A layer norm as the published weights need it: tiny epsilon, exact variance."""
     return nnx.LayerNorm(features, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
+
+
+class MuseFamily(Family):
+    """See `Family`."""
+
+    def check(self, config: Mapping) -> None:
+        """There is nothing to check: it has one form alone."""
+
+    def create(self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> Muse:
+        """See `Family.create`; `remat` has no effect."""
+        return Muse(dtype=dtype, rngs=rngs)
+
+    def from_package(self, spec: TowerSpec, *, dtype: DTypeLike) -> Muse:
+        """See `Family.from_package`."""
+        return from_package(dtype=dtype)
+
+    def torch_arguments(self, spec: TowerSpec) -> dict[str, Any]:
+        """See `Family.torch_arguments`."""
+        return {
+            "vocabulary": ROWS,
+            "width": EMBEDDING_DIM,
+            "branch": BRANCH_DIM,
+            "branches": BRANCHES,
+            "chunks": CHUNKS,
+            "hidden": HIDDEN_DIM,
+            "dim": Muse.dim,
+        }
+
+
+MUSE = MuseFamily(
+    name="muse",
+    side="text",
+    kind="muse",
+    poolings=(),
+    packages={"muse": {}},
+    terms="mUSE, Apache-2.0",
+)

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from xlir.models.parameter_names import weights_of_today
 from xlir.models.torch_pickle import read_torch_pickle
 
 # Weights in a Hugging Face checkpoint, in the order in which they are looked for. An index lists
@@ -243,13 +244,13 @@ def save(weights: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
 
 
 def load(module: nnx.Module, path: str | os.PathLike) -> None:
-    """Sets a module's weights, in place, from a file that `save` wrote.
+    """Sets a module's weights, in place, from a file that `save` wrote, also of older versions.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, or does not fit the module (see `merge`).
     """
-    weights = _read_safetensors(path)
+    weights = weights_of_today(_read_safetensors(path))
     try:
         merge(module, weights)
     except ValueError as error:

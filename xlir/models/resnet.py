@@ -9,7 +9,7 @@ Batch normalisation is folded into the convolutions, for inference and for fine-
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from xlir.config import WIDEST, Flag, Whole, Widths, read_field
+from xlir.models.family import Family, TowerSpec, Weights
 
 # What a config.json says where it says nothing: transformers' ResNetConfig.
 DEFAULTS = {
@@ -183,7 +184,7 @@ def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.n
         if not name.startswith("classifier.") and not name.endswith(".num_batches_tracked")
     }
     renamed = {}
-    for ours, theirs in _names(config):
+    for ours, theirs in convolution_names(config):
         names = [f"{theirs}.convolution.weight"] + [
             f"{theirs}.normalization.{part}"
             for part in ("weight", "bias", "running_mean", "running_var")
@@ -200,7 +201,7 @@ def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.
     Batch normalisation stays folded in: the one that is written changes nothing but the bias.
     """
     left, restored = dict(weights), {}
-    for ours, theirs in _names(config):
+    for ours, theirs in convolution_names(config):
         kernel, bias = left.pop(f"{ours}.kernel"), left.pop(f"{ours}.bias")
         kernel = kernel if kernel.ndim == 4 else kernel[None, None]
         restored |= {
@@ -214,7 +215,7 @@ def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.
     return restored | left
 
 
-def _names(config: Mapping) -> Iterator[tuple[str, str]]:
+def convolution_names(config: Mapping) -> Iterator[tuple[str, str]]:
     """Each convolution's name here and in the checkpoint, which counts blocks by stage."""
     yield "stem", "embedder.embedder"
     index = 0
@@ -326,3 +327,48 @@ def _rematerialised(block: Block, x: Float[Array, "b h w c"]) -> Float[Array, "b
 def _max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """The maximum of 3x3 pixels at every other one."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class ResNetFamily(Family):
+    """See `Family`."""
+
+    def check(self, config: Mapping) -> None:
+        """See `Family.check`."""
+        shapes(config)
+
+    def create(self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> ResNet:
+        """See `Family.create`."""
+        colours = {"mean": spec.preprocessing.mean, "std": spec.preprocessing.std}
+        return ResNet(spec.config, **colours, dtype=dtype, remat=remat, rngs=rngs)
+
+    def rename(self, weights: Weights, config: Mapping, pooling: str) -> dict[str, np.ndarray]:
+        """See `Family.rename`."""
+        return rename(weights, config)
+
+    def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
+        """See `Family.restore`."""
+        return restore(weights, config)
+
+    def image_size(self, config: Mapping) -> int:
+        """See `Family.image_size`."""
+        return IMAGE_SIZE
+
+    def torch_arguments(self, spec: TowerSpec) -> dict[str, Any]:
+        """See `Family.torch_arguments`."""
+        stem, blocks = shapes(spec.config)
+        return {
+            "stem": stem,
+            "blocks": [block._asdict() for block in blocks],
+            "mean": spec.preprocessing.mean,
+            "std": spec.preprocessing.std,
+        }
+
+
+RESNET = ResNetFamily(
+    name="resnet",
+    side="image",
+    kind="resnet",
+    below_layers=frozenset(("stem",)),
+    outputs={"mean": ("pooler_output", "mean")},
+    architectures=ARCHITECTURES,
+)

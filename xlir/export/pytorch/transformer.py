@@ -24,19 +24,20 @@ DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 class TextTransformer(nn.Module):
     """Token ids to one vector: pooling is "mean", "cls", or "pooler" (dense and tanh over it).
 
-    `dense` layers come after it. Where `pad` is not None, that token counts as no position.
+    `dense` layers come after it. Where there is a `pad_id`, that token counts as no position.
     """
 
-    def __init__(self, vocabulary, positions, depth, shape, pooling, dense, pad):
+    def __init__(self, config, pooling, dense):
         super().__init__()
-        hidden = shape["hidden"]
-        self.embedding = nn.Embedding(vocabulary, hidden)
-        self.position = nn.Parameter(torch.zeros(positions, hidden))
-        self.embedding_norm = nn.LayerNorm(hidden, shape["epsilon"])
-        self.layers = nn.ModuleList(Layer(**shape) for _ in range(depth))
-        self.pooler = nn.Linear(hidden, hidden) if pooling == "pooler" else None
+        stack = config["transformer"]
+        width = stack["width"]
+        self.embedding = nn.Embedding(config["vocab_size"], width)
+        self.position = nn.Parameter(torch.zeros(config["max_length"], width))
+        self.embedding_norm = nn.LayerNorm(width, stack["epsilon"])
+        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
+        self.pooler = nn.Linear(width, width) if pooling == "pooler" else None
         self.dense = nn.ModuleList(Dense(**layer) for layer in dense)
-        self.pooling, self.pad = pooling, pad
+        self.pooling, self.pad = pooling, config["pad_id"]
 
     def forward(self, ids, mask):
         """[batch, length] ids and mask to [batch, dim]."""
@@ -50,7 +51,7 @@ class TextTransformer(nn.Module):
         return x
 
     def positions(self, ids):
-        """Rows of the position table, [length, hidden] or [batch, length, hidden]."""
+        """Rows of the position table, [length, width] or [batch, length, width]."""
         if self.pad is None:
             return self.position[: ids.shape[1]]
         counted = ids != self.pad
@@ -58,7 +59,7 @@ class TextTransformer(nn.Module):
         return rows * counted[..., None].to(rows.dtype)
 
     def pool(self, x, mask):
-        """[batch, length, hidden] to [batch, hidden]."""
+        """[batch, length, width] to [batch, width]."""
         if self.pooling == "mean":
             weight = mask[..., None].to(x.dtype)
             return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
@@ -81,30 +82,35 @@ class Dense(nn.Linear):
 class ViT(nn.Module):
     """Pixels to one vector: pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
 
-    def __init__(
-        self, size, patch, depth, shape, pooling, class_token, input_norm, patch_bias, mean, std
-    ):
+    def __init__(self, config, pooling, mean, std):
         super().__init__()
-        hidden, norm = shape["hidden"], functools.partial(nn.LayerNorm, eps=shape["epsilon"])
-        self.side, self.patch, self.pooling = size // patch, patch, pooling
-        self.patches = nn.Linear(3 * patch**2, hidden, bias=patch_bias)
-        self.position = nn.Parameter(torch.zeros(self.side**2, hidden))
-        self.class_token = nn.Parameter(torch.zeros(hidden)) if class_token else None
-        self.input_norm = norm(hidden) if input_norm else None
-        self.layers = nn.ModuleList(Layer(**shape) for _ in range(depth))
-        self.norm = norm(hidden)
-        self.pooler = nn.Linear(hidden, hidden) if pooling == "pooler" else None
-        self.attention_pool = AttentionPool(**shape) if pooling == "attention" else None
+        stack = config["transformer"]
+        width, norm = stack["width"], functools.partial(nn.LayerNorm, eps=stack["epsilon"])
+        self.patch, self.registers = config["patch_size"], None
+        self.side, self.pooling = config["image_size"] // self.patch, pooling
+        self.patches = nn.Linear(3 * self.patch**2, width, bias=config["patch_bias"])
+        self.position = nn.Parameter(torch.zeros(self.side**2, width))
+        self.class_token = nn.Parameter(torch.zeros(width)) if config["class_token"] else None
+        if config["registers"]:
+            self.registers = nn.Parameter(torch.zeros(config["registers"], width))
+        self.input_norm = norm(width) if config["input_norm"] else None
+        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
+        self.norm = norm(width)
+        self.pooler = nn.Linear(width, width) if pooling == "pooler" else None
+        self.attention_pool = AttentionPool(stack) if pooling == "attention" else None
         self.normalize = Normalize(mean, std)
 
     def forward(self, pixels):
-        """uint8 [batch, size, size, 3] to [batch, hidden]."""
+        """uint8 [batch, size, size, 3] to [batch, width]."""
         side, patch = self.side, self.patch
         x = self.normalize(pixels)[:, : side * patch, : side * patch]
         x = x.reshape(-1, side, patch, side, patch, 3).transpose(2, 3)
         x = self.patches(x.reshape(-1, side**2, 3 * patch**2)) + self.position
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
+        tokens = [] if self.class_token is None else [self.class_token[None]]
+        tokens += [] if self.registers is None else [self.registers]
+        if tokens:
+            tokens = torch.cat(tokens)
+            x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)
         x = x if self.input_norm is None else self.input_norm(x)
         for layer in self.layers:
             x = layer(x)
@@ -112,27 +118,27 @@ class ViT(nn.Module):
         if self.attention_pool is not None:
             return self.attention_pool(x)
         if self.pooling == "mean":
-            return x[:, 0 if self.class_token is None else 1 :].mean(1)
+            return x[:, -(side**2) :].mean(1)
         return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
 
 
 class Layer(nn.Module):
     """Attention and a feed-forward block, each with a residual connection and a norm."""
 
-    def __init__(
-        self, hidden, heads, inner, activation, epsilon, pre_norm, qkv_bias, layer_scale, gated
-    ):
+    def __init__(self, config):
         super().__init__()
-        self.pre_norm = pre_norm
-        self.attention = Attention(hidden, heads, qkv_bias)
-        self.attention_norm = nn.LayerNorm(hidden, epsilon)
-        self.mlp = FeedForward(hidden, inner, activation, gated)
-        self.mlp_norm = nn.LayerNorm(hidden, epsilon)
-        self.attention_scale = nn.Parameter(torch.ones(hidden)) if layer_scale else None
-        self.mlp_scale = nn.Parameter(torch.ones(hidden)) if layer_scale else None
+        width, epsilon = config["width"], config["epsilon"]
+        self.pre_norm = config["pre_norm"]
+        self.attention = Attention(width, config["num_heads"], config["qkv_bias"])
+        self.attention_norm = nn.LayerNorm(width, epsilon)
+        self.mlp = FeedForward(config)
+        self.mlp_norm = nn.LayerNorm(width, epsilon)
+        scale = config["layer_scale"]
+        self.attention_scale = nn.Parameter(torch.ones(width)) if scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if scale else None
 
     def forward(self, x, mask=None):
-        """[batch, length, hidden] to the same."""
+        """[batch, length, width] to the same."""
         attention = functools.partial(self.attention, mask=mask)
         x = self.block(x, attention, self.attention_norm, self.attention_scale)
         return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
@@ -147,14 +153,14 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; none attends where the mask is False."""
 
-    def __init__(self, hidden, heads, bias):
+    def __init__(self, width, heads, bias):
         super().__init__()
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=bias)
-        self.output = nn.Linear(hidden, hidden)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.output = nn.Linear(width, width)
         self.heads = heads
 
     def forward(self, x, mask=None):
-        """[batch, length, hidden] to the same."""
+        """[batch, length, width] to the same."""
         query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if mask is None else mask[:, None, None, :]
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -164,35 +170,37 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Dense, activation, dense; gated, the first is two, and one of them the gate."""
 
-    def __init__(self, hidden, inner, activation, gated):
+    def __init__(self, config):
         super().__init__()
-        self.inner = nn.Linear(hidden, 2 * inner if gated else inner)
-        self.outer = nn.Linear(inner, hidden)
-        self.activation, self.gated = ACTIVATIONS[activation], gated
+        width, mlp_dim, self.gated = config["width"], config["mlp_dim"], config["gated"]
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if self.gated else mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, width)
+        self.activation = ACTIVATIONS[config["activation"]]
 
     def forward(self, x):
-        """[..., hidden] to the same."""
+        """[..., width] to the same."""
         if not self.gated:
-            return self.outer(self.activation(self.inner(x)))
-        gate, x = self.inner(x).chunk(2, dim=-1)
-        return self.outer(self.activation(gate) * x)
+            return self.fc2(self.activation(self.fc1(x)))
+        gate, x = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.activation(gate) * x)
 
 
 class AttentionPool(nn.Module):
     """SigLIP's pooling: one learned query attends to all patches, then a feed-forward block."""
 
-    def __init__(self, hidden, heads, inner, activation, epsilon, **_):
+    def __init__(self, config):
         super().__init__()
-        self.probe = nn.Parameter(torch.zeros(hidden))
-        self.query = nn.Linear(hidden, hidden)
-        self.key_value = nn.Linear(hidden, 2 * hidden)
-        self.output = nn.Linear(hidden, hidden)
-        self.norm = nn.LayerNorm(hidden, epsilon)
-        self.mlp = FeedForward(hidden, inner, activation, gated=False)
-        self.heads = heads
+        width = config["width"]
+        self.probe = nn.Parameter(torch.zeros(width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, config["epsilon"])
+        self.mlp = FeedForward(config)
+        self.heads = config["num_heads"]
 
     def forward(self, x):
-        """[batch, length, hidden] to [batch, hidden]."""
+        """[batch, length, width] to [batch, width]."""
         query = split(self.query(self.probe).expand(x.shape[0], 1, -1), self.heads)
         key, value = (split(part, self.heads) for part in self.key_value(x).chunk(2, dim=-1))
         x = F.scaled_dot_product_attention(query, key, value)
@@ -214,5 +222,5 @@ class Normalize(nn.Module):
 
 
 def split(x, heads):
-    """[batch, length, hidden] to [batch, heads, length, hidden / heads]."""
+    """[batch, length, width] to [batch, heads, length, width / heads]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

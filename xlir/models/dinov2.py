@@ -1,0 +1,87 @@
+"""DINOv2: Oquab et al. 2023 (https://arxiv.org/abs/2304.07193)."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from xlir.config import Flag, Real, read_field
+from xlir.models.transformer import WIDTH, LayerNames
+from xlir.models.vision_family import EmbeddingNames, VisionFamily, read_layers
+from xlir.models.vision_transformer import VisionConfig
+from xlir.models.vit import ATTENTION, MODULES
+
+_BASE = {
+    "model_type": "dinov2",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "mlp_ratio": 4,
+    "image_size": 518,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+_SMALL = {"hidden_size": 384, "num_attention_heads": 6}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+_GIANT = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 24,
+    "use_swiglu_ffn": True,
+}
+
+
+def _is_gated(config: Mapping) -> bool:
+    return read_field(config, "use_swiglu_ffn", Flag(), False)
+
+
+def _read(config: Mapping) -> VisionConfig:
+    """The width inside of the feed-forward block is a multiple of the other."""
+    mlp_dim = read_field(config, "hidden_size", WIDTH)
+    mlp_dim = int(mlp_dim * read_field(config, "mlp_ratio", Real(1, 1000)))
+    if gated := _is_gated(config):
+        # Two thirds, rounded up to a multiple of 8, keep the count of parameters.
+        mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
+    activation = {"hidden_act": "silu"} if gated else {}
+    layers = read_layers({**config, "intermediate_size": mlp_dim, **activation})
+    return VisionConfig(
+        dataclasses.replace(layers, layer_scale=True, gated=gated),
+        config["image_size"],
+        config["patch_size"],
+    )
+
+
+def _layer_names(config: Mapping) -> LayerNames:
+    fc1, fc2 = ("weights_in", "weights_out") if _is_gated(config) else ("fc1", "fc2")
+    return LayerNames(
+        "encoder.layer.{}.",
+        ATTENTION
+        | {
+            "attention_norm": ("norm1",),
+            "mlp.fc1": (f"mlp.{fc1}",),
+            "mlp.fc2": (f"mlp.{fc2}",),
+            "mlp_norm": ("norm2",),
+        },
+        {"attention_scale": "layer_scale1.lambda1", "mlp_scale": "layer_scale2.lambda1"},
+    )
+
+
+DINOV2 = VisionFamily(
+    name="dinov2",
+    defaults=_BASE | {"image_size": 224},
+    read=_read,
+    layer_names=_layer_names,
+    embedding_names=EmbeddingNames(),
+    modules=MODULES,
+    prefixes=("dinov2.",),
+    zeros={"embeddings.mask_token": (1,)},
+    size_of_weights=224,
+    # Its mean would be over the class token too.
+    outputs={"cls": ("last_hidden_state", "cls")},
+    dual_encoder_pooling="cls",
+    architectures={
+        "facebook/dinov2-small": _BASE | _SMALL,
+        "facebook/dinov2-base": _BASE,
+        "facebook/dinov2-large": _BASE | _LARGE,
+        "facebook/dinov2-giant": _BASE | _GIANT,
+    },
+)

@@ -1,0 +1,161 @@
+"""The text tower around the stack of layers: token ids to one pooled vector."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32
+
+from xlir.models.layers import LayerNorm, Linear, dropout
+from xlir.models.transformer import ACTIVATIONS, Layers, TransformerConfig, dense_layer
+from xlir.partition import split_rows
+
+# Of the dense layers that a sentence-transformers model has after the pooling.
+DENSE_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh, "identity": lambda x: x}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A text tower.
+
+    Attributes:
+      transformer: the stack of layers.
+      vocab_size: rows of the embedding table.
+      max_length: rows of the position table: the longest text, in tokens.
+      pad_id: the padding token's id where positions depend on it, as RoBERTa's do: they are
+        counted from `pad_id + 1`, over the tokens that are not padding. None where they do not.
+    """
+
+    transformer: TransformerConfig
+    vocab_size: int
+    max_length: int
+    pad_id: int | None = None
+
+    @property
+    def position_offset(self) -> int:
+        """Rows of the published position table that come before a text's first."""
+        return 0 if self.pad_id is None else self.pad_id + 1
+
+
+class TextTransformer(nnx.Module):
+    """Token ids to one pooled vector.
+
+    Dropout is BERT's; DistilBERT's own leaves out the one after the attention.
+
+    The row of the token type that a single text has, and RoBERTa's offset of positions, are folded
+    into the position table when weights are loaded. In RoBERTa a padding token that is written out
+    in a text counts as no position; the row of the published table that it has instead is folded
+    into the embedding of that token.
+
+    Args:
+      config: widths, tables and positions.
+      pooling: "mean" over the tokens, "cls" (the first token), or "pooler" (the checkpoint's own
+        dense layer and tanh over the first token).
+      dense: layers after the pooling, as `sentence_modules.read` describes them.
+      dtype: of the operands of matrix products; everything else is float32.
+      remat: see `Layers`.
+      rngs: keys for the initial parameters.
+
+    Attributes:
+      dim: width of the output.
+      max_length: the longest text, in tokens.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        pooling: str = "mean",
+        dense: Sequence[Mapping] = (),
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        normal, stack = nnx.initializers.normal(0.02), config.transformer
+        width = stack.width
+        self.pooling, self.dropout = pooling, stack.dropout
+        self.pad_id, self.max_length = config.pad_id, config.max_length
+        self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
+        self.position = nnx.Param(normal(rngs.params(), (self.max_length, width)))
+        self.embedding_norm = LayerNorm(width, epsilon=stack.epsilon)
+        self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
+        pooler = pooling == "pooler"
+        self.pooler = dense_layer(width, width, dtype=dtype, rngs=rngs) if pooler else None
+        # Without any there is no list: trees of parameters are as they were before there were some.
+        self.dense = (
+            nnx.List([Dense(**x, dtype=dtype, rngs=rngs) for x in dense]) if dense else None
+        )
+        self.dim = dense[-1]["dim"] if dense else width
+
+    def __call__(
+        self,
+        text_ids: Int32[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch dim"]:
+        """Encodes texts that are padded on the right.
+
+        Args:
+          text_ids: token ids; what they are where the mask is False has no effect.
+          text_mask: False where a row is padding.
+          rngs: turns dropout on.
+
+        Raises:
+          ValueError: the texts are longer than the position table.
+        """
+        length = text_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(f"texts of {length} tokens, but this tower takes {self.max_length}")
+        x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
+        x = self.embedding_norm(x)
+        key = None if rngs is None else rngs.dropout()
+        if key is not None:
+            key, embedding_key = jax.random.split(key)
+            x = dropout(x.reshape(-1, x.shape[-1]), self.dropout, embedding_key).reshape(x.shape)
+        x = self._pool(self.layers(x, text_mask, key=key), text_mask)
+        for layer in self.dense or ():
+            x = layer(x)
+        return x
+
+    def _positions(self, text_ids: Int32[Array, "batch length"]) -> Float[Array, "... length dim"]:
+        """Rows of the position table; RoBERTa's count the tokens that are not padding."""
+        length = text_ids.shape[1]
+        if self.pad_id is None:
+            return self.position[...][:length]
+        counted = text_ids != self.pad_id
+        rows = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, self.max_length)
+        return split_rows(self.position[...].at[rows].get(mode="fill", fill_value=0))
+
+    def _pool(
+        self, x: Float[Array, "batch length width"], text_mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch width"]:
+        if self.pooling == "mean":
+            mask = text_mask[..., None]
+            return jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        x = x[:, 0]
+        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+
+class Dense(Linear):
+    """A dense layer of sentence-transformers, with its activation."""
+
+    def __init__(
+        self,
+        features: int,
+        dim: int,
+        bias: bool,
+        activation: str,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(features, dim, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "rows features"]) -> Float[Array, "rows dim"]:
+        """Applies both."""
+        return DENSE_ACTIVATIONS[self.activation](super().__call__(x))

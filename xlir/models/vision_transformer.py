@@ -1,0 +1,217 @@
+"""The image tower around the stack of layers: pixels to one pooled vector.
+
+Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, UInt8
+
+from xlir.models.layers import LayerNorm, Linear
+from xlir.models.transformer import FeedForward, Layers, TransformerConfig, attend
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """An image tower.
+
+    Attributes:
+      transformer: the stack of layers.
+      image_size: pixels a side that the position table was trained at; for others, and for
+        rectangles, it is interpolated.
+      patch_size: pixels a side of a patch.
+      patch_bias: the projection of patches has a bias.
+      class_token: a learned token stands before the patches.
+      registers: learned tokens between it and the patches, without positions, which are in no
+        output (Darcet et al. 2024, https://arxiv.org/abs/2309.16588).
+      input_norm: a norm before the layers.
+      antialias: the interpolation of positions averages over what it shrinks.
+    """
+
+    transformer: TransformerConfig
+    image_size: int
+    patch_size: int
+    patch_bias: bool = True
+    class_token: bool = True
+    registers: int = 0
+    input_norm: bool = False
+    antialias: bool = False
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of the position table."""
+        return self.image_size // self.patch_size
+
+
+class VisionTransformer(nnx.Module):
+    """Images to one pooled vector.
+
+    The class token and its position are one parameter, as only their sum is ever used.
+
+    Args:
+      config: widths, tokens and positions.
+      mean: of the pixels in [0, 1] that the weights were trained with, for red, green and blue.
+      std: their standard deviation.
+      pooling: "cls" (the normalised class token), "pooler" (a dense layer and tanh over it),
+        "attention" (SigLIP's attention pooling), or "mean" (over the normalised patches).
+      dtype: of the operands of matrix products; everything else is float32.
+      remat: see `transformer.Layers`.
+      rngs: keys for the initial parameters.
+
+    Attributes:
+      dim: width of the output.
+      image_size: as of the config.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pooling: str,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        stack, normal = config.transformer, nnx.initializers.normal(0.02)
+        self.config, self.pooling = config, pooling
+        self.dim, self.image_size = stack.width, config.image_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        dense = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        norm = functools.partial(LayerNorm, self.dim, epsilon=stack.epsilon)
+        self.patches = dense(3 * config.patch_size**2, self.dim, use_bias=config.patch_bias)
+        self.position = nnx.Param(normal(rngs.params(), (config.grid**2, self.dim)))
+        token = config.class_token
+        self.class_token = nnx.Param(normal(rngs.params(), (self.dim,))) if token else None
+        registers = (config.registers, self.dim)
+        self.registers = nnx.Param(normal(rngs.params(), registers)) if config.registers else None
+        self.input_norm = norm() if config.input_norm else None
+        self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
+        self.norm = norm()
+        self.pooler = dense(self.dim, self.dim, use_bias=True) if pooling == "pooler" else None
+        attention = pooling == "attention"
+        self.attention_pool = AttentionPool(stack, dtype=dtype, rngs=rngs) if attention else None
+
+    def __call__(
+        self,
+        images: UInt8[Array | np.ndarray, "batch height width 3"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch dim"]:
+        """Pooled features of RGB images with values 0 to 255; they are normalised here.
+
+        Pixels on the right and at the bottom that fill no whole patch are cut off.
+        """
+        pixels = jnp.asarray(images).astype(jnp.float32) / 255
+        pixels = (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        return self._features(pixels, None if rngs is None else rngs.dropout())
+
+    def _features(
+        self, pixels: Float[Array, "batch height width 3"], key: Key[Array, ""] | None
+    ) -> Float[Array, "batch dim"]:
+        batch, height, width, _ = pixels.shape
+        patch = self.config.patch_size
+        rows, columns = height // patch, width // patch
+        pixels = pixels[:, : rows * patch, : columns * patch]
+        split = pixels.reshape(batch, rows, patch, columns, patch, 3)
+        flat = split.transpose(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, -1)
+        x = self.patches(flat).reshape(batch, rows * columns, self.dim)
+        x = x + self._positions(rows, columns)
+        tokens = [] if self.class_token is None else [self.class_token[...][None]]
+        tokens += [] if self.registers is None else [self.registers[...]]
+        tokens = [jnp.broadcast_to(token, (batch, *token.shape)) for token in tokens]
+        x = jnp.concatenate([*tokens, x], axis=1)
+        x = x if self.input_norm is None else self.input_norm(x)
+        x = self.layers(x, key=key)
+        return self._pool(x)
+
+    def _pool(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch dim"]:
+        if self.attention_pool is not None:
+            return self.attention_pool(self.norm(x))
+        if self.pooling == "mean":
+            first_patch = int(self.config.class_token) + self.config.registers
+            return jnp.mean(self.norm(x)[:, first_patch:], axis=1)
+        x = self.norm(x[:, 0])
+        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+    def _positions(self, rows: int, columns: int) -> Float[Array, "patches dim"]:
+        """The position table, interpolated to a grid of patches."""
+        table, side = self.position[...], self.config.grid
+        if (rows, columns) == (side, side):
+            return table
+        grid = table.reshape(side, side, self.dim)
+        weights = functools.partial(bicubic_weights, side, antialias=self.config.antialias)
+        resized = jnp.einsum("ri,cj,ijd->rcd", weights(rows), weights(columns), grid)
+        return resized.reshape(-1, self.dim)
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's pooling: one learned query attends to all tokens, then a feed-forward block."""
+
+    def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        normal, width = nnx.initializers.normal(0.02), config.width
+        dense = functools.partial(Linear, use_bias=True, dtype=dtype, rngs=rngs)
+        self.probe = nnx.Param(normal(rngs.params(), (width,)))
+        self.query = dense(width, width)
+        self.key_value = dense(width, 2 * width)
+        self.output = dense(width, width)
+        self.norm = LayerNorm(width, epsilon=config.epsilon)
+        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.heads, self.dtype = config.num_heads, dtype
+
+    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch dim"]:
+        """Pools each row's tokens."""
+        batch, length, dim = x.shape
+        query = self.query(self.probe[...][None]).reshape(1, 1, self.heads, -1)
+        key_value = self.key_value(x.reshape(-1, dim)).reshape(batch, length, 2, self.heads, -1)
+        query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
+        pooled = attend(query, key_value[:, :, 0], key_value[:, :, 1], None, self.dtype)
+        pooled = self.output(pooled.reshape(batch, dim))
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def resized_positions(
+    position: Float[np.ndarray, "patches dim"], config: VisionConfig, image_size: int
+) -> Float[np.ndarray, "patches2 dim"]:
+    """A position table, interpolated to that of square images of another size."""
+    old, new = config.grid, image_size // config.patch_size
+    if old == new:
+        return position
+    weights = bicubic_weights(old, new, antialias=config.antialias)
+    grid = position.reshape(old, old, -1)
+    return np.einsum("ri,cj,ijd->rcd", weights, weights, grid).reshape(-1, position.shape[1])
+
+
+def bicubic_weights(old: int, new: int, *, antialias: bool = False) -> Float[np.ndarray, "new old"]:
+    """The matrix that resizes a row of `old` samples to `new` ones, as PyTorch does it.
+
+    Keys' cubic convolution, sample centres aligned. PyTorch has two of them. Without antialiasing
+    a is -0.75, and edges are repeated. With it a is -0.5, the kernel is as much wider as the row
+    shrinks, and beyond the edges there is nothing: the weights that are left are scaled to sum 1.
+    (That is `jax.image.resize`'s.)
+    """
+    a = -0.5 if antialias else -0.75
+    shrinking = max(old / new, 1.0) if antialias else 1.0
+    place = (np.arange(new) + 0.5) * old / new - 0.5
+    # Samples beyond the edges too, as many as the kernel can meet.
+    margin = int(np.ceil(2 * shrinking)) + 1
+    samples = np.arange(-margin, old + margin)
+    distance = np.abs(place[:, None] - samples) / shrinking
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    kernel = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+    inside = (samples >= 0) & (samples < old)
+    if antialias:
+        kernel = kernel * inside
+        return (kernel / kernel.sum(1, keepdims=True))[:, inside].astype(np.float32)
+    weights = np.zeros((new, old))
+    for sample, column in zip(samples, kernel.T, strict=True):
+        weights[:, np.clip(sample, 0, old - 1)] += column
+    return weights.astype(np.float32)
