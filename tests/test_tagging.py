@@ -399,6 +399,7 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
     [
         (["--vocabulary=coco"], 2, ["tag needs images"]),
         (["a.jpg"], 2, ["tag needs --vocabulary"]),
+        (["--vocabulary=coco", "--language=", "a.jpg"], 2, ["--language= names no language"]),
         (["--vocabulary=cocoa", "a.jpg"], 1, ["no vocabulary 'cocoa'", "coco, flickr8k, emoji"]),
         (["--vocabulary=coco", "--language=xx", "a.jpg"], 1, ["no language 'xx'", "en de es"]),
         (["--vocabulary=coco", "none.jpg"], 1, ["there is no image none.jpg"]),

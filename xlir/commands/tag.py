@@ -58,8 +58,7 @@ def define(flags: Flags) -> None:
     flags.number(
         "threshold",
         "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, a photo "
-        "gets the hundredth part of the vocabulary on average, and a photo that shows more things "
-        "gets more. It means the same in every language.",
+        "gets a hundredth of the vocabulary on average, whatever the language.",
     )
     flags.string(
         "output", "File for the tags as JSON lines; with -, they are printed instead of the table."
@@ -101,9 +100,11 @@ def run(values: FlagValues, *images: str) -> None:
 
 
 def _check(values: FlagValues, images: Sequence[str]) -> None:
-    """Refuses flags that can't be, and files that can't be written."""
+    """Refuses values of flags that are not usable, and files that can't be written."""
     if not images:
         raise UsageError("tag needs images: files, folders or patterns")
+    if not values.language:
+        raise UsageError("--language= names no language")
     if values.threshold is not None and not 0 <= values.threshold <= 1:
         raise UsageError(f"--threshold={values.threshold} is not between 0 and 1")
     if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
