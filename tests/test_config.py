@@ -8,6 +8,7 @@ import pytest
 
 import xlir
 from configs import base, flickr8k, muse, quickstart, xlmr
+from tests.runs import run_main
 from xlir import train
 from xlir.config import FIELDS, check_config
 from xlir.models import towers
@@ -423,9 +424,9 @@ COLD = {
         ),
     ],
 )
-def test_runs_with_values_at_the_ends_of_ranges(values, command, photos, tmp_path):
+def test_runs_with_values_at_the_ends_of_ranges(values, photos, tmp_path):
     flags = {"data.dir": photos, "data.test_set": "multilingual_test"} | values
-    command(
+    run_main(
         "--config=configs/xlmr.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         *(f"--config.{name}={value}" for name, value in flags.items()),
