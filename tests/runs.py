@@ -56,6 +56,7 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     data.open_data_set.cache_clear()  # as in another process
     try:
         with (
+            contextlib.chdir(REPOSITORY),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", ["xlir", *arguments]),
