@@ -18,7 +18,7 @@ from input_pipeline import vocabularies
 from input_pipeline.datasets import emoji
 from tests.runs import run_main
 from tests.test_main import NO_JAX, refusal
-from tests.test_photo_limits import odd_files, png
+from tests.test_photo_limits import odd_files, png, within
 from xlir import embed, encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
 from xlir.commands import tag
 

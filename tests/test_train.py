@@ -212,12 +212,13 @@ def test_divergence_stops_and_keeps_what_was_saved(tiny, tmp_path):
     assert "Traceback" not in process.stderr
 
 
-def test_a_batch_that_does_not_divide_over_the_devices(tiny, tmp_path):
-    process = run_main(
+def test_a_batch_that_does_not_divide_over_the_devices(command, tiny, tmp_path):
+    process = command(
         *tiny,
         "--config.data.batch_size=12",
         f"--workdir={tmp_path}",
         check=False,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     assert process.returncode == 1
     assert "batch_size=12 does not divide over 8 devices" in process.stderr
