@@ -20,8 +20,9 @@ def encoder(workdir):
 
 @pytest.fixture
 def run(workdir, encoder, tmp_path):
-    """A copy of a run, and its encoder."""
-    return shutil.copytree(workdir, tmp_path / "run"), encoder
+    """A copy of a run without the reference photos that other tests may have kept, its encoder."""
+    without = shutil.ignore_patterns("tagging")
+    return shutil.copytree(workdir, tmp_path / "run", ignore=without), encoder
 
 
 @pytest.fixture
