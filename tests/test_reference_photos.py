@@ -65,7 +65,7 @@ def test_a_damaged_file_is_named_where_the_data_set_is_gone(run, caplog, monkeyp
     reference_photos.reference(encoder, folder)
     (file,) = (folder / "tagging").iterdir()
     file.write_bytes(b"")
-    monkeypatch.setattr(encoder.config.data, "dir", str(folder / "gone"))
+    monkeypatch.setitem(encoder.config.data, "dir", str(folder / "gone"))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         reference_photos.reference(encoder, folder)
     (line,) = warnings(caplog)
