@@ -166,7 +166,7 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
         (
             "image.pooling",
             "attention",
-            r"^config\.image\.pooling is 'attention'; of clip_vision_model it can be",
+            r"^config\.image\.pooling is 'attention'; clip_vision_model supports",
         ),
         ("text.dtype", "float16", "dtype is 'float16'"),
         ("text.trim_vocab", "nowhere", r"trim_vocab: .*nowhere holds no \.txt files"),

@@ -72,11 +72,11 @@ def _read_bert(config: Mapping) -> TextConfig:
 
 
 def _read_roberta(config: Mapping) -> TextConfig:
-    """Positions begin after the padding token's id, which has to be one."""
+    """Positions start after the padding token's id, so the config needs a valid id."""
     pad_id = config.get("pad_token_id", 1)
     if type(pad_id) is not int or pad_id < 0:
         raise ValueError(
-            f"pad_token_id is {pad_id!r}; it has to be a token's id, as the positions of "
+            f"pad_token_id is {pad_id!r}; it must be a token id, because the positions of "
             f"{config['model_type']} are counted from it"
         )
     positions = read_field(config, "max_position_embeddings", Whole(pad_id + 2))

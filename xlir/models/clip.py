@@ -24,7 +24,7 @@ _LARGE = _BASE | {
     "intermediate_size": 4096,
     "patch_size": 14,
 }
-# The names are the same in CLIP and SigLIP.
+# CLIP and SigLIP use the same names.
 LAYERS = LayerNames(
     "encoder.layers.{}.",
     {
@@ -37,7 +37,7 @@ LAYERS = LayerNames(
     },
 )
 MODULES = {"patches": "embeddings.patch_embedding", "norm": "post_layernorm"}
-# The text side, heads of other tasks, and a constant that older versions saved.
+# Dropped: the text side, heads of other tasks, and a constant that older versions saved.
 IGNORED = (
     "classifier.",
     "text_model.",
@@ -70,7 +70,7 @@ CLIP = VisionFamily(
     modules=MODULES | {"input_norm": "pre_layrnorm"},  # sic
     prefixes=("vision_model.",),
     ignored=IGNORED,
-    # sentence-transformers would take the class token into the mean.
+    # "mean" is missing because sentence-transformers would include the class token in the mean.
     outputs={"cls": ("pooler_output", None)},
     dual_encoder_pooling="cls",
     architectures={

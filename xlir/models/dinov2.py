@@ -42,7 +42,7 @@ def _read(config: Mapping) -> VisionConfig:
     mlp_dim = read_field(config, "hidden_size", WIDTH)
     mlp_dim = int(mlp_dim * read_field(config, "mlp_ratio", Real(1, 1000)))
     if gated := _is_gated(config):
-        # Two thirds, rounded up to a multiple of 8, keep the count of parameters.
+        # SwiGLU has three matrices, so two thirds of the width keep the number of parameters.
         mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     activation = {"hidden_act": "silu"} if gated else {}
     layers = read_layers({**config, "intermediate_size": mlp_dim, **activation})
@@ -78,7 +78,7 @@ DINOV2 = VisionFamily(
     prefixes=("dinov2.",),
     zeros={"embeddings.mask_token": (1,)},
     applied_at=224,
-    # sentence-transformers would take the class token into the mean.
+    # "mean" is missing because sentence-transformers would include the class token in the mean.
     outputs={"cls": ("last_hidden_state", "cls")},
     dual_encoder_pooling="cls",
     architectures={

@@ -46,20 +46,20 @@ def _read(config: Mapping) -> VisionConfig:
 
 
 class SigLIPFamily(VisionFamily):
-    """Image towers with a pooling by attention."""
+    """Image towers with attention pooling."""
 
     def check_pooling(self, config: Mapping, pooling: str) -> None:
-        """See `Family.check_pooling`. Some checkpoints lack the head that pools by attention."""
+        """See `Family.check_pooling`. Some checkpoints have no attention pooling head."""
         super().check_pooling(config, pooling)
         pooling = pooling or self.default_pooling
         if pooling == "attention" and self.complete(config).get("vision_use_head") is False:
             raise ValueError(
-                f"pooling is {pooling!r}, and this SigLIP tower has no attention pooling head: "
-                "set it to mean"
+                f"pooling is {pooling!r}, but this SigLIP tower has no attention pooling head: "
+                "set pooling to mean"
             )
 
     def rename_pooling(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The learned query, and the joint projection of queries, keys and values."""
+        """Converts the learned query, and splits the joint query, key and value projection."""
         names = ("head.probe", "head.attention.in_proj_weight", "head.attention.in_proj_bias")
         if not all(name in left for name in names):
             return {}
@@ -89,7 +89,7 @@ class SigLIPFamily(VisionFamily):
         }
 
     def hub_config(self, spec: TowerSpec, pad_id: int) -> dict[str, Any]:
-        """See `Family.hub_config`. A tower that is pooled by the mean has no head."""
+        """See `Family.hub_config`. With mean pooling, the tower is exported without the head."""
         config = super().hub_config(spec, pad_id)
         return config | {"vision_use_head": False} if spec.pooling == "mean" else config
 

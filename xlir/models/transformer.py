@@ -1,12 +1,13 @@
-"""The stack of layers that text and image towers share.
+"""The stack of transformer layers that text and image towers share.
 
-Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762). Towers are built around it in
-`text_transformer.py` and `vision_transformer.py`; what a family of published models needs of it is
-a `TransformerConfig` that the family's file fills.
+Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762). `text_transformer.py` and
+`vision_transformer.py` build towers around the stack, and the file of each family of published
+models fills a `TransformerConfig`.
 
-Activations are [batch * length, width] outside of the attention: on CPUs that is a third faster
-than [batch, length, width], elsewhere it is the same. The layers' parameters are stacked along a
-first axis and applied by a scan, which compiles one layer and not all of them.
+Outside of the attention, activations have the shape [batch * length, width]. On CPUs that is a
+third faster than [batch, length, width]; on other devices it makes no difference. The parameters
+of all layers are stacked along a first axis, and a scan applies them, so that XLA compiles a single
+layer.
 """
 
 import dataclasses
@@ -33,23 +34,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-# What numbers of a config.json may be.
+# Valid ranges of numbers in a config.json.
 WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, MOST_DROPPED), Real(0, 1)
-# What a stack's parameters begin with in a tower.
+# Prefix of the names of a stack's parameters in a tower.
 STACK = "layers.stacked."
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of equal layers.
+    """A stack of layers with the same shape.
 
     Attributes:
       depth: number of layers.
-      width: of the residual stream.
-      num_heads: attention heads; they divide `width`.
+      width: width of the residual stream.
+      num_heads: number of attention heads; it divides `width`.
       mlp_dim: width inside the feed-forward block.
       activation: a key of `ACTIVATIONS`.
-      epsilon: of the layer norms.
+      epsilon: epsilon of the layer norms.
       pre_norm: normalise the input of each block (ViT) instead of the sum after it (BERT).
       dropout: rate on the output of each block.
       attention_dropout: rate on the attention weights.
@@ -76,9 +77,9 @@ class Layers(nnx.Module):
     """A stack of transformer layers.
 
     Args:
-      config: how many there are, and what each is like.
-      dtype: of the operands of matrix products; everything else is float32.
-      remat: keep only each layer's input for the backward pass, and compute the rest again.
+      config: the number of layers and their shape.
+      dtype: dtype of the operands of matrix products; everything else is float32.
+      remat: keep only each layer's input for the backward pass, and recompute the rest.
     """
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs):
@@ -101,9 +102,9 @@ class Layers(nnx.Module):
         """Applies the layers.
 
         Args:
-          x: a sequence of tokens a row.
-          mask: False for tokens that none attends to.
-          key: for dropout; without one there is none.
+          x: one sequence of tokens per row.
+          mask: False for tokens that no token attends to, such as padding.
+          key: random key for dropout; None turns dropout off.
         """
         batch, length, width = x.shape
         graph, params = nnx.split(self.stacked)
@@ -113,8 +114,8 @@ class Layers(nnx.Module):
             x = nnx.merge(graph, params)(split_rows(x), (batch, length), mask, key)
             return split_rows(x), None
 
-        # Without remat the products' results are kept, and what lies between them computed again:
-        # less memory, and on CPUs a tenth less time.
+        # Without remat the results of matrix products are kept, and the operations between them
+        # are recomputed: this takes less memory, and on CPUs a tenth less time.
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = None if self.remat else saved
         apply = jax.checkpoint(apply, prevent_cse=False, policy=policy)
@@ -143,7 +144,7 @@ class Layer(nnx.Module):
         mask: Bool[Array, "batch length"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
-        """Applies the layer to a batch of `size` (batch, length), flattened."""
+        """Applies the layer to a flattened batch; `size` is (batch, length)."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         attention = functools.partial(self.attention, size=size, mask=mask, key=keys[0])
         x = self._block(x, attention, self.attention_norm, self.attention_scale, keys[1])
@@ -179,7 +180,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "batch length"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
-        """Attends within each sequence of a batch of `size` (batch, length)."""
+        """Attends within each sequence of a flattened batch; `size` is (batch, length)."""
         query, key_, value = (
             part.reshape(*size, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1)
         )
@@ -199,28 +200,28 @@ def attend(
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1).
 
     Args:
-      query: what attends.
-      key: what is attended to.
-      value: what is summed.
-      mask: False for keys that none attends to; a row without any True averages over all of them.
-      dtype: of the operands of both products; their sums and the softmax are float32.
-      rate: dropout of the attention weights, where `dropout_key` is given.
-      dropout_key: for that dropout.
+      query: the projected queries.
+      key: the projected keys.
+      value: the projected values.
+      mask: False for keys that are not attended to. A row without any True averages over all keys.
+      dtype: dtype of the operands of both matrix products; sums and the softmax are float32.
+      rate: dropout rate of the attention weights; it has no effect without `dropout_key`.
+      dropout_key: random key for dropout; None turns dropout off.
     """
     query = query * query.shape[-1] ** -0.5
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = product("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = einsum("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits)
     if dropout_key is not None and rate:
         flat = weights.reshape(-1, weights.shape[-1])
         weights = dropout(flat, rate, dropout_key).reshape(weights.shape)
-    return product("bhqk,bkhd->bqhd", weights.astype(dtype), value.astype(dtype))
+    return einsum("bhqk,bkhd->bqhd", weights.astype(dtype), value.astype(dtype))
 
 
 class FeedForward(nnx.Module):
-    """`Dense -> activation -> Dense`; gated, the first is two, and one of them the gate."""
+    """`Dense -> activation -> Dense`. If gated, `fc1` computes the gate and the value at once."""
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dense = functools.partial(dense_layer, dtype=dtype, rngs=rngs)
@@ -238,12 +239,13 @@ class FeedForward(nnx.Module):
 
 
 class LayerNames(NamedTuple):
-    """What a checkpoint calls the tensors of a stack of layers.
+    """A checkpoint's names of the tensors in a stack of layers.
 
     Attributes:
-      prefix: of a layer's tensors, with `{}` for the layer's number.
-      modules: our name of a dense layer or a norm -> those of the checkpoint that are joined to it.
-      vectors: our name of a parameter that is in no such module -> the checkpoint's.
+      prefix: prefix of a layer's tensors, with `{}` for the layer's number.
+      modules: our name of a dense layer or norm -> the checkpoint's modules that are concatenated
+        to form it, such as query, key and value.
+      vectors: our name of a parameter outside of these modules -> the checkpoint's name.
     """
 
     prefix: str
@@ -254,12 +256,12 @@ class LayerNames(NamedTuple):
 def rename_layers(
     left: dict[str, np.ndarray], depth: int, names: LayerNames
 ) -> dict[str, np.ndarray]:
-    """A stack's tensors, stacked and under the names of `Layers`.
+    """Converts the tensors of all layers to the stacked parameters of `Layers`.
 
     Args:
-      left: a checkpoint's tensors; those that are used are removed from it.
+      left: a checkpoint's tensors; the converted ones are removed from it.
       depth: number of layers.
-      names: the checkpoint's.
+      names: the checkpoint's names.
     """
     renamed = {}
     prefixes = [names.prefix.format(layer) for layer in range(depth)]
@@ -287,7 +289,7 @@ def restore_layers(left: dict[str, np.ndarray], names: LayerNames) -> dict[str, 
 
     Args:
       left: a tower's weights; those of the stack are removed from it.
-      names: the checkpoint's.
+      names: the checkpoint's names.
     """
     restored = {}
     for ours, theirs in names.modules.items():
@@ -303,13 +305,13 @@ def restore_layers(left: dict[str, np.ndarray], names: LayerNames) -> dict[str, 
 
 
 def rename_modules(left: dict[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Dense layers, norms and convolutions over patches outside of a stack, under our names.
+    """Converts dense layers, norms and patch convolutions outside of the stack to our names.
 
-    A convolution's kernel [dim, 3, row, column] becomes [row * column * 3, dim], for patches that
-    are flattened in that order.
+    The kernel of a patch convolution, [dim, 3, row, column], becomes a matrix
+    [row * column * 3, dim] that is applied to flattened patches.
 
     Args:
-      left: a checkpoint's tensors; those that are used are removed from it.
+      left: a checkpoint's tensors; the converted ones are removed from it.
       names: our name of a module -> the checkpoint's.
     """
     renamed = {}
@@ -326,10 +328,10 @@ def rename_modules(left: dict[str, np.ndarray], names: Mapping[str, str]) -> dic
 
 
 def restore_modules(left: dict[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The inverse of `rename_modules`, but for convolutions, which stay matrices [dim, features].
+    """The inverse of `rename_modules`, except that convolutions stay matrices [dim, features].
 
     Args:
-      left: a tower's weights; those that are used are removed from it.
+      left: a tower's weights; the converted ones are removed from it.
       names: our name of a module -> the checkpoint's.
     """
     restored = {}

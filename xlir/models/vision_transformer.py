@@ -1,4 +1,4 @@
-"""The image tower around the stack of layers: pixels to one pooled vector.
+"""The image tower around the stack of layers: maps pixels to one pooled vector.
 
 Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929).
 """
@@ -23,15 +23,16 @@ class VisionConfig:
 
     Attributes:
       transformer: the stack of layers.
-      image_size: pixels a side that the position table was trained at; for others, and for
-        rectangles, it is interpolated.
-      patch_size: pixels a side of a patch.
+      image_size: image size, in pixels per side, that the position table was trained with. For
+        other sizes and for rectangles the table is interpolated.
+      patch_size: size of a patch, in pixels per side.
       patch_bias: the projection of patches has a bias.
-      class_token: a learned token stands before the patches.
-      registers: learned tokens between it and the patches, without positions, which are in no
-        output (Darcet et al. 2024, https://arxiv.org/abs/2309.16588).
+      class_token: a learned token is prepended to the patches.
+      registers: number of learned tokens between the class token and the patches. They have no
+        positions and are left out of the pooling (Darcet et al. 2024,
+        https://arxiv.org/abs/2309.16588).
       input_norm: a norm before the layers.
-      antialias: the interpolation of positions averages over what it shrinks.
+      antialias: interpolate positions with antialiasing when the table shrinks.
     """
 
     transformer: TransformerConfig
@@ -45,7 +46,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side of the position table."""
+        """Number of patches per side in the position table."""
         return self.image_size // self.patch_size
 
 
@@ -56,17 +57,17 @@ class VisionTransformer(nnx.Module):
 
     Args:
       config: widths, tokens and positions.
-      mean: of the pixels in [0, 1] that the weights were trained with, for red, green and blue.
-      std: their standard deviation.
+      mean: red, green and blue mean that pixels in [0, 1] are normalised with.
+      std: red, green and blue standard deviation that they are normalised with.
       pooling: "cls" (the normalised class token), "pooler" (a dense layer and tanh over it),
         "attention" (SigLIP's attention pooling), or "mean" (over the normalised patches).
-      dtype: of the operands of matrix products; everything else is float32.
+      dtype: dtype of the operands of matrix products; everything else is float32.
       remat: see `transformer.Layers`.
       rngs: keys for the initial parameters.
 
     Attributes:
       dim: width of the output.
-      image_size: as of the config.
+      image_size: the config's `image_size`.
     """
 
     def __init__(
@@ -105,9 +106,9 @@ class VisionTransformer(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch dim"]:
-        """Pooled features of RGB images with values 0 to 255; they are normalised here.
+        """Pooled features of RGB images with values 0 to 255, which this method normalises.
 
-        Pixels on the right and at the bottom that fill no whole patch are cut off.
+        Pixels on the right and at the bottom that do not fill a whole patch are cut off.
         """
         pixels = jnp.asarray(images).astype(jnp.float32) / 255
         pixels = (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
@@ -180,7 +181,7 @@ class AttentionPool(nnx.Module):
 def resized_positions(
     position: Float[np.ndarray, "patches dim"], config: VisionConfig, image_size: int
 ) -> Float[np.ndarray, "patches2 dim"]:
-    """A position table, interpolated to that of square images of another size."""
+    """Interpolates a position table to square images of another size."""
     old, new = config.grid, image_size // config.patch_size
     if old == new:
         return position
@@ -190,20 +191,20 @@ def resized_positions(
 
 
 def bicubic_weights(old: int, new: int, *, antialias: bool = False) -> Float[np.ndarray, "new old"]:
-    """The matrix that resizes a row of `old` samples to `new` ones, as PyTorch does it.
+    """The matrix that resizes a row of `old` samples to `new` samples like PyTorch.
 
-    Keys' cubic convolution, sample centres aligned. PyTorch has two of them. Without antialiasing
-    a is -0.75, and edges are repeated. With it a is -0.5, the kernel is as much wider as the row
-    shrinks, and beyond the edges there is nothing: the weights that are left are scaled to sum 1.
-    (That is `jax.image.resize`'s.)
+    Both of PyTorch's variants are Keys' cubic convolution with aligned sample centres. Without
+    antialiasing, a is -0.75 and edge samples are repeated. With antialiasing, a is -0.5, the kernel
+    widens in proportion when the row shrinks, and samples beyond the edges are left out and the
+    remaining weights scaled to sum to 1, as in `jax.image.resize`.
     """
     a = -0.5 if antialias else -0.75
     shrinking = max(old / new, 1.0) if antialias else 1.0
-    place = (np.arange(new) + 0.5) * old / new - 0.5
-    # Samples beyond the edges too, as many as the kernel can meet.
+    center = (np.arange(new) + 0.5) * old / new - 0.5
+    # Include the samples beyond the edges that the kernel can reach.
     margin = int(np.ceil(2 * shrinking)) + 1
     samples = np.arange(-margin, old + margin)
-    distance = np.abs(place[:, None] - samples) / shrinking
+    distance = np.abs(center[:, None] - samples) / shrinking
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
     kernel = np.where(distance <= 1, near, np.where(distance < 2, far, 0))

@@ -23,7 +23,7 @@ _LARGE = _BASE | {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
-# Modules of ViT and DINOv2 outside of the blocks, and of their attention.
+# ViT and DINOv2 use the same names for the attention and for modules outside of the layers.
 ATTENTION = {
     "attention.qkv": tuple(f"attention.attention.{name}" for name in ("query", "key", "value")),
     "attention.output": ("attention.output.dense",),
@@ -58,7 +58,7 @@ VIT = VisionFamily(
     embedding_names=EmbeddingNames(),
     modules=MODULES | {"pooler": "pooler.dense"},
     prefixes=("vit.",),
-    # sentence-transformers would take the class token into the mean.
+    # "mean" is missing because sentence-transformers would include the class token in the mean.
     outputs={"cls": ("last_hidden_state", "cls"), "pooler": ("pooler_output", None)},
     dual_encoder_pooling="pooler",
     pooler_is_optional=True,
