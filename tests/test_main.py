@@ -333,7 +333,7 @@ def test_missing_data_and_weights_are_said_with_sizes_and_commands(command, tmp_
         assert process.stderr.startswith(f"xlir: {tmp_path}")
         assert "13.5 GB" in process.stderr
         assert "wget -c" in process.stderr
-        weights = ("hf download FacebookAI/xlm-roberta-base", "text.tower, of 1.1 GB")
+        weights = ("hf download FacebookAI/xlm-roberta-base", "text.tower, 1.1 GB")
         for told in ("git clone", *weights):
             assert (told in process.stderr) == (verb == "train")
         assert "Traceback" not in process.stderr

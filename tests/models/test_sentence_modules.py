@@ -209,7 +209,7 @@ def outside(folder):
         (changed("1_Pooling/config.json", pooling_mode="lasttoken"), "pools by lasttoken; known"),
         (
             changed("1_Pooling/config.json", pooling_mode=["cls", "mean"]),
-            "pools by cls and mean; known: mean or cls; set config.text.pooling to take its",
+            "pools by cls and mean; known: mean or cls; set config.text.pooling to use only its",
         ),
         (changed("1_Pooling/config.json", include_prompt=False), "leaves out the prompt"),
         (changed("2_Dense/config.json", in_features=31), "from 31 to 32 features, and .* has 32"),

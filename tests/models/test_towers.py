@@ -161,7 +161,7 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
         ("text.tower", "", r"config\.text\.tower is ''; it must be a text"),
         ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
         ("text.pooling", "max", r"^config\.text\.pooling is 'max'; .*known: mean, cls, pooler"),
-        ("text.max_length", 65, r"^config\.text\.max_length is 65, and .* of 64 tokens at most$"),
+        ("text.max_length", 65, r"^config\.text\.max_length is 65, but .* of 64 tokens at most$"),
         ("text.max_length", 2, r"^config\.text\.max_length is 2; it must be an integer"),
         (
             "image.pooling",
@@ -299,7 +299,7 @@ def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, co
     [
         ("text", "is_decoder", True, "is_decoder is True: decoders are not supported"),
         ("text", "add_cross_attention", True, "add_cross_attention is True: decoders"),
-        ("text", "pad_token_id", None, "pad_token_id is None; it has to be a token's id"),
+        ("text", "pad_token_id", None, "pad_token_id is None; it must be a token id"),
         (
             "text",
             "pad_token_id",

@@ -1,4 +1,4 @@
-"""The dual encoder: two towers, two heads, a temperature."""
+"""The dual encoder: two towers, two heads, a temperature and a bias."""
 
 import math
 from collections.abc import Mapping
@@ -23,10 +23,11 @@ Batch = Mapping[str, Array | np.ndarray]
 
 
 class DualEncoder(nnx.Module):
-    """Maps texts and images into one space.
+    """Maps texts and images into one embedding space.
 
-    Each side takes raw input (`text_ids` and `text_mask`, or `image`) through its tower, or the
-    tower's outputs (`text_features`, `image_features`), whichever the batch holds.
+    If the batch holds precomputed tower outputs (`text_features`, `image_features`), only the head
+    is applied to them. Otherwise the raw input (`text_ids` and `text_mask`, or `image`) goes
+    through tower and head.
 
     Args:
       config: see configs/base.py.
@@ -35,7 +36,7 @@ class DualEncoder(nnx.Module):
       rngs: keys for the heads' initial parameters.
 
     Raises:
-      ValueError: a dtype is unknown, or the widths do not fit.
+      ValueError: a dtype is unknown, or a tower's width does not match config.embedding_dim.
     """
 
     def __init__(
@@ -74,9 +75,8 @@ class DualEncoder(nnx.Module):
     def scale(self) -> Float[Array, ""]:
         """The inverse temperature, at most `MAX_SCALE`.
 
-        `clipped` keeps the parameter in range. Of runs from before it did, the parameter may be
-        beyond: such a value is cut off here, and the gradient goes on as if it were not, or the
-        temperature could never come back.
+        `clipped` keeps the parameter in range, but runs of older versions can hold a larger value.
+        It is cut off here without changing the gradient, so that training can bring it back.
         """
         scale = jnp.exp(self.log_scale[...])
         return scale - jax.lax.stop_gradient(jax.nn.relu(scale - MAX_SCALE))
@@ -91,18 +91,18 @@ class DualEncoder(nnx.Module):
 
 
 def clipped(params: dict) -> dict:
-    """Trained parameters after an optimizer's step, with the temperature put back into its range.
+    """Clips the temperature of a `DualEncoder`'s parameters after an optimizer step.
 
-    As open_clip does it. A minimum inside of the model would have no gradient at the bound.
+    open_clip does the same. A minimum inside the model would have no gradient beyond the bound.
 
     Args:
-      params: a pure tree of a `DualEncoder`'s parameters.
+      params: a tree of the parameters' values.
     """
     return params | {"log_scale": jnp.minimum(params["log_scale"], MAX_LOG_SCALE)}
 
 
 def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
-    """An NNX filter for what is trained: parameters, less those of frozen towers."""
+    """An NNX filter for the trained parameters: all except those of frozen towers."""
     frozen = [
         nnx.PathContains(f"{side}_tower") for side in ("text", "image") if config[side].frozen
     ]
@@ -110,7 +110,7 @@ def trainable(config: ConfigDict) -> nnx.filterlib.Filter:
 
 
 def compute_dtype(name: str) -> DTypeLike:
-    """The dtype that a tower (`dtype`) or the heads (`head_dtype`) of a config compute in."""
+    """The compute dtype for a config's `dtype` or `head_dtype`."""
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if name not in ("float32", "bfloat16"):
@@ -119,7 +119,7 @@ def compute_dtype(name: str) -> DTypeLike:
 
 
 def _head(side: str, config: ConfigDict, features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The head of one side, whose configuration `xlir.config` has checked."""
+    """Creates the head of one side; `xlir.config` has validated the options."""
     options, dim = config[side], config.embedding_dim
     dtype = compute_dtype(config.head_dtype)
     if options.head == "none":

@@ -1,8 +1,8 @@
 """EfficientNet-lite, an image tower that runs well on a CPU.
 
 Architecture: Tan & Le 2019 (https://arxiv.org/abs/1905.11946) in the "lite" form of TensorFlow's
-TPU repository (models/official/efficientnet/lite): ReLU6, no squeeze-and-excite, and the widths of
-stem and head and the repeats of the first and last stage are the same in every variant.
+TPU repository (models/official/efficientnet/lite): ReLU6 and no squeeze-and-excite. All variants
+have the same stem width, head width, and number of blocks in the first and last stage.
 
 Batch normalisation is folded into the convolutions, for inference and for fine-tuning.
 """
@@ -24,7 +24,7 @@ from xlir.models.family import Family, TowerSpec
 
 
 class Variant(NamedTuple):
-    """What distinguishes one member of the family."""
+    """Width and depth multipliers, and the image size in pixels per side."""
 
     width: float
     depth: float
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Blocks that share a resolution."""
+    """Consecutive blocks with the same output shape."""
 
     repeats: int
     kernel_size: int
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
 
 
 class BlockShape(NamedTuple):
-    """One block; the expansion is the widening inside."""
+    """The shape of one block; its inner width is `features * expansion`."""
 
     features: int
     output: int
@@ -66,20 +66,20 @@ HEAD_CHANNELS = 1280
 BATCH_NORM_EPSILON = 1e-3
 PIXEL_MEAN, PIXEL_STD = 0.498, 0.502  # of pixels in [0, 1]
 
-# On the CPU this many images at a time: their activations stay in the cache, 1.6x the throughput.
+# CPUs process this many images at a time: the activations fit the cache, for 1.6x the throughput.
 CACHE_BLOCK = 4
 
 
 class EfficientNet(nnx.Module):
-    """Images to globally average-pooled features of the last convolution; no classifier.
+    """Maps images to globally average-pooled features of the last convolution; no classifier.
 
     Args:
       variant: "lite0" or "lite2".
-      dtype: what to compute in; the parameters and the features are float32.
+      dtype: compute dtype; the parameters and the features are float32.
 
     Attributes:
       dim: width of the features.
-      image_size: pixels per side that the published weights were trained at; others work.
+      image_size: image size, in pixels per side, of the published weights; other sizes work too.
 
     Raises:
       ValueError: the variant is unknown.
@@ -102,9 +102,9 @@ class EfficientNet(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch 1280"]:
-        """Features of RGB images with values 0 to 255; they are normalised here. No dropout."""
+        """Features of RGB images with values 0 to 255, which this method normalises. No dropout."""
         images = jnp.asarray(images)
-        # Not where the batch is sharded: a loop over blocks would gather it.
+        # A loop over blocks would gather a sharded batch.
         if jax.sharding.get_abstract_mesh().size > 1 or len(images) % CACHE_BLOCK:
             return self._features(images)
         return jax.lax.platform_dependent(images, cpu=self._by_blocks, default=self._features)
@@ -123,7 +123,7 @@ class EfficientNet(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Inverted residual: widen, filter each channel, project; a skip where the shape stays."""
+    """Inverted residual: widen, filter each channel, project; a skip if the shape is the same."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Pointwise(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(output))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
-        """Mixes the channels of each pixel; linear."""
+        """Mixes the channels of each pixel, without an activation."""
         y = x.reshape(-1, x.shape[-1]) @ self.kernel.astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1) + self.bias.astype(x.dtype)
 
@@ -173,7 +173,7 @@ class Depthwise(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Filters each channel; linear. Height and width are divided by the stride, rounded up."""
+        """Filters each channel. Height and width are divided by the stride, rounded up."""
         kernel = self.kernel.astype(x.dtype).reshape(-1, x.shape[-1])
         y = self.bias.astype(x.dtype)
         for shifted, weight in zip(_shifts(x, self.kernel_size, self.stride), kernel, strict=True):
@@ -189,7 +189,7 @@ class Stem(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(output))
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Linear; height and width are halved, rounded up."""
+        """Applies the convolution; height and width are halved, rounded up."""
         patches = jnp.concatenate(_shifts(x, 3, 2), axis=-1)
         kernel = self.kernel.astype(x.dtype).reshape(27, -1)
         y = patches.reshape(-1, 27) @ kernel
@@ -215,7 +215,7 @@ def from_package(variant: str, *, dtype: DTypeLike = jnp.float32) -> EfficientNe
 
     Raises:
       FileNotFoundError: the package is not installed.
-      ValueError: the variant is unknown, or the file is not what it should be.
+      ValueError: the variant is unknown, or the package's weights do not fit it.
     """
     model = nnx.eval_shape(lambda: EfficientNet(variant, dtype=dtype, rngs=nnx.Rngs(0)))
     file = pretrained.package_file(
@@ -228,9 +228,9 @@ def from_package(variant: str, *, dtype: DTypeLike = jnp.float32) -> EfficientNe
 
 
 def _renamed(model: EfficientNet, checkpoint: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The checkpoint under our names, batch normalisation folded in.
+    """Converts the checkpoint to our names, with batch normalisation folded.
 
-    Tensors that the table does not know keep their names, for the strict merge to report.
+    Unknown tensors keep their names, so that `pretrained.merge` reports them.
     """
     # Ours -> the checkpoint's convolution and its batch normalisation.
     table = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
@@ -259,7 +259,7 @@ def _renamed(model: EfficientNet, checkpoint: dict[str, np.ndarray]) -> dict[str
 def _folded(
     kernel: np.ndarray, gain: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A convolution [out, in, h, w] without bias and its batch normalisation, as one convolution.
+    """Folds the batch normalisation into a convolution [out, in, h, w] without bias.
 
     Returns:
       The kernel in our layout (pointwise [in, out], depthwise [h, w, out], else [h, w, in, out])
@@ -276,9 +276,10 @@ def _folded(
 
 
 def _shifts(x: Float[Array, "b h w c"], kernel_size: int, stride: int) -> list[Array]:
-    """For each position in the kernel, row by row, the pixels that it meets.
+    """For each kernel position, row by row, the pixels that its weight is multiplied with.
 
-    Padded like TensorFlow's "SAME": to ceil(size / stride), the odd pixel at the end.
+    Padding is TensorFlow's "SAME": the output size is ceil(size / stride), and an odd padding pixel
+    goes to the end.
     """
     outputs = [-(-size // stride) for size in x.shape[1:3]]
     padding = [
@@ -295,12 +296,12 @@ def _shifts(x: Float[Array, "b h w c"], kernel_size: int, stride: int) -> list[A
 
 
 def _kernel(shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Random weights after He et al. 2015, for the ReLU that follows."""
+    """Random weights as in He et al. 2015, for layers followed by a ReLU."""
     return nnx.Param(jax.random.normal(rngs.params(), shape) * math.sqrt(2 / fan_in))
 
 
 def _scaled_channels(channels: int, width: float) -> int:
-    """Channels times width, to the nearest multiple of 8 that is at least 90% of it."""
+    """`channels * width`, rounded to the nearest multiple of 8 that is at least 90% of it."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded

@@ -1,4 +1,4 @@
-"""Heads: what maps a tower's output into the shared embedding space."""
+"""Heads, which map a tower's output into the shared embedding space."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from xlir.models.layers import Linear, dropout, product
+from xlir.models.layers import Linear, dropout, matmul
 
 
 class MLP(nnx.Module):
     """`LayerNorm -> [Dense -> GELU -> Dropout] for each hidden width -> Dense`.
 
     One hidden layer is the usual projection head; `hidden=(2048, 1024)` is the text head of
-    Aggarwal et al. 2021. GELU and the norm's epsilon are PyTorch's: an export needs its stock
-    layers only. A plain one has neither norm nor biases: open_clip's text projection.
+    Aggarwal et al. 2021. GELU and the norm's epsilon match PyTorch's defaults, so that exports need
+    only standard layers. With `plain=True` there are neither norm nor biases, as in open_clip's
+    text projection.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch features"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch dim"]:
-        """Maps features to embeddings; with `rngs` in training mode (dropout on)."""
+        """Maps features to embeddings; dropout is on if `rngs` is given."""
         x = self.input(x)
         for layer in self.layers:
             x = gelu(x)
@@ -53,9 +54,9 @@ class MLP(nnx.Module):
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` times the normal distribution function (Hendrycks and Gimpel 2016), as PyTorch has it.
+    """Exact GELU (Hendrycks and Gimpel 2016), as in PyTorch.
 
-    jax.nn.gelu, which takes erfc, is half as slow again on CPUs.
+    `jax.nn.gelu` uses erfc, which takes 1.5 times as long on CPUs.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
@@ -63,9 +64,9 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 class NormLinear(nnx.Module):
     """Layer norm, then a dense layer, as one matrix product.
 
-    The norm's scale and offset are multiplied into the matrix. That is the same function, but
-    where the input is fixed (a frozen tower's features) its backward pass needs no product with
-    the transposed matrix, which would only serve the two vectors: a fifth of a head's training.
+    The norm's scale and offset are folded into the matrix. This computes the same function, but if
+    the input needs no gradient (features of a frozen tower), the backward pass saves a product
+    with the transposed matrix: a fifth of a head's training time.
     """
 
     def __init__(self, features: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -74,11 +75,11 @@ class NormLinear(nnx.Module):
         self.linear = Linear(features, dim, use_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch dim"]:
-        """Applies both; sums and results are float32."""
+        """Applies norm and layer; sums and results are float32."""
         x = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-5)
         kernel = self.linear.kernel[...]
         bias = self.offset[...] @ kernel + self.linear.bias[...]
-        return product(x, self.scale[...][:, None] * kernel, self.linear.dtype) + bias
+        return matmul(x, self.scale[...][:, None] * kernel, self.linear.dtype) + bias
 
 
 class Identity(nnx.Module):
@@ -99,10 +100,10 @@ class Identity(nnx.Module):
 
 
 class Center(Identity):
-    """A fixed space to map the other side into: the tower's output less its mean over the data.
+    """Subtracts the mean over the training data from the tower's output; has no trained weights.
 
-    Outputs of a network that ends in a ReLU share a large mean, which hides their differences from
-    the cosine. The mean is set once, before training, and no gradient moves it.
+    The outputs of a network that ends in a ReLU share a large mean, which makes all their cosine
+    similarities high. The mean is computed once before training, and gets no gradient.
     """
 
     def __init__(self, features: int, dim: int):

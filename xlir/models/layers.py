@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, Key
 
 
 class Linear(nnx.Module):
-    """A dense layer; as a head without a bias it is CLIP's.
+    """A dense layer. Used as a head without a bias, it is CLIP's projection.
 
     Args:
       features: width of the input.
       dim: width of the output.
       use_bias: add a bias.
-      dtype: of the product's operands; parameters, sums and results are float32.
-      initializer: of the matrix.
+      dtype: dtype of the matrix product's operands; parameters, sums and results are float32.
+      initializer: initializer of the matrix.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         self, x: Float[Array, "rows features"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "rows dim"]:
         """Applies the layer."""
-        x = product(x, self.kernel[...], self.dtype)
+        x = matmul(x, self.kernel[...], self.dtype)
         return x if self.bias is None else x + self.bias[...]
 
 
@@ -60,10 +60,10 @@ class LayerNorm(nnx.Module):
 def dropout(
     x: Float[Array, "rows dim"], rate: float, key: Key[Array, ""]
 ) -> Float[Array, "rows dim"]:
-    """Zeroes a share `rate` of the elements, in steps of 1/256, and scales up the others.
+    """Zeroes a fraction `rate` of the elements, rounded to 1/256, and scales up the others.
 
-    Each random word serves four elements. (`jax.random.bits` gives bytes too, but XLA's CPU
-    backend takes 16 times as long for them.)
+    Each random 32-bit word serves four elements. (`jax.random.bits` can draw bytes directly, but
+    takes 16 times as long for them on CPUs.)
     """
     kept = 256 - round(256 * rate)
     if kept == 256:
@@ -71,43 +71,43 @@ def dropout(
     rows, dim = x.shape
     words = jax.random.bits(key, (rows, -(-dim // 4)), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, -1)[:, :dim]
-    # Behind the barrier it is drawn once, and not in every operation that uses it.
+    # The barrier keeps XLA from recomputing the mask in every operation that uses it.
     mask = jax.lax.optimization_barrier(draws < kept)
     return jnp.where(mask, x * (256 / kept), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(
+def matmul(
     x: Float[Array, "rows inner"], y: Float[Array, "inner columns"], dtype: DTypeLike
 ) -> Float[Array, "rows columns"]:
     """`x @ y` with operands in `dtype` and float32 sums, in the backward pass as well.
 
-    JAX's own derivative of a product with float32 results multiplies in float32, which takes
-    twice as long where bfloat16 is native.
+    JAX would compute the derivative with float32 operands, which takes twice as long on hardware
+    with native bfloat16.
     """
-    return _product(x.astype(dtype), y.astype(dtype))
+    return _matmul(x.astype(dtype), y.astype(dtype))
 
 
-def _product(x: Array, y: Array) -> Array:
+def _matmul(x: Array, y: Array) -> Array:
     return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
-def _product_forward(x: Array, y: Array, dtype: DTypeLike):
+def _matmul_forward(x: Array, y: Array, dtype: DTypeLike):
     x, y = x.astype(dtype), y.astype(dtype)
-    return _product(x, y), (x, y)
+    return _matmul(x, y), (x, y)
 
 
-def _product_backward(dtype: DTypeLike, operands: tuple[Array, Array], gradient: Array):
+def _matmul_backward(dtype: DTypeLike, operands: tuple[Array, Array], gradient: Array):
     x, y = operands
     gradient = gradient.astype(dtype)
-    return _product(gradient, _transposed(y)), _product(_transposed(x), gradient)
+    return _matmul(gradient, _transposed(y)), _matmul(_transposed(x), gradient)
 
 
 def _transposed(x: Array) -> Array:
-    """`x.T`; where it matters, written out row by row.
+    """`x.T`, stored row-major if it is bfloat16 and on a CPU.
 
-    XLA's CPU backend multiplies bfloat16 at twice float32's speed, but only matrices that lie in
-    memory row by row. Flattening behind a barrier makes it write the transpose out.
+    XLA's CPU backend multiplies bfloat16 matrices twice as fast as float32, but only if they are
+    row-major. Flattening behind a barrier forces it to materialise the transpose.
     """
     if x.dtype != jnp.bfloat16:
         return x.T
@@ -118,4 +118,4 @@ def _transposed(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=written_out, default=jnp.transpose)
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)

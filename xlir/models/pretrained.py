@@ -1,4 +1,4 @@
-"""Published weights: find them, read them, merge them into a module; and our own towers' files."""
+"""Finds and reads published weights, merges them into modules, and saves towers to files."""
 
 import importlib.util
 import json
@@ -19,8 +19,7 @@ from flax import nnx
 from xlir.models.parameter_names import weights_of_today
 from xlir.models.torch_pickle import read_torch_pickle
 
-# Weights in a Hugging Face checkpoint, in the order in which they are looked for. An index lists
-# the shards.
+# Weight files of a Hugging Face checkpoint, in order of preference. An index file lists the shards.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -28,9 +27,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 LFS_POINTER = b"version https://git-lfs"
-# What a checkpoint on the Hub may hold besides, in other frameworks' formats.
+# Files in other frameworks' formats, which a download from the Hub can leave out.
 NOT_NEEDED = ("*onnx*", "*openvino*", "*.h5", "*.msgpack", "*.ot")
-# Names in an error message before it says "and n more".
+# Error messages list this many names and then say "and n more".
 LISTED = 5
 
 
@@ -43,7 +42,7 @@ def package_file(package: str, pattern: str, requirement: str) -> pathlib.Path:
       requirement: the package's name on PyPI, for the error message.
 
     Raises:
-      FileNotFoundError: the package is not installed, or holds no such file.
+      FileNotFoundError: the package is not installed, or contains no matching file.
     """
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -58,10 +57,10 @@ def checkpoint_folder(name: str) -> pathlib.Path:
     """The folder of a Hugging Face checkpoint. Never uses the network.
 
     Args:
-      name: a local folder, or the id of a repository on the Hub that was downloaded before.
+      name: a local folder, or the Hub id of a checkpoint that was downloaded before.
 
     Raises:
-      FileNotFoundError: there is neither; the message has the command that downloads it.
+      FileNotFoundError: there is no such folder or download; the message has the download command.
     """
     folder = pathlib.Path(name).expanduser()
     if folder.is_dir():
@@ -76,12 +75,12 @@ def checkpoint_folder(name: str) -> pathlib.Path:
         ) from error
     if isinstance(config, str):
         folder = pathlib.Path(config).parent
-        # Another program may have downloaded the configuration or the tokenizer only.
+        # Another program may have downloaded only the config or the tokenizer.
         if any((folder / file).is_file() for file in WEIGHT_FILES):
             return folder
     excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_NEEDED)
     raise FileNotFoundError(
-        f"{name} is not a folder, and no model of that id was downloaded: "
+        f"{name} is not a folder, and no model with this id was downloaded; download it with: "
         f"hf download {name} {excluded}"
     )
 
@@ -90,18 +89,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The config.json of a checkpoint.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is not a JSON object.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a JSON object.
     """
     return read_json(folder / "config.json")
 
 
 def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
-    """The preprocessor_config.json of a checkpoint; newer ones have it in processor_config.json.
+    """A checkpoint's preprocessor_config.json, or processor_config.json in newer checkpoints.
 
     Raises:
-      FileNotFoundError: there is neither.
-      ValueError: it is not a JSON object.
+      FileNotFoundError: neither file exists.
+      ValueError: the file is not a JSON object.
     """
     name = "preprocessor_config.json"
     newer = folder / "processor_config.json"
@@ -111,15 +110,15 @@ def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
 def read_checkpoint(
     folder: pathlib.Path, files: Sequence[str] = WEIGHT_FILES
 ) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face checkpoint by their names in it.
+    """Reads the tensors of a Hugging Face checkpoint; the names are the checkpoint's.
 
-    The first of the files that exists is read. No code of the checkpoint runs: its pickles are
-    read by `read_torch_pickle`.
+    Reads the first of `files` that exists. No code of the checkpoint runs, because
+    `read_torch_pickle` reads the pickles.
 
     Raises:
-      FileNotFoundError: there are no weights, or a shard is missing.
+      FileNotFoundError: the folder has no weights, or a shard is missing.
       ValueError: a file is damaged, or a shard lacks a tensor that the index lists.
-      pickle.UnpicklingError: a pickle names something that no state dict needs.
+      pickle.UnpicklingError: a pickle refers to a class or function that no state dict needs.
     """
     for name in files:
         if (folder / name).is_file():
@@ -130,10 +129,10 @@ def read_checkpoint(
 
 
 def in_float32(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint with those of half precision, in place, in float32.
+    """Converts a checkpoint's floating-point tensors to float32, in place.
 
-    To be called before tensors are added up: a sum in half precision is rounded to it. One tensor
-    after the other, so that no second copy of all of them is held.
+    Call it before adding tensors, because sums of half-precision tensors lose precision. Tensors
+    are converted one by one, so that memory never holds a second copy of the whole checkpoint.
     """
     for name, value in weights.items():
         if jnp.issubdtype(value.dtype, jnp.floating):
@@ -162,7 +161,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
     with open(file, "rb") as start:
         if start.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file} is a pointer of Git LFS, not the weights: git lfs pull")
+            raise ValueError(f"{file} is a Git LFS pointer, not the weights; run: git lfs pull")
     return _read_safetensors(file) if file.suffix == ".safetensors" else read_torch_pickle(file)
 
 
@@ -174,11 +173,11 @@ def _read_safetensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds something else.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file does not hold a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf8"))
@@ -192,8 +191,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def flatten(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """A module's weights by dotted path, such as `blocks.0.expand.kernel`.
 
-    Every variable counts as a weight, trained or not, except the state of random generators. The
-    values of an abstract module (`nnx.eval_shape`) are `jax.ShapeDtypeStruct`.
+    Includes every variable, trained or not, except the state of random generators. For an abstract
+    module (`nnx.eval_shape`) the values are `jax.ShapeDtypeStruct`.
     """
     return {
         ".".join(map(str, path)): variable.get_value()
@@ -204,7 +203,7 @@ def flatten(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
 def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
     """Sets all of a module's weights, in place, by their names in `flatten`.
 
-    The module may be abstract (`nnx.eval_shape`): what is overwritten need not be initialised.
+    The module may be abstract (`nnx.eval_shape`), which avoids initialising weights in vain.
 
     Raises:
       ValueError: a tensor is unused, a weight is missing, or a shape or dtype differs.
@@ -233,21 +232,21 @@ def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
 
 def save(weights: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
     """Writes weights by name to a safetensors file."""
-    # safetensors writes the buffer whatever the strides.
+    # safetensors ignores strides and writes the raw buffer.
     contiguous = {name: np.asarray(value, order="C") for name, value in weights.items()}
-    # transformers refuses a file that does not say what it was written for.
+    # transformers rejects files without a "format" in their metadata.
     safetensors.numpy.save_file(contiguous, path, {"format": "pt"})
-    # The library writes it for the user alone.
+    # The library creates files that only the owner can read; apply the usual umask instead.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
 
 
 def load(module: nnx.Module, path: str | os.PathLike) -> None:
-    """Sets a module's weights, in place, from a file that `save` wrote, also of older versions.
+    """Sets a module's weights, in place, from a file that this or an older version of `save` wrote.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ValueError: the file is damaged, or does not fit the module (see `merge`).
     """
     weights = weights_of_today(_read_safetensors(path))
@@ -258,7 +257,7 @@ def load(module: nnx.Module, path: str | os.PathLike) -> None:
 
 
 def _describe(array: Any) -> str:
-    """dtype[shape], such as float32[3,3,32]."""
+    """The dtype and shape as text, such as float32[3,3,32]."""
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 

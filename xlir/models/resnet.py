@@ -1,8 +1,8 @@
-"""ResNet, the image tower of Hugging Face's checkpoints `microsoft/resnet-*`.
+"""ResNet, the image tower of the Hugging Face checkpoints `microsoft/resnet-*`.
 
-Architecture: He et al. 2015 (https://arxiv.org/abs/1512.03385), in the form called v1.5 where the
-3x3 convolution of a bottleneck halves the resolution, not the 1x1 before it. What a config.json
-says goes by transformers' `ResNetModel`, whose pooled output this is.
+Architecture: He et al. 2015 (https://arxiv.org/abs/1512.03385), in the variant v1.5, in which the
+3x3 convolution of a bottleneck halves the resolution instead of the 1x1 before it. The fields of
+config.json mean the same as for transformers' `ResNetModel`, and the output is its pooled output.
 
 Batch normalisation is folded into the convolutions, for inference and for fine-tuning.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 from xlir.config import WIDEST, Flag, Whole, Widths, read_field
 from xlir.models.family import Family, TowerSpec, Weights
 
-# What a config.json says where it says nothing: transformers' ResNetConfig.
+# Defaults for fields that a config.json omits, from transformers' ResNetConfig.
 DEFAULTS = {
     "num_channels": 3,
     "embedding_size": 64,
@@ -43,14 +43,14 @@ ARCHITECTURES: dict[str, dict] = {
     "microsoft/resnet-152": {"depths": (3, 8, 36, 3)},
 }
 LAYER_TYPES = ("basic", "bottleneck")
-# How much narrower than its output a bottleneck is inside.
+# The inner width of a bottleneck is its output width divided by this.
 REDUCTION = 4
 BATCH_NORM_EPSILON = 1e-5
 IMAGE_SIZE = 224
 
 
 class Shape(NamedTuple):
-    """One convolution; the padding is half the kernel's size."""
+    """The shape of one convolution; its padding is half the kernel size."""
 
     features: int
     output: int
@@ -59,27 +59,27 @@ class Shape(NamedTuple):
 
 
 class BlockShape(NamedTuple):
-    """The convolutions of a block, and the projection beside them where the input does not fit."""
+    """The convolutions of a block, and its projection shortcut if the shape changes."""
 
     convolutions: list[Shape]
     shortcut: Shape | None
 
 
 class ResNet(nnx.Module):
-    """Images to globally average-pooled features of the last block; no classifier.
+    """Maps images to globally average-pooled features of the last block; no classifier.
 
     Args:
       config: content of a config.json of model type "resnet"; missing fields take the defaults.
-      mean, std: of the red, green and blue pixels in [0, 1] that the weights were trained with.
-      dtype: what to compute in; the parameters and the features are float32.
-      remat: compute the inside of each block again in the backward pass instead of keeping it.
+      mean, std: red, green and blue mean and deviation that pixels in [0, 1] are normalised with.
+      dtype: compute dtype; the parameters and the features are float32.
+      remat: recompute the inner activations of each block in the backward pass.
 
     Attributes:
       dim: width of the features.
-      image_size: pixels per side that the published weights were trained at; others work.
+      image_size: image size, in pixels per side, of the published weights; other sizes work too.
 
     Raises:
-      ValueError: the config is of another model, or asks for what is not implemented.
+      ValueError: the config is for another model, or needs an unsupported feature.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ResNet(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch dim"]:
-        """Features of RGB images with values 0 to 255; they are normalised here. No dropout."""
+        """Features of RGB images with values 0 to 255, which this method normalises. No dropout."""
         pixels = jnp.asarray(images).astype(jnp.float32) / 255
         mean, std = jnp.float32(self.mean), jnp.float32(self.std)
         return self._features((pixels - mean) / std)
@@ -120,7 +120,7 @@ class ResNet(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Convolutions with ReLU between them, and a skip; projected where the shape changes."""
+    """Convolutions with ReLU between them, and a skip that is projected if the shape changes."""
 
     def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
         self.convolutions = nnx.List([Convolution(s, rngs=rngs) for s in shape.convolutions])
@@ -136,20 +136,20 @@ class Block(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """A convolution with bias; 1x1 as one matrix product over all pixels that it keeps."""
+    """A convolution with bias. A 1x1 kernel is applied as one matrix product over all pixels."""
 
     def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
         self.kernel_size, self.stride = shape.kernel_size, shape.stride
         kernel = (shape.features, shape.output)
         if shape.kernel_size > 1:
             kernel = (shape.kernel_size, shape.kernel_size, *kernel)
-        # He et al. 2015, for the ReLU that follows; over the outputs, as transformers draws them.
+        # He et al. 2015 with fan-out, as in transformers.
         scale = math.sqrt(2 / (shape.output * shape.kernel_size**2))
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), kernel) * scale)
         self.bias = nnx.Param(jnp.zeros(shape.output))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Linear. Height and width are divided by the stride, rounded up."""
+        """Applies the convolution. Height and width are divided by the stride, rounded up."""
         kernel, bias = self.kernel.astype(x.dtype), self.bias.astype(x.dtype)
         if self.kernel_size == 1:
             x = x[:, :: self.stride, :: self.stride]
@@ -166,17 +166,17 @@ class Convolution(nnx.Module):
 
 
 def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
-    """A checkpoint under our names (`pretrained.flatten`), batch normalisation folded in.
+    """Converts a checkpoint to our names (`pretrained.flatten`), with batch normalisation folded.
 
-    Tensors that the table does not know keep their names, for the strict merge to report.
+    Unknown tensors keep their names, so that `pretrained.merge` reports them.
 
     Args:
-      weights: state dict of transformers' ResNetModel or ResNetForImageClassification; the
-        classifier is dropped, and the batch counter that only training uses.
+      weights: state dict of transformers' ResNetModel or ResNetForImageClassification. The
+        classifier and the batch counter, which only training uses, are dropped.
       config: content of the checkpoint's config.json.
 
     Raises:
-      ValueError: the config is of another model, or asks for what is not implemented.
+      ValueError: the config is for another model, or needs an unsupported feature.
     """
     rest = {
         name.removeprefix("resnet."): tensor
@@ -198,7 +198,7 @@ def rename(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.n
 def restore(weights: Mapping[str, np.ndarray], config: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `rename`: weights under the names of transformers' ResNetModel.
 
-    Batch normalisation stays folded in: the one that is written changes nothing but the bias.
+    Batch normalisation stays folded: the written normalisation only adds the bias.
     """
     left, restored = dict(weights), {}
     for ours, theirs in convolution_names(config):
@@ -233,7 +233,7 @@ def shapes(config: Mapping) -> tuple[Shape, list[BlockShape]]:
     """The stem and the blocks that a config.json describes.
 
     Raises:
-      ValueError: the config is of another model, or asks for what is not implemented.
+      ValueError: the config is for another model, or needs an unsupported feature.
     """
     stem = Shape(3, _checked(config)["embedding_size"], 7, 2)
     return stem, [block for stage in _stages(config) for block in stage]
@@ -269,7 +269,7 @@ def _block(config: Mapping, features: int, output: int, stride: int) -> list[Sha
 
 
 def _shortcut(shapes: Sequence[Shape]) -> Shape | None:
-    """The projection beside a block's convolutions, or None where the input itself fits."""
+    """The projection shortcut of a block, or None if the block keeps the input's shape."""
     stride = math.prod(shape.stride for shape in shapes)
     if stride == 1 and shapes[0].features == shapes[-1].output:
         return None
@@ -305,7 +305,7 @@ def _checked(config: Mapping) -> dict:
 def _folded(
     kernel: np.ndarray, gain: np.ndarray, bias: np.ndarray, mean: np.ndarray, variance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A convolution [out, in, h, w] without bias and its batch normalisation, as one convolution.
+    """Folds the batch normalisation into a convolution [out, in, h, w] without bias.
 
     Returns:
       The kernel in our layout (1x1 [in, out], else [h, w, in, out]) and the bias.
@@ -318,14 +318,14 @@ def _folded(
 
 
 def _rematerialised(block: Block, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-    """A block's output; the backward pass computes its inside again."""
-    # Not nnx.remat, which refuses a block from outside of the trace, although nothing changes it.
+    """Applies a block; the backward pass recomputes its inner activations."""
+    # nnx.remat rejects a block that was created outside of the trace, even if it is not changed.
     graph, state = nnx.split(block)
     return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 
 
 def _max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The maximum of 3x3 pixels at every other one."""
+    """3x3 max pooling with stride 2."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 

@@ -1,7 +1,7 @@
-"""What a folder of sentence-transformers does after its transformer: pooling and dense layers.
+"""Reads the pooling and the dense layers of a sentence-transformers model.
 
-Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084). LaBSE, for one, takes the first token
-through a dense layer and tanh: without them its embeddings are others.
+Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084). LaBSE, for example, applies a dense
+layer and tanh to the first token; without them its embeddings would be wrong.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from xlir.models import pretrained
 
 MODULES_FILE = "modules.json"
-# Of a Pooling module; older versions have a field for each that says true or false.
+# Modes of a Pooling module -> our poolings. Older versions have a boolean field for each mode.
 POOLINGS = {"mean": "mean", "cls": "cls", "mean_tokens": "mean", "cls_token": "cls"}
 ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": "tanh",
@@ -24,17 +24,17 @@ ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "identity",
 }
 SENTENCE = "sentence_embedding"
-# The way out of every refusal.
-ALONE = "set config.text.pooling to take its transformer alone"
+# Appended to every error about an unsupported module.
+ALONE = "set config.text.pooling to use only its transformer"
 
 
 class Modules(NamedTuple):
-    """What a folder's modules are.
+    """The modules of a sentence-transformers model after its transformer.
 
     Attributes:
       pooling: "mean" or "cls".
-      dense: layers after it, each with `features`, `dim`, `bias` and `activation`.
-      folders: where the weights of these layers are.
+      dense: dense layers after the pooling, each with `features`, `dim`, `bias`, `activation`.
+      folders: the folder with the weights of each dense layer.
     """
 
     pooling: str
@@ -43,17 +43,17 @@ class Modules(NamedTuple):
 
 
 def read(folder: pathlib.Path, hidden: int) -> Modules | None:
-    """The modules of a sentence-transformers folder, or None where it is not one.
+    """Reads a folder's modules, or returns None if it is not a sentence-transformers model.
 
-    A last normalisation is left out: it changes lengths only, and embeddings are normalised anyway.
+    A final normalisation is skipped: it only changes lengths, and embeddings are normalised anyway.
 
     Args:
-      folder: of a checkpoint.
+      folder: the checkpoint's folder.
       hidden: width of its transformer.
 
     Raises:
       FileNotFoundError: a module's config.json is missing.
-      ValueError: a file is damaged, or a module does what is not done here.
+      ValueError: a file is damaged, or a module needs an unsupported feature.
     """
     if not (folder / MODULES_FILE).is_file():
         return None
@@ -76,7 +76,7 @@ def read(folder: pathlib.Path, hidden: int) -> Modules | None:
 
 
 def read_weights(modules: Modules) -> dict[str, np.ndarray]:
-    """The dense layers' weights, float32, under the names of `TextTransformer`.
+    """Reads the dense layers' weights as float32, with the names that `TextTransformer` uses.
 
     Raises:
       FileNotFoundError, ValueError, pickle.UnpicklingError: as `pretrained.read_checkpoint`.
@@ -91,7 +91,7 @@ def read_weights(modules: Modules) -> dict[str, np.ndarray]:
 
 
 def _listed(folder: pathlib.Path) -> list[tuple[str, str]]:
-    """The class and the folder of each module, in their order."""
+    """The class and the folder of each module, in order."""
     file = folder / MODULES_FILE
     try:
         modules = json.loads(file.read_text(encoding="utf8"))
@@ -139,8 +139,8 @@ def _dense(folder: pathlib.Path, width: int) -> dict[str, Any]:
     features, dim = config.get("in_features"), config.get("out_features")
     if features != width or type(dim) is not int or dim < 1:
         raise ValueError(
-            f"{file} is of a layer from {features!r} to {dim!r} features, and what comes before "
-            f"it has {width}"
+            f"{file} describes a layer from {features!r} to {dim!r} features, but its input has "
+            f"{width} features"
         )
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     known = {

@@ -1,4 +1,4 @@
-"""Reads state dicts that torch.save wrote, without torch and without running a pickle's code."""
+"""Reads state dicts that torch.save wrote, without torch and without running code in the pickle."""
 
 import collections
 import functools
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-# What torch.save wrote before its zip format (torch 1.6).
+# Header of the format that torch.save wrote before torch 1.6, which introduced the zip format.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-# Of a zip member: signature, lengths of its name and of its extra field.
+# Local header of a zip member: signature, length of the name, length of the extra field.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 STORAGE_DTYPES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -37,16 +37,16 @@ STORAGE_DTYPES = {
 def read_torch_pickle(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads a state dict that `torch.save` wrote, without torch and without running its code.
 
-    A pickle may call anything it can name; this one can name an ordered dictionary, the tensors'
-    constructor and the storage types, and all it gets are stand-ins of ours. Both of torch's
-    formats are read: the zip archive, which is mapped into memory, and the one before torch 1.6.
+    A pickle can call every function that it can import by name. This reader resolves only three
+    kinds of names, an ordered dictionary, the tensor constructor and the storage types, to harmless
+    stand-ins. It supports the zip format, which it maps into memory, and the one before torch 1.6.
 
     Returns:
-      Tensors by name: read-only, with the strides they were saved with.
+      Tensors by name: read-only, with the strides that they were saved with.
 
     Raises:
-      pickle.UnpicklingError: the file names anything else; the message says what.
-      ValueError: the file is not of these formats, truncated, or its tensors leave their storages.
+      pickle.UnpicklingError: the file imports any other name; the message says which.
+      ValueError: the file has another format or is truncated, or a tensor exceeds its storage.
     """
     with open(path, "rb") as file:
         read = _read_zip if file.peek(2)[:2] == b"PK" else _read_legacy
@@ -66,7 +66,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage whose bytes are not read yet; the pickle comes before them."""
+    """A view of a storage. The storage's bytes are read later, as they follow the pickle."""
 
     key: Any
     offset: Any
@@ -75,14 +75,15 @@ class _Tensor(NamedTuple):
 
 
 class _RefusedGlobal(pickle.UnpicklingError):
-    """The pickle names something that is not on the list."""
+    """The pickle imports a name that is not allowed."""
 
 
 class _StateDictUnpickler(pickle.Unpickler):
     """Unpickles a state dict into stand-ins.
 
-    What `find_class` hands out must be harmless to call and to set attributes on (the opcodes
-    REDUCE and BUILD): a type that cannot be changed, a bound method, strings.
+    A pickle can call the objects that `find_class` returns, and set their attributes (opcodes
+    REDUCE and BUILD). Both must be harmless, so it returns only an immutable type, a bound method
+    and strings.
     """
 
     def __init__(self, file: io.BufferedIOBase):
@@ -109,12 +110,12 @@ class _StateDictUnpickler(pickle.Unpickler):
         return key
 
     def _rebuild_tensor(self, key: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
-        # Judged in _view; the rest is the gradient's.
+        # `_view` validates these fields; the remaining arguments concern gradients.
         return _Tensor(key, offset, size, stride)
 
 
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
-    """A pickle of the state dict, and each storage as a member of its own."""
+    """Reads the zip format: a pickle of the state dict, and one member per storage."""
     members = _members(file)
     if "data.pkl" not in members:
         raise ValueError("not an archive of torch.save: it has no data.pkl")
@@ -134,13 +135,13 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _members(file: BinaryIO) -> dict[str, memoryview]:
-    """The members of an archive by their names below its one folder, mapped into memory.
+    """The members of an archive, mapped into memory, by their path inside its only folder.
 
-    Checksums are not compared: torch can be told to leave them out.
+    Checksums are not verified, because torch can be configured not to write them.
     """
     try:
         infos = zipfile.ZipFile(file).infolist()
-    except Exception as error:  # damaged archives raise nearly anything
+    except Exception as error:  # damaged archives raise many types of exceptions
         raise ValueError(f"truncated or not a zip archive ({error})") from error
     image = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     members: dict[str, memoryview] = {}
@@ -166,7 +167,10 @@ def _members(file: BinaryIO) -> dict[str, memoryview]:
 
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Five pickles (magic, protocol, system, state dict, storage keys), then the storages."""
+    """Reads the old format: pickles of magic number, protocol, system, state dict and storage keys.
+
+    The storages follow.
+    """
     unpickler = functools.partial(_StateDictUnpickler, file)
     if _unpickled(unpickler()) != LEGACY_MAGIC:
         raise ValueError("not a file of torch.save: wrong magic number")
@@ -198,23 +202,23 @@ def _unpickled(unpickler: pickle.Unpickler) -> Any:
         return unpickler.load()
     except _RefusedGlobal:
         raise
-    except Exception as error:  # malformed pickles raise nearly anything
+    except Exception as error:  # malformed pickles raise many types of exceptions
         raise ValueError(f"truncated or not a pickle of torch.save ({error})") from error
 
 
 def _read_storages(
     file: BinaryIO, declared: Mapping[str, _Storage], keys: Any
 ) -> dict[str, np.ndarray]:
-    """Each storage is its element count (int64), then its elements."""
+    """Reads the storages; each is its element count (int64), then its elements."""
     if not isinstance(keys, list) or set(map(str, keys)) != set(declared):
-        raise ValueError("the list of storages is not the one that the tensors use")
+        raise ValueError("the list of storages does not match the tensors")
     arrays = {}
     for key in keys:
         dtype, count = declared[key]
         header = file.read(8)
         if len(header) == 8 and int.from_bytes(header, "little", signed=True) != count:
             raise ValueError(f"storage {key} does not hold the {count} elements declared")
-        # Compared before it is read: a lying count must not allocate.
+        # Compare before reading, so that a wrong count cannot allocate too much memory.
         left = os.fstat(file.fileno()).st_size - file.tell()
         if len(header) < 8 or count * dtype.itemsize > left:
             raise ValueError(f"truncated: storage {key} is incomplete")
