@@ -212,7 +212,7 @@ def outside(folder):
             "pools by cls and mean; known: mean or cls; set config.text.pooling to use only its",
         ),
         (changed("1_Pooling/config.json", include_prompt=False), "leaves out the prompt"),
-        (changed("2_Dense/config.json", in_features=31), "from 31 to 32 features, and .* has 32"),
+        (changed("2_Dense/config.json", in_features=31), "from 31 to 32 features, but .* has 32"),
         (
             changed("2_Dense/config.json", activation_function="torch.nn.ELU"),
             "activation_function 'torch.nn.ELU' is not supported; set config.text.pooling",
