@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, RUN_MAIN
+from tests.runs import run_main
 from xlir import commands, data, main
 
 # Whatever imports JAX after this fails.
@@ -382,7 +383,7 @@ def test_coco_from_its_archives_trains_resumes_and_is_evaluated(
     assert killed.returncode == -9, killed.stderr
     assert "257 training photos" in killed.stderr
     assert "removed 0 photos of XTD10 (0 of train2014, 0 of val2014)" in killed.stderr
-    resumed = command(*arguments)
+    resumed = run_main(*arguments)
     assert "resuming from step 10" in resumed.stderr
     assert "preparing" not in resumed.stderr
     (file,) = (tmp_path / "run" / "results").glob("coco-test-*.json")
@@ -426,7 +427,7 @@ def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
     )
 
 
-def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, tmp_path):
+def test_xtd10_in_eleven_languages_in_one_command(one_device, shared, tmp_path):
     """Stand-in photos under XTD10's names, and toy towers."""
     names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
     for number, name in enumerate(names):
@@ -436,7 +437,7 @@ def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, t
     shutil.copytree(one_device.workdir, run)
     arguments = ["eval", f"--workdir={run}", f"--test_set={shared / 'xtd10'}"]
     arguments += [f"--images={tmp_path}"]
-    process = command(*arguments, "--drop_junk")
+    process = run_main(*arguments, "--drop_junk")
     assert "6 captions in 'de' are not translations, dropped" in process.stderr
     (file,) = (run / "results").glob("xtd10-without-junk-*.json")
     languages = json.loads(file.read_text())["languages"]
