@@ -39,12 +39,14 @@ def once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.
 
 
 def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs the command line in this process, on its eight devices; returns what a process would.
+    """Runs the command line in this process, on one device; returns what a process would.
 
-    It saves the seconds in which a process imports JAX and compiles. What kills, replaces modules
-    or reads the output while it comes needs a process: the fixture `command`.
+    It saves the seconds in which a process imports JAX. What kills, replaces modules or reads the
+    output while it comes needs a process: the fixture `command`.
     """
     # Not before jaxtyping's checks are in place, which come after conftest.py.
+    import jax
+
     from xlir import data, main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf8", write_through=True) for _ in range(2))
@@ -54,9 +56,12 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     data.open_data_set.cache_clear()  # as in another process
     try:
         with (
+            contextlib.chdir(REPOSITORY),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", ["xlir", *arguments]),
+            mock.patch.object(jax, "devices", return_value=jax.devices()[:1]),
+            mock.patch.object(jax, "device_count", return_value=1),
             mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
             mock.patch.dict(os.environ),
             warnings.catch_warnings(),

@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from configs import flickr8k, xlmr
+from tests.runs import run_main
 from tests.test_partition import GOLDEN
 from xlir import compile, cost, partition
 
 
 def test_shardings_prints_the_table(command):
     flags = ["--config=configs/xlmr.py:tiny", "--devices=8"]
-    assert command("shardings", *flags).stdout == (GOLDEN / "xlmr-tiny.txt").read_text()
+    assert run_main("shardings", *flags).stdout == (GOLDEN / "xlmr-tiny.txt").read_text()
 
 
 def test_an_abstract_batch_is_what_training_reads():
@@ -83,11 +84,11 @@ def test_the_report_names_what_takes_the_time():
     [
         (["--topology=v2:2x2"], "the known generations are v4, v5e, v5p, v6e"),
         ([], "compile needs --topology"),
-        (["--topology=v5e:2x4", "--devices=8"], "--devices goes with shardings, not with compile"),
+        (["--topology=v5e:2x4", "--devices=8"], "--devices is a flag of shardings, not of compile"),
     ],
 )
-def test_refusals(flags, message, command):
-    process = command("compile", "--config=configs/xlmr.py:tiny", *flags, check=False)
+def test_refusals(flags, message):
+    process = run_main("compile", "--config=configs/xlmr.py:tiny", *flags, check=False)
     assert process.returncode in (1, 2)
     (line,) = process.stderr.splitlines()
     assert message in line

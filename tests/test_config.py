@@ -8,6 +8,7 @@ import pytest
 
 import xlir
 from configs import base, flickr8k, muse, quickstart, xlmr
+from tests.runs import run_main
 from xlir import train, workdir
 from xlir.config import FIELDS, check_config, upgrade
 from xlir.models import towers
@@ -499,9 +500,9 @@ COLD = {
         ),
     ],
 )
-def test_runs_with_values_at_the_ends_of_ranges(values, command, photos, tmp_path):
+def test_runs_with_values_at_the_ends_of_ranges(values, photos, tmp_path):
     flags = {"data.dir": photos, "evals": MULTILINGUAL} | values
-    command(
+    run_main(
         "--config=configs/xlmr.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         *(f"--config.{name}={value}" for name, value in flags.items()),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.runs import run_main
 from xlir import evaluate, figures
 from xlir import results as results_files
 from xlir.data import RetrievalSet
@@ -201,10 +202,10 @@ def odd_test_set(photos, tmp_path_factory):
     return folder
 
 
-def test_eval_of_another_test_set(command, workdir, photos, odd_test_set, cache):
+def test_eval_of_another_test_set(workdir, photos, odd_test_set, cache):
     arguments = ["eval", f"--workdir={workdir}", f"--test_set={odd_test_set}"]
     arguments += [f"--images={photos / 'images'}"]
-    first = command(*arguments)
+    first = run_main(*arguments)
     (file,) = (workdir / "results").glob("odd-*.json")
     results = json.loads(file.read_text())
     assert (results["dataset"], results["images"]) == ("odd", 12)
@@ -225,7 +226,7 @@ def test_eval_of_another_test_set(command, workdir, photos, odd_test_set, cache)
     # The towers' outputs are cached: nothing is computed, and the results are the same.
     assert "odd images: 100%" in first.stderr
     before = sorted(os.listdir(cache / "features"))
-    second = command(*arguments)
+    second = run_main(*arguments)
     assert "odd images" not in second.stderr
     assert "odd texts" not in second.stderr
     assert sorted(os.listdir(cache / "features")) == before

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, RUN_MAIN
+from tests.runs import run_main
 from xlir import commands, data, main
 
 # Whatever imports JAX after this fails.
@@ -93,24 +94,24 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["--config"], ["--config"]),
         ([], ["train needs --config"]),
         (["train"], ["train needs --config"]),
-        ([QUICKSTART, "--test_set=x"], ["--test_set goes with eval"]),
-        ([QUICKSTART, "--images=x"], ["--images goes with eval"]),
-        ([QUICKSTART, "--drop_junk"], ["--drop_junk goes with eval, not with train"]),
+        ([QUICKSTART, "--test_set=x"], ["--test_set is a flag of eval"]),
+        ([QUICKSTART, "--images=x"], ["--images is a flag of eval"]),
+        ([QUICKSTART, "--drop_junk"], ["--drop_junk is a flag of eval, not of train"]),
         (["prepare"], ["prepare needs --config"]),
         (
             ["prepare", QUICKSTART, "--workdir=x"],
-            ["--workdir goes with train, eval, tag, export and"],
+            ["--workdir is a flag of train, eval, tag, export and"],
         ),
         (["--workdir", "train", "eval"], ["the verb comes first: eval"]),
         (
             ["prepare", QUICKSTART, "--images=x"],
-            ["--images goes with eval and export, not with prepare"],
+            ["--images is a flag of eval and export, not of prepare"],
         ),
         (["eval"], ["eval needs --workdir"]),
         (["import", "--workdir=x"], ["import needs --text"]),
         (["import", "--text=x"], ["import needs --workdir"]),
-        (["eval", "--workdir=x", "--image=x"], ["--image goes with import, not with eval"]),
-        (["eval", QUICKSTART, "--workdir=x"], ["--config goes with train", "not with eval"]),
+        (["eval", "--workdir=x", "--image=x"], ["--image is a flag of import, not of eval"]),
+        (["eval", QUICKSTART, "--workdir=x"], ["--config is a flag of train", "not of eval"]),
         (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
         (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
         (["tag", "--top_k=0", *TAG], ["--top_k=0"]),
@@ -119,7 +120,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["tag", "--threshold=-0.1", *TAG], ["--threshold=-0.1 is not between 0 and 1"]),
         ([QUICKSTART, *PROCESS, "--processes=0", "--process=0"], ["--processes=0"]),
         ([QUICKSTART, *PROCESS, "--processes=2", "--process=-1"], ["--process=-1"]),
-        ([QUICKSTART, *PROCESS, "--processes=2", "--process=2"], ["--process=2 is none of"]),
+        ([QUICKSTART, *PROCESS, "--processes=2", "--process=2"], ["--process=2 must be less than"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -382,7 +383,7 @@ def test_coco_from_its_archives_trains_resumes_and_is_evaluated(
     assert killed.returncode == -9, killed.stderr
     assert "257 training photos" in killed.stderr
     assert "removed 0 photos of XTD10 (0 of train2014, 0 of val2014)" in killed.stderr
-    resumed = command(*arguments)
+    resumed = run_main(*arguments)
     assert "resuming from step 10" in resumed.stderr
     assert "preparing" not in resumed.stderr
     (file,) = (tmp_path / "run" / "results").glob("coco-test-*.json")
@@ -426,7 +427,7 @@ def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
     )
 
 
-def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, tmp_path):
+def test_xtd10_in_eleven_languages_in_one_command(one_device, shared, tmp_path):
     """Stand-in photos under XTD10's names, and toy towers."""
     names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
     for number, name in enumerate(names):
@@ -436,7 +437,7 @@ def test_xtd10_in_eleven_languages_in_one_command(command, one_device, shared, t
     shutil.copytree(one_device.workdir, run)
     arguments = ["eval", f"--workdir={run}", f"--test_set={shared / 'xtd10'}"]
     arguments += [f"--images={tmp_path}"]
-    process = command(*arguments, "--drop_junk")
+    process = run_main(*arguments, "--drop_junk")
     assert "6 captions in 'de' are not translations, dropped" in process.stderr
     (file,) = (run / "results").glob("xtd10-without-junk-*.json")
     languages = json.loads(file.read_text())["languages"]

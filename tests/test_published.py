@@ -13,6 +13,7 @@ from PIL import Image
 import xlir
 from input_pipeline.preprocessing import CLIP
 from tests.models.test_towers import MALICIOUS, PROCESSOR
+from tests.runs import run_main
 from tests.tokenizers.test_huggingface import CORPUS, OTHER, unigram
 from xlir import published
 from xlir.checkpoint import Checkpoints
@@ -635,29 +636,29 @@ def test_import_eval_and_tag(command, m_clip, clip, photos, tmp_path):
     assert process.stderr == f"{run}: texts of {m_clip[0]}, images of {clip[0]}, 24 dimensions\n"
     # The folders that it came from are not needed any more.
     test_set = f"--test_set={photos / 'multilingual_test'}"
-    process = command("eval", f"--workdir={run}", test_set, f"--images={photos / 'images'}")
+    process = run_main("eval", f"--workdir={run}", test_set, f"--images={photos / 'images'}")
     results = json.loads((run / "results" / "multilingual_test-0.json").read_text())
     assert set(results["languages"]) == {"en", "de"}
     assert results["images"] == 20
     assert "multilingual_test, step 0, 20 images" in process.stdout
     photo = str(photos / "images" / "00.jpg")
-    process = command("tag", f"--workdir={run}", "--vocabulary=coco", "--language=de", photo)
+    process = run_main("tag", f"--workdir={run}", "--vocabulary=coco", "--language=de", photo)
     (line,) = process.stderr.splitlines()
     assert line.startswith(
-        "scores are plain cosines, without calibrated percentiles: no data set is named"
+        "scores are plain cosines, because there are no calibrated percentiles: no data set is "
     )
     assert len(process.stdout.splitlines()) == 1
     for more in ([], ["--task=tagging"]):
-        process = command("eval", f"--workdir={run}", *more, check=False)
+        process = run_main("eval", f"--workdir={run}", *more, check=False)
         (line,) = process.stderr.splitlines()
         assert line.startswith("xlir: no data set is named")
 
 
-def test_open_clip_in_one_folder(command, open_clip, tmp_path):
+def test_open_clip_in_one_folder(open_clip, tmp_path):
     run = tmp_path / "run"
-    command("import", f"--text={open_clip[0]}", f"--workdir={run}")
+    run_main("import", f"--text={open_clip[0]}", f"--workdir={run}")
     assert xlir.Encoder.load(run).encode_text(["Ball"]).shape == (1, DIM)
-    process = command("import", f"--text={open_clip[0]}", f"--workdir={run}", check=False)
+    process = run_main("import", f"--text={open_clip[0]}", f"--workdir={run}", check=False)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert line == f"xlir: {run} is there already: name a new folder with --workdir"

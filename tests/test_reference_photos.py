@@ -13,12 +13,16 @@ from xlir.encoder import Encoder
 DIM = 16
 
 
+@pytest.fixture(scope="module")
+def encoder(workdir):
+    return Encoder.load(workdir)
+
+
 @pytest.fixture
-def run(workdir, tmp_path):
-    """A copy of a run, and its encoder."""
-    folder = tmp_path / "run"
-    shutil.copytree(workdir, folder)
-    return folder, Encoder.load(folder)
+def run(workdir, encoder, tmp_path):
+    """A copy of a run without the reference photos that other tests may have kept, its encoder."""
+    without = shutil.ignore_patterns("tagging")
+    return shutil.copytree(workdir, tmp_path / "run", ignore=without), encoder
 
 
 @pytest.fixture
@@ -56,12 +60,12 @@ def test_a_damaged_file_is_named_and_made_anew(run, caplog):
         assert len(warnings(caplog)) == 1
 
 
-def test_a_damaged_file_is_named_where_the_data_set_is_gone(run, caplog):
+def test_a_damaged_file_is_named_where_the_data_set_is_gone(run, caplog, monkeypatch):
     folder, encoder = run
     reference_photos.reference(encoder, folder)
     (file,) = (folder / "tagging").iterdir()
     file.write_bytes(b"")
-    encoder.config.data.dir = str(folder / "gone")
+    monkeypatch.setitem(encoder.config.data, "dir", str(folder / "gone"))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         reference_photos.reference(encoder, folder)
     (line,) = warnings(caplog)

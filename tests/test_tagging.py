@@ -16,8 +16,9 @@ from PIL import Image
 from configs import base
 from input_pipeline import vocabularies
 from input_pipeline.datasets import emoji
+from tests.runs import run_main
 from tests.test_main import NO_JAX, refusal
-from tests.test_photo_limits import odd_files, png
+from tests.test_photo_limits import odd_files, png, within
 from xlir import embed, encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
 from xlir.commands import tag
 
@@ -209,7 +210,7 @@ def test_batches_skip_what_is_broken_and_keep_the_order():
 
 
 @pytest.fixture(scope="module")
-def tagged(command, workdir, photos_folder, tmp_path_factory):
+def tagged(workdir, photos_folder, tmp_path_factory):
     """A run's copy and what `tag` printed and wrote, of a folder with broken files in it."""
     folder = tmp_path_factory.mktemp("tag")
     shutil.copytree(workdir, folder / "run")
@@ -217,7 +218,7 @@ def tagged(command, workdir, photos_folder, tmp_path_factory):
     shutil.copytree(photos_folder, folder / "images")
     (folder / "images" / "05.jpg").write_bytes(b"not a photo")
     (folder / "images" / "06.jpg").write_bytes((photos_folder / "06.jpg").read_bytes()[:300])
-    process = command(
+    process = run_main(
         *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
         *("--language=en,de", "--top_k=3", f"--output={folder / 'tags.jsonl'}"),
         *(f"--sheet={folder / 'sheet.png'}", str(folder / "images")),
@@ -280,16 +281,16 @@ def good(odd: pathlib.Path) -> list[bytes]:
     return [os.fsencode(odd) + b"/" + name for name in names if b" " in name]
 
 
-def test_tag_names_and_skips_what_is_no_photo_and_goes_on(command, tagged, odd, tmp_path):
+def test_tag_names_and_skips_what_is_no_photo_and_goes_on(tagged, odd, tmp_path):
     folder, _ = tagged
     output = os.fsencode(tmp_path) + b"/tags-\xe9.jsonl"
     sheet = os.fsencode(tmp_path) + b"/sheet-\xe9.png"
-    process = command(
-        *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
-        *("--language=en", f"--output={os.fsdecode(output)}", f"--sheet={os.fsdecode(sheet)}"),
-        *(str(odd), str(folder / "images" / "07.jpg")),
-        timeout=100,
-    )
+    with within(100):
+        process = run_main(
+            *("tag", f"--workdir={folder / 'run'}", f"--vocabulary={folder / 'shapes.tsv'}"),
+            *("--language=en", f"--output={os.fsdecode(output)}", f"--sheet={os.fsdecode(sheet)}"),
+            *(str(odd), str(folder / "images" / "07.jpg")),
+        )
     skipped = [line for line in process.stderr.splitlines() if "skipped" in line]
     assert len(skipped) == 5
     for name, line in zip(("bomb.png", "device", "fifo", "link"), skipped[:4], strict=True):
@@ -367,7 +368,7 @@ def test_where_tag_writes_is_looked_at_before_any_work(
     assert reason in line
 
 
-def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_path):
+def test_tag_needs_nothing_but_the_run_and_may_print_lines(tagged, tmp_path):
     """The reference photos are kept in the run's folder: the data set may be gone."""
     folder, _ = tagged
     run = tmp_path / "run"
@@ -378,7 +379,7 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
     (run / "SHA256SUMS").unlink()
     arguments = ["tag", f"--workdir={run}", f"--vocabulary={folder / 'shapes.tsv'}"]
     arguments += ["--language=de", "--output=-", str(folder / "images" / "07.jpg")]
-    process = command(*arguments, "--threshold=0.3")
+    process = run_main(*arguments, "--threshold=0.3")
     (line,) = process.stdout.splitlines()
     expected = [json.loads(line) for line in (folder / "tags.jsonl").read_text().splitlines()]
     (kept,) = [one for one in expected if "07" in one["image"] and one["language"] == "de"]
@@ -387,10 +388,10 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
     assert all(tag["percentile"] >= 0.3 for tag in found)
 
     shutil.rmtree(run / "tagging")
-    process = command(*arguments)
+    process = run_main(*arguments)
     assert "scores are plain cosines" in process.stderr
     assert json.loads(process.stdout)["tags"][0]["percentile"] is None
-    last = command(*arguments, "--threshold=0.3", check=False)
+    last = run_main(*arguments, "--threshold=0.3", check=False)
     assert last.returncode == 1
     assert "a threshold needs the run's data set" in last.stderr
 
@@ -412,24 +413,24 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(command, tagged, tmp_
             ["--threshold=3.0 is not between 0 and 1"],
         ),
         (["--vocabulary=coco", "--top_k=0", "a.jpg"], 2, ["top_k"]),
-        (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk goes with eval"]),
+        (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk is a flag of eval"]),
         (["--vocabulary=README.md", "a.jpg"], 1, ["README.md"]),
         (["--vocabulary=coco", "--sheet=a.txt", "a.jpg"], 2, ["--sheet=a.txt should end in .png"]),
     ],
 )
-def test_refusals_of_tag_are_one_line(command, tmp_path, arguments, code, parts):
-    line = refusal(command("tag", f"--workdir={tmp_path}", *arguments, check=False), code)
+def test_refusals_of_tag_are_one_line(tmp_path, arguments, code, parts):
+    line = refusal(run_main("tag", f"--workdir={tmp_path}", *arguments, check=False), code)
     for part in parts:
         assert part in line
 
 
-def test_eval_of_tags_from_captions(command, tagged):
+def test_eval_of_tags_from_captions(tagged):
     folder, _ = tagged
     arguments = ["eval", f"--workdir={folder / 'run'}", "--task=tagging"]
-    no_vocabulary = command(*arguments, check=False)
+    no_vocabulary = run_main(*arguments, check=False)
     assert no_vocabulary.returncode == 1
     assert "no vocabulary belongs to shapes: name one" in no_vocabulary.stderr
-    process = command(*arguments, f"--vocabulary={folder / 'shapes.tsv'}")
+    process = run_main(*arguments, f"--vocabulary={folder / 'shapes.tsv'}")
     (file,) = (folder / "run" / "results").glob("shapes-test-shapes-tagging-*.json")
     results = json.loads(file.read_text())
     assert (results["images"], results["tags"], results["labels"]) == (16, 5, "captions")
@@ -456,13 +457,13 @@ def test_eval_of_tags_from_captions(command, tagged):
     ("arguments", "code", "part"),
     [
         (["--task=taging"], 2, "taging"),
-        (["--task=tagging", "--images=x"], 2, "--images does not go with --task=tagging"),
-        (["--vocabulary=coco"], 2, "--vocabulary does not go with --task=retrieval"),
-        (["--task=tagging", "--test_set=xtd10"], 1, "tagging is evaluated on split:NAME"),
+        (["--task=tagging", "--images=x"], 2, "--images is not a flag of --task=tagging"),
+        (["--vocabulary=coco"], 2, "--vocabulary is not a flag of --task=retrieval"),
+        (["--task=tagging", "--test_set=xtd10"], 1, "--task=tagging needs split:NAME"),
     ],
 )
-def test_refusals_of_eval_are_one_line(command, workdir, arguments, code, part):
-    process = command("eval", f"--workdir={workdir}", *arguments, check=False)
+def test_refusals_of_eval_are_one_line(workdir, arguments, code, part):
+    process = run_main("eval", f"--workdir={workdir}", *arguments, check=False)
     assert process.returncode == code
     assert part in process.stderr.splitlines()[-1]
 

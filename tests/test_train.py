@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline.datasets import captions
 from input_pipeline.datasets.captioned_images import CaptionedImages
-from tests.runs import checkpoint_of, metrics_of
+from tests.runs import checkpoint_of, metrics_of, run_main
 from xlir import partition, train, train_step
 from xlir.checkpoint import Checkpoints
 from xlir.embed import Parameters
 from xlir.encoder import Encoder
+from xlir.metric_log import MetricLog
 from xlir.models import dual_encoder
 from xlir.workdir import read_config
 
@@ -52,7 +53,7 @@ def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, ti
 @pytest.mark.parametrize(
     "image_tower", ["toy-vit", pytest.param("toy-resnet", marks=pytest.mark.slow)]
 )
-def test_trained_towers_resume_bit_for_bit(image_tower, command, photos, tmp_path):
+def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path, monkeypatch):
     """Both towers trained from microbatches, with dropout and augmentation: the same numbers."""
     flags = [
         "--config=configs/xlmr.py:tiny",
@@ -63,11 +64,19 @@ def test_trained_towers_resume_bit_for_bit(image_tower, command, photos, tmp_pat
         "--config.steps=30",
     ]
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
-    command(*flags, f"--workdir={straight}")
-    wait = "self._manager.wait_until_finished()"
-    again = [*flags, f"--workdir={interrupted}"]
-    assert command(*again, script=KILL.format(wait=wait), check=False).returncode == -9
-    assert "resuming from step 20" in command(*again).stderr
+    run_main(*flags, f"--workdir={straight}")
+    write = MetricLog.write
+
+    def fail(self, step, metrics):
+        if step == 25:
+            raise RuntimeError("the end of this process")
+        write(self, step, metrics)
+
+    with monkeypatch.context() as context:
+        context.setattr(MetricLog, "write", fail)
+        failed = run_main(*flags, f"--workdir={interrupted}", check=False)
+    assert "the end of this process" in failed.stderr
+    assert "resuming from step 20" in run_main(*flags, f"--workdir={interrupted}").stderr
     runs = [checkpoint_of(folder, 30) for folder in (straight, interrupted)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
     assert metrics_of(straight) == metrics_of(interrupted)
@@ -103,9 +112,9 @@ def test_a_run_resumes_from_a_checkpoint_between_validations(
     assert Encoder.load(run).step == Encoder.load(toy_run).step
 
 
-def test_a_finished_run_only_evaluates_again(workdir, command, tiny):
+def test_a_finished_run_only_evaluates_again(workdir, tiny):
     before = (workdir / "metrics.jsonl").read_text()
-    process = command(*tiny, f"--workdir={workdir}")
+    process = run_main(*tiny, f"--workdir={workdir}")
     assert "zero-shot" in process.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
 
@@ -151,24 +160,24 @@ def test_where_the_time_goes(workdir):
     assert all(record["seconds/save"] > 0 for record in steps if record["step"] in (15, 25, 35))
 
 
-def test_a_trace_of_chosen_steps(command, tiny, tmp_path):
+def test_a_trace_of_chosen_steps(tiny, tmp_path):
     flags = [f"--workdir={tmp_path}", "--config.steps=6", "--config.profile.steps=(2,3)"]
-    process = command(*tiny, *flags)
+    process = run_main(*tiny, *flags)
     assert f"steps 2 to 3 are traced in {tmp_path / 'profile'}" in process.stderr
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
 
 
-def test_test_photos_are_kept_out_of_training(command, tiny, tmp_path):
-    process = command(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
+def test_test_photos_are_kept_out_of_training(tiny, tmp_path):
+    process = run_main(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
     # 38 photos of split train, 4 of which are in the test set.
     assert "34 training photos with 68 captions; 4 photos of the test set removed" in (
         process.stderr
     )
 
 
-def test_another_configuration_is_refused_with_the_fields(workdir, command, tiny):
-    process = command(
+def test_another_configuration_is_refused_with_the_fields(workdir, tiny):
+    process = run_main(
         *tiny,
         f"--workdir={workdir}",
         "--config.seed=3",
@@ -180,10 +189,10 @@ def test_another_configuration_is_refused_with_the_fields(workdir, command, tiny
     assert "config.loss.name ('infonce' -> 'sigmoid'), config.seed (0 -> 3)" in line
 
 
-def test_a_run_goes_on_where_only_the_machine_differs(workdir, command, tiny):
+def test_a_run_goes_on_where_only_the_machine_differs(workdir, tiny):
     """Mesh, microbatches, rematerialisation, logging: what is learned does not depend on them."""
     flags = ["--config.mesh.data=1", "--config.log_every=7", "--config.text.remat=True"]
-    process = command(*tiny, *flags, f"--workdir={workdir}", "--config.profile.steps=(1,2)")
+    process = run_main(*tiny, *flags, f"--workdir={workdir}", "--config.profile.steps=(1,2)")
     assert "resuming from step 40" in process.stderr
 
 
@@ -194,10 +203,10 @@ def test_a_run_of_an_older_version_has_the_defaults_of_newer_fields(workdir, tmp
     assert read_config(tmp_path) == read_config(workdir)
 
 
-def test_divergence_stops_and_keeps_what_was_saved(command, tiny, tmp_path):
+def test_divergence_stops_and_keeps_what_was_saved(tiny, tmp_path):
     flags = ["--config.optimizer.clip_norm=0.0", "--config.optimizer.learning_rate=1e18"]
     flags += ["--config.optimizer.warmup_steps=25"]
-    process = command(*tiny, *flags, f"--workdir={tmp_path}", check=False)
+    process = run_main(*tiny, *flags, f"--workdir={tmp_path}", check=False)
     assert process.returncode == 1
     assert "diverged" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr

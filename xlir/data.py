@@ -171,7 +171,7 @@ def test_sets(
         "split:NAME", a split of the run's data set; a folder in XTD10's layout. Empty: all of
         `config.evals`, and where there are none the split "test".
       images: the folder that holds their photos, at any depth; empty: as the configuration says.
-      drop_junk: leave out XTD10's German captions that translate nothing, whatever the
+      drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.
 
     Raises:

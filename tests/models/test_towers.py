@@ -148,8 +148,16 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("text.tower", "image", r"config\.text\.tower .* of type 'clip_vision_model'; known text"),
-        ("image.tower", "text", r"config\.image\.tower .* of type 'xlm-roberta'; known image"),
+        (
+            "text.tower",
+            "image",
+            r"config\.text\.tower .* 'clip_vision_model' is not supported; known text",
+        ),
+        (
+            "image.tower",
+            "text",
+            r"config\.image\.tower .* 'xlm-roberta' is not supported; known image",
+        ),
         ("text.tower", "", r"config\.text\.tower is ''; it must be a text"),
         ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
         ("text.pooling", "max", r"^config\.text\.pooling is 'max'; .*known: mean, cls, pooler"),

@@ -248,7 +248,11 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"model_type": "gpt2"}, {}, "of type 'gpt2'; known text models: bert, distilbert"),
+        (
+            {"model_type": "gpt2"},
+            {},
+            "model_type 'gpt2' is not supported; known text models: bert, distilbert",
+        ),
         ({"hidden_act": "swish"}, {}, "hidden_act is 'swish'; known: gelu, "),
         ({"num_attention_heads": 5}, {}, "num_attention_heads is 5; .* divides 32"),
         ({"num_attention_heads": 0}, {}, "num_attention_heads is 0; .* divides 32"),
@@ -262,7 +266,7 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
         ({"hidden_dropout_prob": 1.5}, {}, r"hidden_dropout_prob is 1\.5; it must be"),
         ({"layer_norm_eps": float("nan")}, {}, "layer_norm_eps is nan; it must be"),
         ({"position_embedding_type": "relative_key"}, {}, "relative_key"),
-        ({}, {"pooling": "max"}, "'max'; of bert it can be mean, cls, pooler"),
+        ({}, {"pooling": "max"}, "'max'; bert supports mean, cls, pooler"),
     ],
 )
 def test_what_is_not_known_is_refused(fields, options, message):
@@ -271,7 +275,7 @@ def test_what_is_not_known_is_refused(fields, options, message):
 
 
 def test_distilbert_has_no_pooler_and_long_texts_are_refused():
-    with pytest.raises(ValueError, match=r"'pooler'; of distilbert it can be mean, cls$"):
+    with pytest.raises(ValueError, match=r"'pooler'; distilbert supports mean, cls$"):
         create({"model_type": "distilbert"} | CONFIGS["distilbert"], pooling="pooler")
     with pytest.raises(ValueError, match="21 tokens, but this tower takes 20"):
         random_model()(*batch((21,)))

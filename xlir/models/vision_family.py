@@ -1,4 +1,4 @@
-"""Families of image towers that are a `VisionTransformer`."""
+"""`VisionFamily`: the base of all families whose towers are a `VisionTransformer`."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ from xlir.models.vision_transformer import VisionConfig, VisionTransformer, resi
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingNames:
-    """What a checkpoint calls the tables before the layers.
+    """A checkpoint's names of the position table, the class token and the register tokens.
 
     Attributes:
-      position: [1, tokens, dim], or [tokens, dim] where it is an embedding's weight.
-      class_token: [1, 1, dim] or [dim]; None where there is none.
-      registers: [1, registers, dim]; None where there are none.
+      position: shape [1, tokens, dim], or [tokens, dim] if the name ends in ".weight".
+      class_token: shape [1, 1, dim] or [dim]; None if the tower has no class token.
+      registers: shape [1, registers, dim]; None if the tower has no registers.
     """
 
     position: str = "embeddings.position_embeddings"
@@ -42,7 +42,7 @@ class EmbeddingNames:
 
     @property
     def is_flat(self) -> bool:
-        """The tables have no axis of size 1."""
+        """Whether the tables are stored without a leading axis of size 1."""
         return self.position.endswith(".weight")
 
 
@@ -51,18 +51,19 @@ class VisionFamily(Family):
     """A family of vision transformers.
 
     Attributes:
-      defaults: of `transformers`, for fields that a config.json lacks.
-      read: the content of a config.json, completed -> the tower that it describes; it raises
-        ValueError where a field is not what it may be.
-      layer_names: of a checkpoint, by its completed config.
-      embedding_names: of a checkpoint.
-      modules: our name of a module outside of the layers -> a checkpoint's.
-      prefixes: what the tower's names begin with in checkpoints that hold more than the tower.
-      ignored: what the names of tensors begin with that do not belong to the tower.
-      zeros: tensors that only pre-training uses, which are exported as zeros: name -> shape without
-        the last axis, the width.
-      applied_at: the size of images, in pixels a side, that the published weights are used with,
-        where it differs from that of the position table; else 0.
+      defaults: the defaults of `transformers` for fields that a config.json omits.
+      read: converts a config with all defaults filled in (see `complete`) to a `VisionConfig`. It
+        raises ValueError if a field is invalid.
+      layer_names: returns the checkpoint's names of the layers' tensors; its argument is the
+        config with all defaults filled in.
+      embedding_names: names of the position table and the extra tokens in checkpoints.
+      modules: our name of a module outside of the layers -> the checkpoint's name.
+      prefixes: prefixes of the tower's tensor names in checkpoints that hold more than the tower.
+      ignored: name prefixes of tensors that do not belong to the tower; they are dropped.
+      zeros: tensors that only pre-training uses; exports write them as zeros. Name -> shape
+        without the last axis (the width).
+      applied_at: the image size, in pixels per side, that the published weights are used with, if
+        it differs from the size that the position table is for; otherwise 0.
     """
 
     side: str = "image"
@@ -85,7 +86,7 @@ class VisionFamily(Family):
         """The image tower's part of a config.json, with the defaults filled in.
 
         Raises:
-          ValueError: it needs what is not here.
+          ValueError: a field is invalid, or needs an unsupported feature.
         """
         if config["model_type"] != self.name:
             config = config.get("vision_config") or {}
@@ -109,7 +110,7 @@ class VisionFamily(Family):
         return config
 
     def vision_config(self, config: Mapping) -> VisionConfig:
-        """The tower that a config.json describes, whatever it leaves to the defaults."""
+        """The tower that a config.json describes; omitted fields take the defaults."""
         return self.read(self.complete(config))
 
     def check(self, config: Mapping) -> None:
@@ -135,11 +136,11 @@ class VisionFamily(Family):
         return self.applied_at or self.complete(config)["image_size"]
 
     def smallest_image(self, config: Mapping) -> int:
-        """One patch."""
+        """See `Family.smallest_image`; an image must hold at least one patch."""
         return self.complete(config)["patch_size"]
 
     def rename(self, weights: Weights, config: Mapping, pooling: str) -> dict[str, np.ndarray]:
-        """See `Family.rename`. Modules of another pooling are left out."""
+        """See `Family.rename`. Modules that only other poolings use are dropped."""
         config = self.complete(config)
         left = {}
         for name, value in weights.items():
@@ -157,7 +158,10 @@ class VisionFamily(Family):
         return {name: x for name, x in renamed.items() if not name.startswith(unused)} | left
 
     def rename_pooling(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a pooling has that is no dense layer and no norm; it is removed from `left`."""
+        """Converts the pooling's tensors that `modules` does not cover, and pops them from `left`.
+
+        By default there are none.
+        """
         return {}
 
     def restore_pooling(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,7 +169,7 @@ class VisionFamily(Family):
         return {}
 
     def _rename_embeddings(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Tables and tokens; the class token's position is added to it."""
+        """Converts the tables of `EmbeddingNames`; adds the class token's position to the token."""
         names, renamed = self.embedding_names, {}
         if names.registers in left:
             registers = left.pop(names.registers)
@@ -181,7 +185,11 @@ class VisionFamily(Family):
         return renamed | {"position": position}
 
     def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
-        """The class token keeps the position that was added to it, whose row is zero."""
+        """See `Family.restore`.
+
+        `rename` added a position to the class token. It stays there, and the first row of the
+        position table that is written is zero.
+        """
         config, left = self.complete(config), dict(weights)
         restored = restore_layers(left, self.layer_names(config))
         restored |= self._restore_embeddings(left) | self.restore_pooling(left)
@@ -208,7 +216,7 @@ class VisionFamily(Family):
         return self.complete(spec.config) | {"image_size": spec.preprocessing.size}
 
     def used_weights(self, spec: TowerSpec, weights: Weights) -> dict[str, np.ndarray]:
-        """The position table is that of the size that images are resized to."""
+        """See `Family.used_weights`. Resizes the position table to the spec's image size."""
         config, size = self.vision_config(spec.config), spec.preprocessing.size
         return {**weights, "position": resized_positions(weights["position"], config, size)}
 
@@ -224,10 +232,10 @@ class VisionFamily(Family):
 
 
 def read_layers(config: Mapping) -> TransformerConfig:
-    """The stack of layers that a completed config.json describes in ViT's or CLIP's fields.
+    """Reads the stack of layers from a completed config.json that has ViT's or CLIP's fields.
 
     Raises:
-      ValueError: a field is not what it may be.
+      ValueError: a field is missing or invalid.
     """
     read = functools.partial(read_field, config)
     width, attention_dropout = read("hidden_size", WIDTH), read("attention_dropout", RATE, 0.0)
