@@ -36,7 +36,7 @@ def missing(config: ConfigDict) -> list[str]:
       For each what it is, how large, and the commands that get it.
 
     Raises:
-      FileNotFoundError, ValueError: what is there can't be used.
+      FileNotFoundError, ValueError: files exist but can't be used.
     """
     lacking = []
     if config.data.name:
@@ -83,7 +83,7 @@ def training_photos(config: ConfigDict) -> CaptionedImages:
     """
     run = run_data(config)
     data = run.open()
-    # What is evaluated on at the end is looked for now, not after hours of training.
+    # Find the test sets now, so that a missing one does not fail after hours of training.
     test_sets(config)
     names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
 
