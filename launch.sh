@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs xlir on a Cloud TPU, from creating it to deleting it, or in several processes here.
+# Runs xlir on a Cloud TPU, which it creates and deletes, or in several processes on this machine.
 set -uo pipefail
 
 help() {
@@ -10,36 +10,36 @@ Usage:
 
 tpu: waits for a Cloud TPU, installs this working tree on its workers, mounts the bucket there as
 bucket/ (and its folder runs/ as runs/), and runs python -m xlir.main --distributed ARGS on all of
-them. It deletes the TPU at the end, whatever the end is. A preempted TPU is replaced, and the run
-resumes from its last checkpoint. docs/cloud_tpu.md says what is needed before.
+them. It deletes the TPU at the end, also after a failure or Ctrl-C. A preempted TPU is replaced,
+and the run resumes from its last checkpoint. docs/cloud_tpu.md says what you have to set up first.
   --type=TYPE       accelerator type, for example v5litepod-64
   --version=V       runtime version, by default v2-alpha-tpuv5-lite (for v5e)
-  --mount=COMMAND   mounts the bucket on a worker, by default with gcsfuse
-  --spot            asks for a cheaper TPU, which may be preempted
-  --dry-run         prints the commands and runs none of them on Google Cloud
+  --mount=COMMAND   command that mounts the bucket on a worker, by default gcsfuse
+  --spot            uses a cheaper TPU, which may be preempted
+  --dry-run         prints the commands instead of running them
 
-local: runs python -m xlir.main ARGS in 1 to 64 processes with 1 to 256 CPU devices each. Lines from
-process 1 and up are shown on stderr, after [1] and so on. When one process fails, the others have
-60 seconds ($XLIR_GRACE) to end. Signals are passed on. Python is $PYTHON, or else .venv/bin/python,
-or else python3.
+local: runs python -m xlir.main ARGS in 1 to 64 processes with 1 to 256 CPU devices each. Output of
+process 0 is shown as it is; output of process 1 goes to stderr after [1], and so on. Signals are
+passed on. After a signal or a failure, processes that are left get 60 seconds ($XLIR_GRACE) to end.
+Python is $PYTHON, or else .venv/bin/python, or else python3.
 
-The exit code is that of the program, or the first of several that is not 0.
+The exit code is 0, or the first exit code of a process that is not 0.
 HELP
 }
 
 name='' zone='' type='' bucket='' version=v2-alpha-tpuv5-lite mount='' spot='' dry_run=''
 processes=2 devices=4 args=() # The arguments of python -m xlir.main.
 
-POLL=${XLIR_POLL:-15} # Seconds between two questions about the TPU.
+POLL=${XLIR_POLL:-15} # Seconds between two queries of the TPU's state.
 LOST='GONE|PREEMPTED|TERMINATED|SUSPENDING|SUSPENDED|DELETING'
-state='' # What Google last said of the TPU; GONE where there is none.
-child='' # The process group of the last command for Google Cloud.
-GRACE=${XLIR_GRACE:-60} # Seconds that local processes have to end.
+state='' # Last known state of the TPU, or the error of the query; GONE if there is no TPU.
+child='' # Process group of the last command that "call" started.
+GRACE=${XLIR_GRACE:-60} # Seconds that local processes get to end before they are killed.
 
 say() { printf 'launch.sh: %s\n' "$*" >&2; }
 fail() { say "$*; see ./launch.sh --help" && exit 2; }
 
-# Prints words as one line that a shell reads as the same words.
+# Prints words as one line of shell code, quoted.
 quote() { printf '%q ' "$@" && echo; }
 
 parse() { # VERB ARGUMENTS...
@@ -54,14 +54,14 @@ parse() { # VERB ARGUMENTS...
       *) fail "can't use $1: $verb has no such flag, or it needs =VALUE, or it belongs after --" ;;
     esac
   done
-  (($# > 1)) || fail "there is nothing to run: give the arguments of python -m xlir.main after --"
+  (($# > 1)) || fail "nothing to run: give the arguments of python -m xlir.main after --"
   args=("${@:2}")
 }
 
 run_tpu() {
   local code tree
   check_tpu
-  # All files of the working tree but those that git ignores.
+  # The archive holds all files of the working tree that git does not ignore.
   tree=$(export GIT_INDEX_FILE="$scratch/index" && git add --all && git write-tree) || exit
   call git archive --format=tar.gz "--output=$scratch/xlir.tar.gz" "$tree" || exit
   trap finish EXIT
@@ -69,9 +69,9 @@ run_tpu() {
   create || exit
   until run; do
     code=$?
-    say "exit code $code: looking whether $name was preempted, which Google may report late"
+    say "exit code $code: checking whether $name was preempted, which Google may report late"
     reaches "$LOST" 4 || exit "$code"
-    say "$name was lost ($state): asking for another TPU, to resume from the last checkpoint"
+    say "$name was lost ($state): creating another TPU, to resume from the last checkpoint"
     until delete && create; do pause; done
   done
 }
@@ -80,13 +80,13 @@ check_tpu() {
   local flag
   for flag in name zone type bucket; do [[ -n ${!flag} ]] || fail "--$flag is missing"; done
   [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name is not like my-tpu-2"
-  [[ $bucket =~ ^gs://[a-z0-9][-_.a-z0-9]+$ ]] || fail "--bucket=$bucket is not like gs://NAME"
+  [[ $bucket =~ ^gs://[a-z0-9][-_.a-z0-9]+$ ]] || fail "--bucket=$bucket is not like gs://my-bucket"
   [[ " ${args[*]}" =~ \ --?workdir[=\ ]([^ ]*) && ${BASH_REMATCH[1]} != @(runs|bucket)/* ]] &&
     fail "--workdir=${BASH_REMATCH[1]} would be lost with the TPU: use runs/NAME or bucket/NAME"
   [[ -z $dry_run ]] || return 0
   command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
-  # At the end the TPU is deleted, so it has to be one that this script created.
-  reaches GONE 1 || fail "$name exists in $zone, or can't be asked for ($state)"
+  # The TPU is deleted at the end, so it must not be one that exists already.
+  reaches GONE 1 || fail "$name already exists in $zone, or its state is unknown ($state)"
 }
 
 create() {
@@ -99,14 +99,14 @@ run() {
   local tpu=(gcloud compute tpus tpu-vm) flags=("--zone=$zone" --quiet --worker=all) ssh
   [[ -n $dry_run ]] || reaches "ACTIVE|FAILED|$LOST" 1000000000
   [[ -n $dry_run || $state == ACTIVE ]] || return 1
-  # With ServerAliveInterval ssh ends when a worker is gone.
+  # With ServerAliveInterval, ssh ends when a worker no longer answers.
   ssh=("${tpu[@]}" ssh "$name" "${flags[@]}" --ssh-flag=-oServerAliveInterval=30)
-  # The TPU's own Python is too old for today's JAX, so uv brings another one.
+  # The Python of the TPU's image is too old for current JAX, so uv installs another one.
   local install="PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && \
 python3 -m uv venv --quiet --allow-existing --python=3.12 .venv && \
 python3 -m uv pip install --quiet --python=.venv/bin/python '.[tpu,quickstart]'"
-  # No metadata is cached, so that workers see each other's files at once. Orbax renames the folder
-  # of a checkpoint when it is complete; gcsfuse limits how many files such a folder may hold.
+  # Metadata are not cached, so that workers see each other's files at once. Orbax renames the
+  # folder of a complete checkpoint; gcsfuse limits how many files a renamed folder may hold.
   mount=${mount:-gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \
 --metadata-cache-negative-ttl-secs=0 ${bucket#gs://} bucket}
   repeat "${tpu[@]}" scp "$scratch/xlir.tar.gz" "$name:" "${flags[@]}" &&
@@ -119,10 +119,10 @@ mkdir -p bucket/runs && ln -sfn bucket/runs runs" &&
       --command="cd xlir && $(quote .venv/bin/python -m xlir.main --distributed "${args[@]}")"
 }
 
-# New workers may not accept connections yet, and downloads fail at times.
+# Tries a command three times: new workers may not accept connections yet, and downloads may fail.
 repeat() { call "$@" || { pause && call "$@"; } || { pause && call "$@"; }; }
 
-# Asks Google, at most TIMES times, until the TPU is in one of STATES.
+# Queries the state of the TPU, at most TIMES times, until it is one of STATES.
 reaches() { # STATES TIMES
   local i
   for ((i = 0; i < $2; i++)); do
@@ -135,7 +135,8 @@ reaches() { # STATES TIMES
   return 1
 }
 
-# Never gives up, because a TPU that is left costs money. Deleting fails while it is being created.
+# Never gives up, because a TPU costs money until it is deleted. A TPU can't be deleted while it is
+# being created.
 delete() {
   until call gcloud compute tpus queued-resources delete "$name" "--zone=$zone" --quiet --force ||
     reaches GONE 1; do
@@ -145,15 +146,15 @@ delete() {
 
 finish() {
   local code=$?
-  trap '' HUP INT TERM # Nothing may stop the deletion.
+  trap '' HUP INT TERM # Signals must not stop the deletion.
   [[ -z $child ]] || kill -KILL -- "-$child" 2>/dev/null
   delete
   rm -rf "$scratch"
   exit "$code"
 }
 
-# Runs a command; a dry run prints it. It runs in the background and in a process group of its own,
-# so that a signal to this script is acted on at once, and can end all that the command started.
+# Runs a command, or prints it in a dry run. It runs in the background, so that this script handles
+# signals at once, and in its own process group, so that "finish" can kill all its processes.
 call() {
   if [[ -n $dry_run ]]; then quote "$@" && return; fi
   say "$(quote "$@")"
@@ -171,13 +172,13 @@ run_local() {
   [[ $processes =~ ^[1-9][0-9]?$ && $processes -le 64 ]] || fail "--processes takes 1 to 64"
   [[ $devices =~ ^[1-9][0-9]{0,2}$ && $devices -le 256 ]] || fail "--devices takes 1 to 256"
   python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
-  # A free port, below those that systems give out by themselves.
+  # A free port below the range from which systems assign ports.
   until port=$((20000 + RANDOM % 12000)) && ! : 2>/dev/null <"/dev/tcp/localhost/$port"; do :; done
   command=("$python" -m xlir.main "--coordinator=localhost:$port" "--processes=$processes")
   export JAX_PLATFORMS=cpu
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
   trap 'signal=INT' INT && trap 'signal=TERM' TERM HUP
-  # Process groups of their own: Ctrl-C reaches this script alone, which passes it on once.
+  # Each process has its own process group: Ctrl-C reaches only this script, which passes it on.
   set -m
   "${command[@]}" --process=0 "${args[@]}" </dev/null &
   pids[0]=$!
@@ -198,7 +199,7 @@ run_local() {
       kill -0 "${pids[i]}" 2>/dev/null && continue
       wait "${pids[i]}" 2>/dev/null
       code=$?
-      kill -KILL -- "-${pids[i]}" 2>/dev/null # What it started and left behind.
+      kill -KILL -- "-${pids[i]}" 2>/dev/null # Processes that it started and left behind.
       unset "pids[$i]"
       ((code)) || continue
       say "process $i ended with exit code $code"
@@ -206,7 +207,7 @@ run_local() {
     done
     sleep 0.1
   done
-  wait # Until the last lines of the others are printed.
+  wait # Until the last lines of output are printed.
   return "${first:-0}"
 }
 

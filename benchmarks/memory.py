@@ -1,9 +1,9 @@
-"""Memory of a training step, from the compiler: microbatches and rematerialisation.
+"""Memory of a training step with microbatches and rematerialisation, according to the compiler.
 
     python benchmarks/memory.py [--batch_size=N]
 
 The step of configs/xlmr.py (XLM-R base and ViT-B/16, both trained, float32) is compiled for one
-device of this machine, from shapes alone, and not run. For TPUs, and for meshes of them, see
+device of this machine, from shapes alone, and not run. For TPUs and larger meshes, see
 `python -m xlir.main compile`.
 """
 
@@ -18,7 +18,7 @@ from xlir import compile, partition
 
 
 def temporaries(config) -> int:
-    """Bytes that a step needs beside parameters, optimizer state and batch."""
+    """Bytes that a step needs besides parameters, optimizer state and batch."""
     traced = compile.trace(config, partition.single_device_mesh())
     return traced.lower().compile().memory_analysis().temp_size_in_bytes
 

@@ -3,8 +3,8 @@
     python benchmarks/objectives.py --data_dir=PATH/flickr8k [--seeds=3] [--workdir=runs/objectives]
 
 Trains each objective with and without `push_apart`, and M3L also without its own text term, and
-prints text-to-image Recall@10 on the test set: mean over the seeds (and the largest distance from
-it). Finished runs are not run again, so an interrupted table goes on where it stopped.
+prints text-to-image Recall@10 on the test set: the mean over the seeds and the largest deviation
+from the mean. Finished runs are not run again, so the same command completes an interrupted table.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Where the time goes when photos are tagged.
+"""Throughput of tagging, and the share of time that the towers take.
 
     python benchmarks/tagging.py --workdir=runs/flickr8k --images=PATH/images
 
-Tags 1,000 photos with a vocabulary of 1,000 names, as the verb `tag` does, once to compile and once
-measured: the share of the time that is in the towers' forward passes.
+Tags 1,000 photos with a vocabulary of 1,000 names, as the verb `tag` does: once to compile, and
+once to measure the share of time in the towers' forward passes.
 """
 
 import argparse

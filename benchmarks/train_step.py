@@ -1,11 +1,11 @@
-"""Training throughput on cached features, against the same model in PyTorch, in one run.
+"""Training throughput on cached features, compared with the same model in PyTorch.
 
     pip install -e '.[quickstart]' torch==2.13.0
     python benchmarks/train_step.py [--batch_size=N] [--rounds=N]
 
 Both sides train the heads of configs/flickr8k.py (same layers, InfoNCE, AdamW, clipping, dropout,
-batch) on features of Flickr8k's shape, and read their batches from memory: here through the loader
-of a real run, there by indexing tensors. Rounds alternate between the two; medians are printed.
+batch) on features of Flickr8k's shape, and read batches from memory: xlir through the loader of
+a real run, PyTorch by indexing tensors. Rounds alternate between the two; medians are printed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def features(config):
 
 
 def ours(config, text, image):
-    """A generator that takes one training step at each turn."""
+    """Yields the loss of one training step of xlir after another."""
     mesh = partition.create_mesh()
     encoder = Encoder.create(config, mesh=mesh)
     params, frozen = encoder.parameters
@@ -72,7 +72,7 @@ def head(features, config, options):
 
 
 def theirs(config, text, image, *, autocast=False, fused=True):
-    """The same in PyTorch."""
+    """Yields the loss of one training step in PyTorch after another."""
     text, image = torch.from_numpy(text), torch.from_numpy(image)
     heads = nn.ModuleList([head(512, config, config.text), head(1280, config, config.image)])
     log_scale = nn.Parameter(-torch.tensor(config.loss.temperature).log())
@@ -103,7 +103,7 @@ def theirs(config, text, image, *, autocast=False, fused=True):
 
 
 def seconds_per_step(run):
-    """The mean over a round; as in a real run, only its end waits for the device."""
+    """Mean seconds per step of a round; only the end of the round waits for the device."""
     start = time.perf_counter()
     for _ in range(STEPS):
         loss = next(run)
@@ -136,7 +136,7 @@ def main():
             times[name].append(seconds_per_step(run))
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"batch {config.data.batch_size}, {os.cpu_count()} cores, {arguments.rounds} rounds")
-    print(f"xlir in {config.head_dtype}, PyTorch in float32 where nothing else is said")
+    print(f"xlir in {config.head_dtype}, PyTorch in float32 unless its name says otherwise")
     for name, value in medians.items():
         speed = config.data.batch_size / value
         print(

@@ -84,7 +84,7 @@ def test_the_report_names_what_takes_the_time():
     [
         (["--topology=v2:2x2"], "the known generations are v4, v5e, v5p, v6e"),
         ([], "compile needs --topology"),
-        (["--topology=v5e:2x4", "--devices=8"], "--devices goes with shardings, not with compile"),
+        (["--topology=v5e:2x4", "--devices=8"], "--devices is a flag of shardings, not of compile"),
     ],
 )
 def test_refusals(flags, message):

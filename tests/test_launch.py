@@ -261,7 +261,7 @@ def test_help_is_asked_for_in_three_ways(run):
         (TPU, "nothing to run"),
         ([*TPU, "--name=My_Job", *ARGS], "--name=My_Job is not like my-tpu-2"),
         *(
-            ([*TPU, f"--bucket={bucket}", *ARGS], f"--bucket={bucket} is not like gs://NAME")
+            ([*TPU, f"--bucket={bucket}", *ARGS], f"--bucket={bucket} is not like gs://my-bucket")
             for bucket in ("bucket", "gs://", "gs://bucket/folder", "gs://bucket; reboot")
         ),
         ([*TPU, *ARGS, "--workdir=/tmp/run"], "--workdir=/tmp/run would be lost"),
@@ -349,7 +349,7 @@ def test_success(run, fake):
 def test_a_tpu_of_that_name_is_left_alone(run, fake):
     code, _, err = run(*TPU, *ARGS, state="ACTIVE")
     assert code == 2
-    assert "job exists in us-west4-a, or can't be asked for (ACTIVE)" in err
+    assert "job already exists in us-west4-a, or its state is unknown (ACTIVE)" in err
     assert verbs(calls(fake)) == []
 
 

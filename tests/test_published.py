@@ -645,7 +645,7 @@ def test_import_eval_and_tag(command, m_clip, clip, photos, tmp_path):
     process = run_main("tag", f"--workdir={run}", "--vocabulary=coco", "--language=de", photo)
     (line,) = process.stderr.splitlines()
     assert line.startswith(
-        "scores are plain cosines, without calibrated percentiles: no data set is named"
+        "scores are plain cosines, because there are no calibrated percentiles: no data set is "
     )
     assert len(process.stdout.splitlines()) == 1
     for more in ([], ["--task=tagging"]):

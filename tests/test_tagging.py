@@ -413,7 +413,7 @@ def test_tag_needs_nothing_but_the_run_and_may_print_lines(tagged, tmp_path):
             ["--threshold=3.0 is not between 0 and 1"],
         ),
         (["--vocabulary=coco", "--top_k=0", "a.jpg"], 2, ["top_k"]),
-        (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk goes with eval"]),
+        (["--vocabulary=coco", "--drop_junk", "a.jpg"], 2, ["--drop_junk is a flag of eval"]),
         (["--vocabulary=README.md", "a.jpg"], 1, ["README.md"]),
         (["--vocabulary=coco", "--sheet=a.txt", "a.jpg"], 2, ["--sheet=a.txt should end in .png"]),
     ],
@@ -457,9 +457,9 @@ def test_eval_of_tags_from_captions(tagged):
     ("arguments", "code", "part"),
     [
         (["--task=taging"], 2, "taging"),
-        (["--task=tagging", "--images=x"], 2, "--images does not go with --task=tagging"),
-        (["--vocabulary=coco"], 2, "--vocabulary does not go with --task=retrieval"),
-        (["--task=tagging", "--test_set=xtd10"], 1, "tagging is evaluated on split:NAME"),
+        (["--task=tagging", "--images=x"], 2, "--images is not a flag of --task=tagging"),
+        (["--vocabulary=coco"], 2, "--vocabulary is not a flag of --task=retrieval"),
+        (["--task=tagging", "--test_set=xtd10"], 1, "--task=tagging needs split:NAME"),
     ],
 )
 def test_refusals_of_eval_are_one_line(workdir, arguments, code, part):

@@ -30,7 +30,7 @@ PyTree = Any
 Items = dict[str, PyTree]
 Record = dict[str, Any]
 
-# The latest ones that are kept: where one is damaged, the other is there to resume from.
+# How many of the latest checkpoints to keep: if one is damaged, the run resumes from the other.
 KEPT = 2
 
 
@@ -75,7 +75,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         record = {"score": score, "digests": digests(items), "names": parameter_names.VERSION}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         arguments["record"] = ocp.args.JsonSave(files.with_digest(record))
-        # Before the save, which deletes those that are not kept.
+        # Recorded first: saving also deletes old checkpoints, and the policy needs this score.
         self._records[step] = record
         self._manager.save(step, args=ocp.args.Composite(**arguments))
 
@@ -119,7 +119,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def _read(self, step: int, targets: Items) -> tuple[Items, str]:
-        """The items of a checkpoint, with the names that it has; or why they can't be read."""
+        """The items of a checkpoint under their saved names, or the reason they can't be read."""
         targets = parameter_names.tree_of(self._names(step), targets)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         try:
@@ -132,7 +132,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             return {}, " ".join((str(error) or type(error).__name__).split())[:200]
 
     def _differing(self, step: int, items: Items) -> list[str]:
-        """The paths of arrays that are not those that were saved."""
+        """The paths of arrays whose digests differ from the saved ones."""
         expected = self._records[step].get("digests")
         if expected is None:  # saved by a version that kept no digests
             return []

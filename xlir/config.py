@@ -187,7 +187,7 @@ def _tower(*poolings: str) -> dict[str, Allowed]:
         "dtype": Choice(*DTYPES),
         "frozen": Flag(),
         "learning_rate_factor": Real(0),
-        # 0 would hold all layers still; what turns it off is 1.
+        # 0 would freeze all layers; 1 turns layer decay off.
         "layer_decay": Real(0, 1, open_below=True),
         "remat": Flag(),
         "head": Choice(*HEADS),
@@ -197,7 +197,7 @@ def _tower(*poolings: str) -> dict[str, Allowed]:
 
 
 FIELDS: dict[str, Any] = {
-    # JAX takes the lower 32 bits; what shuffles the data takes all.
+    # JAX uses the lower 32 bits; the data shuffling uses all of them.
     "seed": Whole(0, 2**63 - 1),
     "steps": Whole(1),
     "log_every": Whole(1),
@@ -268,7 +268,7 @@ FIELDS: dict[str, Any] = {
 
 
 def check_config(config: ConfigDict | Mapping) -> None:
-    """Raises ValueError where a configuration can't be: one line with every fault in it.
+    """Raises ValueError if the configuration is invalid, with all faults in one line.
 
     Each fault names the field, its value and what it may be. What depends on data, checkpoints or
     devices is not looked at.

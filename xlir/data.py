@@ -36,7 +36,7 @@ def missing(config: ConfigDict) -> list[str]:
       For each what it is, how large, and the commands that get it.
 
     Raises:
-      FileNotFoundError, ValueError: what is there can't be used.
+      FileNotFoundError, ValueError: files exist but can't be used.
     """
     lacking = []
     if config.data.name:
@@ -83,7 +83,7 @@ def training_photos(config: ConfigDict) -> CaptionedImages:
     """
     run = run_data(config)
     data = run.open()
-    # What is evaluated on at the end is looked for now, not after hours of training.
+    # Find the test sets now, so that a missing one does not fail after hours of training.
     test_sets(config)
     names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
 
@@ -171,7 +171,7 @@ def test_sets(
         "split:NAME", a split of the run's data set; a folder in XTD10's layout. Empty: all of
         `config.evals`, and where there are none the split "test".
       images: the folder that holds their photos, at any depth; empty: as the configuration says.
-      drop_junk: leave out XTD10's German captions that translate nothing, whatever the
+      drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.
 
     Raises:

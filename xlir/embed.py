@@ -56,7 +56,7 @@ def split(config: ConfigDict, model: dual_encoder.DualEncoder) -> tuple[nnx.Grap
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Texts and images of which the outputs of frozen towers are kept.
+    """Texts and images whose frozen-tower outputs are cached.
 
     Attributes:
       name: what a progress bar calls them.
@@ -100,7 +100,7 @@ class Embedder:
         self.config, self.graph, self.tokenizer = config, graph, tokenizer
         self.specs, self.feature_dims, self.mesh = specs, feature_dims, mesh
         self.preprocessing = specs["image"].preprocessing
-        # Every process, and the host, gets all rows of what is embedded.
+        # Every process gets all rows of the outputs.
         compiled = functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
         self._embed = {side: compiled(functools.partial(self._embed_batch, side)) for side in SIDES}
         self._tower = {side: compiled(functools.partial(self._tower_batch, side)) for side in SIDES}
@@ -265,7 +265,7 @@ class Embedder:
         model = nnx.merge(self.graph, *parameters)
         encode = model.encode_text if side == "text" else model.encode_image
         embeddings = encode(batch)
-        # Also where training is on raw embeddings: retrieval is by cosine.
+        # Normalize even if training uses raw embeddings: retrieval is by cosine.
         return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
     def _tower_batch(
@@ -335,10 +335,10 @@ def frozen_features(
 
 
 def top_k(scores: Float[np.ndarray, "... items"], k: int | None) -> Int[np.ndarray, "... k"]:
-    """The places of the k highest scores, the best first; equal ones in the order of their places.
+    """The indices of the k highest scores, best first; ties are in index order.
 
     Args:
-      scores: along the last axis, of each item.
-      k: at most so many; None for all.
+      scores: one score per item along the last axis.
+      k: the maximum number of indices; None for all.
     """
     return np.argsort(-scores, axis=-1, kind="stable")[..., :k]

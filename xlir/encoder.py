@@ -127,8 +127,8 @@ class Encoder:
 
         Args:
           workdir: the folder of a training run; nothing else is needed, no network either.
-          checkpoint: "best" (by validation) or "latest". Where it is damaged, the next best or the
-            one before is loaded, which the log says; `step` tells which one it is.
+          checkpoint: "best" (by validation) or "latest". If it is damaged, the next best
+            or the previous one is loaded and logged; `step` tells which one was loaded.
           weights: "ema", the moving average over training, or "raw"; default: "ema" where the run
             keeps one.
           dtype: what to compute in; default: as the configuration says.
@@ -188,7 +188,7 @@ class Encoder:
                 folder = run_folder.tower_folder(workdir, side)
                 specs[side] = towers.read_spec(side, folder / SPEC_FILE)
                 create = functools.partial(towers.create, specs[side], config[side])
-                # Shapes alone, as the weights that would be drawn are replaced at once.
+                # Only shapes: the saved weights would replace random ones at once.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
                 pretrained.load(loaded[side], folder / WEIGHTS_FILE)
             rngs = nnx.Rngs(config.seed)
@@ -250,7 +250,7 @@ class Encoder:
         Args:
           inputs: the texts and images.
           folder: of the cache.
-          sides: those that are asked for; of these, the ones frozen by the configuration count.
+          sides: the sides to compute; sides that the configuration does not freeze are skipped.
         """
         frozen = [side for side in sides if self.config[side].frozen]
         descriptions = {side: self._describe_tower(side) for side in frozen}

@@ -82,7 +82,7 @@ def retrieval(
     languages = {}
     for language, text in texts.items():
         text_ids = data.image_of[language]
-        # An image without a caption in this language is found or not, but asks for nothing.
+        # Images without a caption in this language are candidates, but not queries.
         asking = np.isin(image_ids, text_ids)
         forward = metrics.retrieval_ranks(text, images, text_ids, image_ids)
         backward = metrics.retrieval_ranks(images[asking], text, image_ids[asking], text_ids)

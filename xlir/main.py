@@ -15,8 +15,8 @@ HELP = f"""{__doc__}
 Verbs:
 {{verbs}}
 
-python -m xlir.main VERB --help shows the flags of a verb, with examples. Where no verb is given,
-it is {commands.DEFAULT}. This trains on the English names of emoji, and evaluates in 14 languages:
+python -m xlir.main VERB --help shows the flags of a verb, with examples. The default verb is
+{commands.DEFAULT}. This command trains on the English names of emoji and evaluates in 14 languages:
 
   python -m xlir.main --config=configs/quickstart.py
 """

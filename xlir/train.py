@@ -35,7 +35,7 @@ PyTree = Any
 
 
 class Stopped(Exception):
-    """The run was asked to end before its last step, and has saved where it is."""
+    """A signal stopped the run before its last step; its checkpoint has been saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
       config: see configs/base.py.
       mesh: the devices.
       frozen: the parameters that are not trained.
-      layout: how the state lies on the mesh, a tree of shapes with shardings.
+      layout: a tree of the state's shapes and shardings.
       step: the compiled training step.
       batches: this process's share of every global batch.
       validation: evaluates parameters on the validation set.
@@ -67,14 +67,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
     Args:
       config: see configs/base.py.
       workdir: the run's folder.
-      accept_changed_data: resume also where the data are not those that the run was started with.
+      accept_changed_data: resume even if the data have changed since the run started.
 
     Raises:
-      FileNotFoundError: data or weights are not at hand; the message says how to get them.
+      FileNotFoundError: data or weights are missing; the message says how to get them.
       ValueError: the configuration is not usable, or is not the one that `workdir` was started
         with, or the data are not; another process is training in `workdir`; or the loss or its
         gradient is not finite.
-      Stopped: a signal, as it comes before a preemption, has ended the run early.
+      Stopped: a signal, such as one sent before a preemption, ended the run early.
     """
     check_config(config)
     with run_folder.Lock(workdir):
@@ -91,7 +91,7 @@ def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
 
 def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool) -> Mesh:
     """Trains to the last step; returns the mesh."""
-    # The lowest of all processes' answers: the first one may write the file while another looks.
+    # All processes must agree: the first may write config.json while another checks for it.
     starts = not partition.agree_minimum(run_folder.is_run(workdir))
     _check_start(config, workdir, starts)
     mesh = partition.create_mesh(config.mesh)
@@ -111,7 +111,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     else:
         encoder = Encoder.create(config, captions, mesh)
     run, params = _prepare(encoder, photos, captions, validation_set)
-    # Not before: a start that failed leaves no folder that insists on its configuration.
+    # Saved only now, so that a failed start does not tie the folder to its configuration.
     if starts:
         run_folder.check_data(workdir, learned_from, accept_changes=True)
         encoder.save(workdir)
@@ -133,7 +133,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
 
 
 def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> None:
-    """Refuses what would fail later, or would continue another run."""
+    """Raises an error if files are missing or the folder belongs to another configuration."""
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
@@ -148,7 +148,7 @@ def _prepare(
     captions: list[str],
     validation_set: RetrievalSet,
 ) -> tuple[Run, PyTree]:
-    """All that the loop needs, and the parameters that training starts from."""
+    """The inputs of the training loop, and the initial parameters."""
     config, mesh, embedder = encoder.config, encoder.mesh, encoder.embedder
     validation = evaluate.Evaluator(encoder, validation_set, data.feature_cache())
     inputs = Inputs("training", captions, photos.images, photos.fingerprint)
@@ -236,7 +236,7 @@ def _loop(
     termination: Termination,
     profile: Profile,
 ) -> None:
-    """Trains from the state's step to the last; validates and saves on the way."""
+    """Trains from the state's step to the last; validates and saves at intervals."""
     config = run.config
     first, metrics = int(state.step), None
     progress = Progress(first, config.steps, config.data.batch_size)
@@ -247,7 +247,7 @@ def _loop(
         profile.before(step)
         before = metrics
         state, metrics = run.step(state, run.frozen, batch)
-        # At most one step is sent ahead, as each holds its batch on the devices.
+        # Queue at most one step ahead, because each queued step holds its batch on the devices.
         jax.block_until_ready(before)
         profile.after(step, metrics)
         last = step == config.steps

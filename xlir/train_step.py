@@ -26,9 +26,9 @@ TrainStep = Callable[
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What a training step changes: a checkpoint holds it whole.
+    """The training state that a step updates and a checkpoint saves.
 
-    A tree of the same form may hold shapes or shardings in the arrays' places.
+    The fields may also hold shapes or shardings instead of arrays.
 
     Attributes:
       step: steps taken, an int32.
@@ -49,12 +49,12 @@ class TrainState:
 
     @property
     def best_params(self) -> PyTree:
-        """What is evaluated: the moving average where there is one."""
+        """The parameters to evaluate: the moving average if the run keeps one."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(config: ConfigDict, params: PyTree) -> TrainState:
-    """The state before the first step, of arrays of its own."""
+    """The state before the first step; it shares no arrays with `params`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(jnp.copy, params),
@@ -64,12 +64,12 @@ def init_state(config: ConfigDict, params: PyTree) -> TrainState:
 
 
 def first_state(config: ConfigDict, params: PyTree, layout: TrainState) -> TrainState:
-    """The state before the first step, of which each device makes its own part.
+    """The state before the first step; each device creates its own shard.
 
     Args:
       config: see configs/base.py.
       params: the initial parameters, on the mesh; they stay as they are.
-      layout: how the state lies on the mesh, from `compile_step`.
+      layout: the state's shapes and shardings, from `compile_step`.
     """
     shardings = jax.tree.map(lambda x: x.sharding, layout)
     return jax.jit(lambda params: init_state(config, params), out_shardings=shardings)(params)
@@ -141,7 +141,7 @@ def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
 
 
 def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, ""]):
-    """The next moving average; early on it forgets faster, or it would keep the initial values."""
+    """The next moving average; the decay is lower early on, so the initial values fade."""
     if ema is None:
         return None
     decay = jnp.minimum(decay, (1 + step) / (10 + step))

@@ -34,7 +34,7 @@ FREE = re.compile(
 
 
 def tower_folder(workdir: pathlib.Path, side: str) -> pathlib.Path:
-    """Where a tower's weights and description are; in the text tower's is the tokenizer too."""
+    """The folder of a tower's weights and description, and of the text tower's tokenizer."""
     return workdir / f"{side}_tower"
 
 
@@ -44,7 +44,7 @@ def is_run(workdir: pathlib.Path) -> bool:
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration that a run was started with; fields that are newer have their defaults.
+    """The configuration that a run was started with; newer fields get their defaults.
 
     Raises:
       FileNotFoundError: the folder is not a run's.
@@ -134,7 +134,7 @@ def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathli
     """Refuses to go on with a configuration that would learn something else.
 
     Raises:
-      ValueError: a field differs that is not one of FREE; the message names all of them.
+      ValueError: a field that is not in FREE differs; the message names all such fields.
     """
     # Through JSON, in which a tuple is a list.
     old, new = (json.loads(config.to_json()) for config in (started_with, given))

@@ -199,7 +199,7 @@ def test_flags_of_export(command, workdir, tmp_path):
         (["--workdir=x"], "export needs --to"),
         (["--to=x"], "export needs --workdir"),
         (["--workdir=x", "--to=y", "--weights=mean"], "weights"),
-        (["--workdir=x", "--to=y", "--vocabulary=coco"], "--vocabulary goes with eval and tag"),
+        (["--workdir=x", "--to=y", "--vocabulary=coco"], "--vocabulary is a flag of eval and tag"),
     ):
         process = command("export", *arguments, check=False)
         assert process.returncode == 2

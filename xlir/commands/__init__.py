@@ -5,14 +5,14 @@ The module of a verb has
 - a docstring, which `VERB --help` shows; the list of all verbs shows its first line;
 - `define(flags)`, which declares the verb's flags (`xlir.commands.flags.Flags`);
 - `run(values)`, which does the work. `values.workdir` is the value of --workdir, and so on. It
-  returns the exit code, or None for 0, and raises `UsageError` where flags do not go together;
-- `WORDS`, only where the verb takes words besides its flags: what the help calls them. `run` takes
-  them as further arguments.
+  returns the exit code, or None for 0, and raises `UsageError` if flags contradict each other;
+- `WORDS`, only if the verb takes positional arguments: their name in the help. `run` receives them
+  as further arguments.
 
-JAX takes seconds to import. So a module imports nothing at its top that imports JAX, and `run`
-checks the flags before it does: help and most refusals then come at once.
+Importing JAX takes seconds. So a module imports nothing at its top that imports JAX, and `run`
+checks the flags before it imports JAX: help and most usage errors then appear at once.
 
-A new verb is a new module, and a line in `VERBS`.
+To add a verb, write a module and add a line to `VERBS`.
 """
 
 import importlib
@@ -35,7 +35,7 @@ VERBS = {
     "shardings": "shardings",
     "compile": "compile",
 }
-# The verb of a command line without one.
+# The verb of a command line that names no verb.
 DEFAULT = "train"
 
 
@@ -45,7 +45,7 @@ def load(verb: str) -> types.ModuleType:
 
 
 def find_verb(arguments: Sequence[str]) -> str | None:
-    """The first argument that is a verb; None where none is."""
+    """The first argument that is a verb, or None."""
     return next((argument for argument in arguments if argument in VERBS), None)
 
 
@@ -57,14 +57,14 @@ def declared_flags(verb: str) -> Flags:
 
 
 def parse(verb: str, arguments: Sequence[str]) -> tuple[absl.flags.FlagValues, list[str]]:
-    """The values of a verb's flags, and the words that the verb is given.
+    """The values of a verb's flags, and its positional arguments.
 
     Args:
       verb: the verb of this command line.
-      arguments: the program's name, and those of the command line.
+      arguments: `sys.argv`.
 
     Raises:
-      UsageError: the command line is not usable.
+      UsageError: the command line is not valid.
     """
     flags = declared_flags(verb)
     try:
@@ -101,11 +101,11 @@ def _summary(verb: str) -> str:
 
 
 def _unknown_flag(name: str, verb: str) -> str:
-    """What to say of a flag that the verb does not have, though others may."""
+    """The error message for a flag that the verb does not have; names the verbs that have it."""
     name, *_ = name.split(".")
     others = [other for other in VERBS if name in declared_flags(other).values]
     if not others:
         return f"unknown flag --{name}"
     listed = " and ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
-    hint = ": the run's folder has its configuration" if name == "config" else ""
-    return f"--{name} goes with {listed}, not with {verb}{hint}"
+    hint = ": it reads the configuration in the run's folder" if name == "config" else ""
+    return f"--{name} is a flag of {listed}, not of {verb}{hint}"

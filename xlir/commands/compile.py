@@ -1,7 +1,7 @@
-"""Compile the training step for TPUs that need not be there, and say whether it fits them.
+"""Compile the training step for a TPU, without a TPU, and say whether it fits in memory.
 
-The report has the memory of a chip and the time of a step. The exit code is 1 where the step does
-not fit. The TPU's compiler comes with `pip install 'jax[tpu]'`.
+The report estimates the memory of each chip and the time of a step. The exit code is 1 if the step
+does not fit. `pip install 'jax[tpu]'` installs the TPU's compiler.
 
 Example:
   python -m xlir.main compile --config=configs/xlmr.py --topology=v5e:8x8 \\
@@ -18,14 +18,16 @@ from xlir.commands.flags import Flags
 def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.string(
-        "topology", "Generation and shape of the TPU, as v5e:8x8 or v5p:2x2x4.", needed=True
+        "topology",
+        "Generation and shape of the TPU, for example v5e:8x8 or v5p:2x2x4.",
+        needed=True,
     )
     flags.config()
 
 
 def run(values: FlagValues) -> int:
     """Compiles, and prints the report."""
-    # The devices of this machine are not used, and a TPU among them may be another process's.
+    # This machine's devices are not used, and its TPU may belong to another process.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from xlir import compile
 

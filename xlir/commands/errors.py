@@ -1,8 +1,8 @@
-"""What the command line says and returns when a verb fails.
+"""The error messages and exit codes of the command line.
 
-Errors that a user can mend are one line on stderr. The exit code is 2 for a command line that is
-not usable, 130 after Ctrl-C, 143 after another signal that asked for the end, 141 when nobody reads
-the output any more, and 1 for any other failure.
+Errors that a user can fix are one line on stderr; other errors have a traceback. The exit code is 2
+for an invalid command line, 130 after Ctrl-C, 143 after SIGTERM, SIGHUP or SIGUSR1, 141 if the
+reader of the output has closed the pipe, and 1 for any other failure.
 """
 
 import contextlib
@@ -15,27 +15,28 @@ import sys
 import traceback
 
 _NO_SPACE = os.strerror(errno.ENOSPC)
-# How collectives (Gloo's between CPUs, NCCL's between GPUs) and JAX's coordination service word it.
+# Words in the errors of collectives (Gloo on CPUs, NCCL on GPUs) and of JAX's coordination service
+# when another process is lost.
 _PEER_LOST = re.compile(
     r"\bGloo\b|\bNCCL\b|closed by peer|reset by peer|heartbeat|coordination service|Barrier failed"
 )
 
 
 class UsageError(Exception):
-    """The command line is not usable."""
+    """The command line is not valid."""
 
 
 def report(error: BaseException) -> int:
-    """Says what went wrong, as one line where a user can mend it; returns the exit code."""
+    """Prints the error, as one line if a user can fix it; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return fail("interrupted; run the same command again to resume", code=130)
-    # When an array's file can't be written, JAX and Orbax raise errors of their own kinds.
+    # If the disk is full, JAX and Orbax raise errors of their own types.
     if getattr(error, "errno", 0) == errno.ENOSPC or _NO_SPACE in str(error):
         line = _first_line(error)
         return fail(f"the disk is full: free some space and run again to resume. {line}")
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        # After `tag ... | head`: like other programs, this one ends without a message. What is
-        # still buffered goes nowhere.
+        # For example after `tag ... | head`. Like other programs, end without a message; buffered
+        # output is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if isinstance(error, OSError | ValueError):
@@ -46,7 +47,7 @@ def report(error: BaseException) -> int:
 
     if isinstance(error, Stopped):
         fail(f"{error}; run the same command again to resume")
-        # When the first process ends, JAX ends the others, some of which may still be saving.
+        # When the first process ends, JAX ends the others, even those that are still saving.
         partition.wait_for_all()
         return 128 + signal.SIGTERM
     if _PEER_LOST.search(str(error)):
@@ -54,16 +55,16 @@ def report(error: BaseException) -> int:
             "another process has failed or can't be reached; run the same command again to resume. "
             + _first_line(error)
         )
-    # It is not raised again, because Python would wait for the other processes before it ends.
+    # Raising the error again would make Python wait for the other processes before it ends.
     traceback.print_exception(error)
     return 1
 
 
 def report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Takes the place of `sys.unraisablehook`.
+    """Replaces `sys.unraisablehook`.
 
-    Leaves out what reads and writes raise that were still waiting when a failed one had already
-    closed their event loop; the failure itself is reported elsewhere.
+    After a read or write has failed and closed the event loop, pending reads and writes raise
+    "Event loop is closed". These errors are hidden; the failure itself is reported elsewhere.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
@@ -78,10 +79,10 @@ def fail(message: str, code: int = 1) -> int:
 def leave(code: int) -> None:
     """Ends the program.
 
-    After a failure it ends at once: what libraries do at exit would wait for processes that are
-    gone, or try again to write what could not be written.
+    After a failure it skips the libraries' exit handlers, which would wait for lost processes or
+    retry failed writes.
     """
-    # A failing write has been reported before.
+    # A failed write was already reported.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,7 +91,7 @@ def leave(code: int) -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more."""
+    """Whether the reader of stdout has closed the pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,7 +1,7 @@
 """Evaluate the best checkpoint of a run on its own test sets, or on others.
 
-With --task=tagging, the tags that the run gives to the photos of a split of its data set are
-evaluated, with a vocabulary in many languages.
+With --task=tagging, the photos in a split of the run's data set are tagged with a vocabulary in
+many languages, and the tags are evaluated.
 
 Examples:
   python -m xlir.main eval --workdir=runs/flickr8k
@@ -19,20 +19,21 @@ from xlir.commands import processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
-# Task -> the flags that only the other task takes.
+# Task -> flags that only the other task has.
 FOREIGN = {"retrieval": ("vocabulary",), "tagging": ("images", "drop_junk")}
 
 
 def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.workdir()
-    flags.choice("task", "What is evaluated.", ("retrieval", "tagging"), default="retrieval")
+    flags.choice("task", "What to evaluate.", ("retrieval", "tagging"), default="retrieval")
     flags.test_set()
-    flags.switch("drop_junk", "Leave out XTD10's six German captions that translate nothing.")
+    flags.switch("drop_junk", "Leave out XTD10's six German captions that are not translations.")
     flags.string(
         "vocabulary",
-        "With --task=tagging: coco, flickr8k, emoji, or a file (a tag a line, or a table of "
-        "languages as in input_pipeline/vocabularies); default: the one of the run's data set.",
+        "With --task=tagging: coco, flickr8k, emoji, or a file (one tag per line, or a table of "
+        "languages as in input_pipeline/vocabularies); default: the vocabulary of the run's data "
+        "set.",
         default="",
     )
     processes.define(flags)
@@ -42,7 +43,7 @@ def run(values: FlagValues) -> None:
     """Evaluates."""
     for name in FOREIGN[values.task]:
         if values[name].value:
-            raise UsageError(f"--{name} does not go with --task={values.task}")
+            raise UsageError(f"--{name} is not a flag of --task={values.task}")
     splits = _splits(values.test_set) if values.task == "tagging" else []
     processes.start_jax(values)
     from xlir import data, evaluate, partition
@@ -62,11 +63,11 @@ def run(values: FlagValues) -> None:
 
 
 def _splits(test_set: str) -> list[str]:
-    """The splits of the run's data set that tagging is evaluated on."""
+    """The names of the splits to tag, from --test_set."""
     names = (test_set or "split:test").split(",")
     for name in names:
         if not name.startswith("split:"):
-            raise ValueError(f"--test_set={name}: tagging is evaluated on split:NAME")
+            raise ValueError(f"--test_set={name}: --task=tagging needs split:NAME")
     return [name.removeprefix("split:") for name in names]
 
 

@@ -1,6 +1,6 @@
-"""Write the best checkpoint of a run to a folder that is used without JAX.
+"""Export the best checkpoint of a run to a folder that works without JAX.
 
-The folder is loaded afresh and compared with the run before it appears.
+Before the folder appears, another process loads the exported model and compares it with the run.
 
 Examples:
   python -m xlir.main export --workdir=runs/flickr8k --to=exported
@@ -20,17 +20,17 @@ from xlir.commands.flags import Flags
 def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.workdir()
-    flags.string("to", "Folder to write; it must not be there yet.", needed=True)
+    flags.string("to", "Folder to write; it must not exist yet.", needed=True)
     flags.string(
         "format",
-        "sentence-transformers, transformers, torch or onnx; default: sentence-transformers where "
-        "it can hold the model, else torch.",
+        "sentence-transformers, transformers, torch or onnx; default: sentence-transformers if "
+        "it can hold the model, otherwise torch.",
         default="",
     )
     flags.choice(
         "weights",
-        "The moving average over training, or the weights themselves; default: ema where the run "
-        "keeps one.",
+        "ema: the moving average of the weights over training; raw: the weights themselves; "
+        "default: ema if the run keeps an average.",
         ("ema", "raw"),
     )
     flags.test_set()
@@ -38,7 +38,7 @@ def define(flags: Flags) -> None:
 
 def run(values: FlagValues) -> None:
     """Exports."""
-    # SIGTERM ends it as Ctrl-C does, so that what is half-written is removed.
+    # SIGTERM raises an exception, as Ctrl-C does, so that a half-written folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes.start_jax(values)
     from xlir import export

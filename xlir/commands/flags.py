@@ -1,4 +1,4 @@
-"""The flags of a verb: declared once, parsed, and shown as help."""
+"""The flags of a verb: their declaration, their parsing and their help."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from ml_collections import config_flags
 from xlir.commands.errors import UsageError
 from xlir.config import check_config
 
-# Columns of the help: where the text of a flag begins, and where it is wrapped.
+# Columns of the help in which the text of a flag begins, and in which it is wrapped.
 INDENT, WIDTH = 25, 96
 
 
 class Flags:
-    """The flags of one verb. A method for each kind of flag declares one, with its help.
+    """The flags of one verb. Each type of flag has a method that declares it.
 
     Args:
-      verb: the verb, for messages.
+      verb: the verb, for error messages.
 
     Attributes:
       values: absl's flags; after `parse`, `values.workdir` is the value of --workdir.
@@ -32,73 +32,74 @@ class Flags:
     def string(
         self, name: str, text: str, default: str | None = None, *, needed: bool = False
     ) -> None:
-        """A flag with any text; the verb can't do without one that is `needed`."""
+        """A flag with any text; `needed`: the user must give it."""
         self._declare(absl.flags.DEFINE_string, name, default, text)
         if needed:
             self._needed.append(name)
 
     def strings(self, name: str, text: str, default: str) -> None:
-        """A flag with several texts, joined with commas."""
+        """A flag with a list of texts, joined with commas."""
         self._declare(absl.flags.DEFINE_list, name, default, text)
 
     def choice(
         self, name: str, text: str, choices: Sequence[str], default: str | None = None
     ) -> None:
-        """A flag with one of several texts."""
+        """A flag whose value is one of `choices`."""
         self._declare(absl.flags.DEFINE_enum, name, default, choices, text)
 
     def switch(self, name: str, text: str) -> None:
-        """A flag that is given or not."""
+        """A boolean flag, False by default."""
         self._declare(absl.flags.DEFINE_bool, name, False, text)
 
     def integer(self, name: str, text: str, least: int, most: int | None = None) -> None:
-        """A flag with a whole number from `least` to `most`; None where it is not given."""
+        """A flag with an integer from `least` to `most`; None if it is not given."""
         self._declare(absl.flags.DEFINE_integer, name, None, text, least, most)
 
     def number(self, name: str, text: str) -> None:
-        """A flag with any number; None where it is not given."""
+        """A flag with any number; None if it is not given."""
         self._declare(absl.flags.DEFINE_float, name, None, text)
 
     def config(self) -> None:
-        """The flag --config, with --config.FIELD for each field; the verb can't do without it."""
+        """The required flag --config, with --config.FIELD for each field."""
         text = (
-            "Configuration file, as configs/NAME.py or configs/NAME.py:VARIANT. "
-            "--config.FIELD=VALUE overrides a field, as --config.data.dir=PATH; configs/base.py "
-            "explains all fields."
+            "Configuration file: configs/NAME.py or configs/NAME.py:VARIANT. "
+            "--config.FIELD=VALUE overrides a field, for example --config.data.dir=PATH; "
+            "configs/base.py explains all fields."
         )
         self._declare(config_flags.DEFINE_config_file, "config", None, text)
         self._needed.append("config")
 
     def workdir(self) -> None:
-        """The flag --workdir, of a run that exists; the verb can't do without it."""
+        """The required flag --workdir, the folder of an existing run."""
         self.string("workdir", "Folder of the run.", needed=True)
 
     def test_set(self) -> None:
         """The flags --test_set and --images."""
         self.string(
             "test_set",
-            "A name of the run's config.evals, the folder of a multilingual test set in XTD10's "
-            "layout, 'xtd10', or 'split:NAME' of the run's data set, or several of them joined "
-            "with commas; default: all of config.evals.",
+            "A test set: a name in the run's config.evals, a folder in XTD10's layout, 'xtd10', or "
+            "'split:NAME' (a split of the run's data set). Join several with commas. Default: all "
+            "of config.evals.",
             default="",
         )
         self.string(
             "images",
-            "Folder of the test set's photos; default: as config.evals says, else for XTD10 the "
-            "run's data set, and for another test set the run's data.dir.",
+            "Folder of the test set's photos. Default: the folder that config.evals names; without "
+            "one, the photos of the run's data set for XTD10, and the run's data.dir for other "
+            "test sets.",
             default="",
         )
 
     def parse(self, arguments: Sequence[str]) -> list[str]:
-        """Takes values from the command line; returns the words that are no flags.
+        """Takes values from the command line; returns the positional arguments.
 
         Args:
-          arguments: those of the program, `sys.argv`: where fields of --config are overridden,
-            ml_collections takes them from there in any case.
+          arguments: must be `sys.argv`, because ml_collections always reads the overrides of
+            configuration fields from `sys.argv`.
 
         Raises:
           absl.flags.UnrecognizedFlagError: the verb has no such flag.
-          UsageError: a value is not usable.
+          UsageError: a value is not valid.
         """
         try:
             _, *words = self.values(arguments)
@@ -109,7 +110,7 @@ class Flags:
         except absl.flags.UnrecognizedFlagError:
             raise
         except absl.flags.Error as error:
-            # Where get_config() raised, its traceback follows the first line.
+            # If get_config() raised, its traceback follows the first line.
             first, *others = str(error).splitlines()
             raise UsageError(" ".join([first, *others[-1:]])) from error
         except OSError as error:
@@ -122,7 +123,7 @@ class Flags:
             raise UsageError(f"the configuration is not usable: {_reason(error)}") from error
 
     def check(self) -> None:
-        """Raises UsageError where a needed flag is missing or the configuration is not usable."""
+        """Raises UsageError if a required flag is missing or the configuration is not usable."""
         for name in self._needed:
             if self.values[name].value is None:
                 raise UsageError(f"{self.verb} needs --{name}")
@@ -133,7 +134,7 @@ class Flags:
                 raise UsageError(f"the configuration is not usable: {error}") from error
 
     def help(self) -> str:
-        """The flags, each with what it means, in the order of their declaration."""
+        """The help text of all flags, in the order of their declaration."""
         paragraphs = []
         for name in self.values:
             text = self.values[name].help + (" Required." if name in self._needed else "")
@@ -149,7 +150,8 @@ class Flags:
 
 def _reason(error: Exception) -> str:
     """What is wrong with a configuration, in one line."""
-    # An unknown field is an AttributeError of a KeyError of its name and a suggestion.
+    # For an unknown field, ml_collections raises an AttributeError around a KeyError, whose text is
+    # the field's name and a suggestion.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = ". ".join(str(error.args[0] if error.args else error).splitlines())

@@ -1,7 +1,8 @@
-"""Make a run's folder out of a published model of PyTorch, M-CLIP or open_clip.
+"""Make a run's folder out of a published PyTorch model, M-CLIP or open_clip.
 
-Its text encoder is one of Hugging Face's. `eval`, `tag`, `export` and the Python API then take the
-folder as any run's. `hf download ID --local-dir=PATH` gets a published model.
+The model's text encoder must be in Hugging Face's layout. `eval`, `tag`, `export` and the Python
+API then work with the folder as with any run's. `hf download ID --local-dir=PATH` downloads a
+published model.
 
 Examples:
   python -m xlir.main import --text=PATH/M-CLIP --image=PATH/clip-vit-large-patch14 \\
@@ -20,15 +21,18 @@ from xlir.commands.flags import Flags
 def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.string("text", "Folder of the published text encoder.", needed=True)
-    flags.string("image", "Folder of the published image encoder; default: that of --text.")
-    flags.string("workdir", "Folder to make.", needed=True)
+    flags.string(
+        "image",
+        "Folder of the published image encoder; default: the folder of --text (open_clip).",
+    )
+    flags.string("workdir", "Folder of the new run.", needed=True)
 
 
 def run(values: FlagValues) -> None:
     """Imports a model."""
-    # Nothing is computed, so other devices are left alone.
+    # Nothing is computed, so JAX need not reserve an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # transformers warns of M-CLIP's model type, which it does not know.
+    # transformers warns that it does not know M-CLIP's model type.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from xlir import published
 

@@ -1,7 +1,7 @@
-"""Prepare the data set that --config describes, and say where it is and what it holds.
+"""Prepare the data set that --config names, and print its folder and its size.
 
-Training would prepare it too. Where the configuration is evaluated on XTD10, its captions (1 MB)
-are downloaded if they are not there yet; nothing else is ever downloaded.
+Training prepares a data set too, if this was not done before. If the configuration has XTD10 as a
+test set, its captions (1 MB) are downloaded once; nothing else is ever downloaded.
 
 Example:
   python -m xlir.main prepare --config=configs/flickr8k.py --config.data.dir=PATH

@@ -1,6 +1,6 @@
-"""Print how the parameters that --config describes lie on a number of devices.
+"""Print how the parameters of a configuration are sharded over a number of devices.
 
-Neither the devices nor the weights have to be there.
+Neither the devices nor the weights are needed.
 
 Example:
   python -m xlir.main shardings --config=configs/xlmr.py --devices=8
@@ -15,7 +15,7 @@ def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.config()
     flags.integer(
-        "devices", "How many devices; default: those of this machine.", least=1, most=2**20
+        "devices", "Number of devices; default: the number on this machine.", least=1, most=2**20
     )
 
 

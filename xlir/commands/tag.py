@@ -1,12 +1,12 @@
 """Tag images with the names of a vocabulary, in one or several languages.
 
-IMAGES are files, folders at any depth, and patterns. A photo may take $XLIR_PHOTO_MB megabytes of
-memory while it is read and decoded (default 500); larger ones, and broken ones, are named, counted
-and skipped.
+IMAGES are files, folders (searched at any depth) and patterns. A photo may take $XLIR_PHOTO_MB
+megabytes of memory while it is read and decoded (default: 500). Larger photos and broken photos are
+skipped; the log counts and names them.
 
-The number beside a tag is its calibrated percentile: of all pairs of a validation photo and a tag,
-the share in which the tag stands out less from the photo's best tags. Where the run's data set is
-not at hand it is the plain cosine of image and tag.
+The number beside a tag is its calibrated percentile, a measure of how far the tag stands out among
+the photo's best tags: 0.98 means further than 98% of all pairs of a validation photo and a tag. If
+the run's data set is missing, the number is the cosine similarity of image and tag.
 
 Examples:
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 WORDS = "IMAGES..."
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-# Endings of a contact sheet.
+# File name extensions of a contact sheet.
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
@@ -45,20 +45,22 @@ def define(flags: Flags) -> None:
     flags.workdir()
     flags.string(
         "vocabulary",
-        "coco, flickr8k, emoji, or a file: a tag a line, or a table of languages as in "
+        "coco, flickr8k, emoji, or a file: one tag per line, or a table of languages as in "
         "input_pipeline/vocabularies.",
         needed=True,
     )
-    flags.strings("language", "One language, or several joined with commas.", default="en")
+    flags.strings(
+        "language", "One language, or several joined with commas; default: en.", default="en"
+    )
     flags.integer(
         "top_k",
-        "At most this many tags for an image; default: 5, or all where --threshold is given.",
+        "Largest number of tags for an image; default: 5, or no limit with --threshold.",
         least=1,
     )
     flags.number(
         "threshold",
         "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, a photo "
-        "gets a hundredth of the vocabulary on average, whatever the language.",
+        "gets a hundredth of the vocabulary on average, in every language.",
     )
     flags.string(
         "output", "File for the tags as JSON lines; with -, they are printed instead of the table."
@@ -72,7 +74,7 @@ def define(flags: Flags) -> None:
 
 def run(values: FlagValues, *images: str) -> None:
     """Tags images."""
-    # What can be refused is refused before JAX takes its seconds to start.
+    # Invalid values are refused before JAX is imported, which takes seconds.
     _check(values, images)
     from input_pipeline import vocabularies
 
@@ -82,7 +84,7 @@ def run(values: FlagValues, *images: str) -> None:
         vocabulary.names_in(language)
     found = find_images(images)
     photo_limits.limit()
-    # JSON is UTF-8. Elsewhere, characters that the terminal's encoding lacks are escaped.
+    # JSON is UTF-8. In the table, characters that the terminal's encoding lacks are escaped.
     encoding = "utf8" if values.output == "-" else None
     sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     processes.start_jax(values)
@@ -92,7 +94,7 @@ def run(values: FlagValues, *images: str) -> None:
     encoder = Encoder.load(workdir)
     taggers = _taggers(encoder, workdir, vocabulary, languages)
     if values.threshold is not None:
-        # Without held-out photos it is refused now, and not after the first batch.
+        # Fails now, not after the first batch, if there are no validation photos to calibrate with.
         next(iter(taggers.values())).prominence_at(values.threshold)
     sheet = _tag(encoder, taggers, found, values)
     if values.sheet:
@@ -100,7 +102,7 @@ def run(values: FlagValues, *images: str) -> None:
 
 
 def _check(values: FlagValues, images: Sequence[str]) -> None:
-    """Refuses values of flags that are not usable, and files that can't be written."""
+    """Refuses invalid values of flags, and files that can't be written."""
     if not images:
         raise UsageError("tag needs images: files, folders or patterns")
     if not values.language:
@@ -115,10 +117,10 @@ def _check(values: FlagValues, images: Sequence[str]) -> None:
 
 
 def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
-    """The files that the paths name: images, folders of images at any depth, or patterns.
+    """The image files that the paths name: files, folders (at any depth) or patterns.
 
     Raises:
-      FileNotFoundError: a path leads to nothing, or none of them to an image.
+      FileNotFoundError: a path does not exist, or there are no images.
     """
     found: dict[pathlib.Path, None] = {}
     for path in paths:
@@ -130,7 +132,7 @@ def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
                 inside = sorted(place.rglob("*"))
                 images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
             else:
-                # A file that is named itself is an image whatever its ending.
+                # A file named on the command line counts as an image, whatever its extension.
                 images = [place]
             found |= dict.fromkeys(images)
     if not found:
@@ -139,7 +141,7 @@ def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _taggers(encoder, workdir: pathlib.Path, vocabulary, languages: Sequence[str]) -> dict:
-    """A tagger for each language; of plain cosines where the run's data set is not at hand."""
+    """A tagger for each language; it scores by cosine if the run's data set is missing."""
     from xlir import reference_photos, tagging
 
     photos = None
@@ -147,7 +149,9 @@ def _taggers(encoder, workdir: pathlib.Path, vocabulary, languages: Sequence[str
         photos = reference_photos.reference(encoder, workdir)
     except (ValueError, FileNotFoundError) as error:
         reason, *_ = str(error).splitlines()
-        log.warning("scores are plain cosines, without calibrated percentiles: %s", reason)
+        log.warning(
+            "scores are plain cosines, because there are no calibrated percentiles: %s", reason
+        )
     return {
         language: tagging.Tagger(encoder, vocabulary, language, photos) for language in languages
     }
@@ -156,9 +160,9 @@ def _taggers(encoder, workdir: pathlib.Path, vocabulary, languages: Sequence[str
 def _tag(
     encoder, taggers: dict, images: Sequence[pathlib.Path], values: FlagValues
 ) -> list[tuple[pathlib.Path, list[dict]]]:
-    """Tags the images and shows them; returns the records of those on the contact sheet.
+    """Tags the images and prints the tags; returns the records for the contact sheet.
 
-    Files that can't be decoded are reported, one line each, counted and skipped.
+    Files that can't be decoded are skipped, with one line in the log for each, and counted.
 
     Raises:
       ValueError: no file can be decoded.
@@ -228,7 +232,7 @@ def json_line(record: dict) -> str:
 
 
 def _table_rows(records: Sequence[dict]) -> str:
-    """An image's tags for the terminal, a row for each language; the first row has its name."""
+    """An image's tags for the terminal, a row per language; the first row has the file name."""
     rows = []
     name = _printable(records[0]["image"])
     for one in records:
@@ -242,7 +246,7 @@ def _table_rows(records: Sequence[dict]) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text whose line ends, control characters and bytes that are not UTF-8 are escaped."""
+    """The text with line ends, control characters and bytes that are not UTF-8 escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

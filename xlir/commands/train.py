@@ -1,8 +1,8 @@
-"""Train and evaluate what --config describes, or continue where it was interrupted.
+"""Train and evaluate a configuration, or resume an interrupted run.
 
-The same command, run again, continues from the last checkpoint in the run's folder. Prepared data
-sets, features of frozen towers and, on TPUs and GPUs, compiled programs are kept in $XLIR_CACHE
-(default ~/.cache/xlir).
+The same command, run again, resumes from the last checkpoint in the run's folder. Prepared data
+sets, features of frozen towers and, on TPUs and GPUs, compiled programs are cached in $XLIR_CACHE
+(default: ~/.cache/xlir).
 
 Examples:
   python -m xlir.main --config=configs/quickstart.py
@@ -22,11 +22,11 @@ def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.config()
     flags.string(
-        "workdir", "Folder of the run; default: runs/NAME or runs/NAME-VARIANT, after --config."
+        "workdir", "Folder of the run; default: runs/NAME or runs/NAME-VARIANT, as in --config."
     )
     flags.switch(
         "accept_changed_data",
-        "Continue a run although its training or validation data have changed.",
+        "Resume a run although its training or validation data have changed.",
     )
     processes.define(flags)
 
