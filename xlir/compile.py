@@ -1,7 +1,7 @@
-"""A run from shapes alone: how it is sharded, and what a step takes on a TPU that is not there.
+"""Analyses a run from shapes alone: its shardings, and the cost of a training step on a TPU.
 
-The step is the one that `xlir.train` runs, compiled by the TPU's own compiler, libtpu, which needs
-no TPU. Checkpoints need not be at hand where their architecture is known (`xlir.models.towers`).
+The step is the one that `xlir.train` runs. The TPU's compiler, libtpu, compiles it without a TPU.
+Checkpoints of known architectures (`xlir.models.towers`) need not be installed.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ LIBTPU = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-SPARE = 0.1  # of a chip's memory, for what the compiler does not count
+SPARE = 0.1  # share of a chip's memory that stays free for what the compiler does not count
 
 
 def abstract(
     config: ConfigDict,
 ) -> tuple[nnx.GraphDef, Parameters, dict[str, jax.ShapeDtypeStruct]]:
-    """A model's structure, and the shapes of its parameters and of a global batch."""
+    """The structure of a model, and the shapes of its parameters and of a global batch."""
     specs = towers.describe_published(config)
     model = towers.abstract_model(config, specs)
     graph, parameters = split(config, model)
@@ -75,7 +75,7 @@ def trace(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
 
 
 def sharding_table(config: ConfigDict, devices: int) -> str:
-    """How a run lies on so many devices: each parameter, and totals.
+    """A table of how a run is sharded over a number of devices: each parameter, and totals.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the configuration is not usable.
@@ -112,7 +112,7 @@ def sharding_table(config: ConfigDict, devices: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LaidOut:
-    """An array on a mesh."""
+    """The shape and sharding of an array."""
 
     path: str
     shape: tuple[int, ...]
@@ -121,20 +121,20 @@ class LaidOut:
 
     @property
     def bytes(self) -> int:
-        """Of the whole array."""
+        """Size of the whole array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def bytes_a_device(self) -> int:
-        """Of a device's part."""
+        """Size of one device's shard."""
         return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
     def describe_shape(self) -> str:
-        """Such as float32[12,768,2304]."""
+        """For example float32[12,768,2304]."""
         return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
 
     def describe_layout(self) -> str:
-        """The mesh axis of each of the array's axes, such as -,-,fsdp; or whole."""
+        """The mesh axis that shards each array axis, for example -,-,fsdp; or whole."""
         spec = tuple(self.sharding.spec)
         spec += (None,) * (len(self.shape) - len(spec))
         return ",".join(axis or "-" for axis in spec) if any(spec) else "whole"
@@ -148,15 +148,15 @@ def _laid_out(tree: PyTree, mesh: AbstractMesh) -> Iterator[LaidOut]:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a training step takes of each chip of a topology.
+    """What a training step costs on each chip of a topology.
 
     Attributes:
       topology, chips, mesh, batch_size: what was compiled.
-      arguments, temporaries: bytes; the new state takes the place of the old one.
-      chip: its peak rates.
-      flops: of the step on one chip.
-      hbm_bytes: moved from and to the chip's memory, an estimate.
-      collectives: what the chip receives from others.
+      arguments, temporaries: bytes; the new state reuses the memory of the old state.
+      chip: the chip's memory and peak rates.
+      flops: floating point operations of the step on one chip.
+      hbm_bytes: bytes moved from and to the chip's memory, an estimate.
+      collectives: communication that the chip receives, by kind.
     """
 
     topology: str
@@ -172,16 +172,16 @@ class Report:
 
     @property
     def needed(self) -> int:
-        """Bytes a chip."""
+        """Bytes needed per chip."""
         return self.arguments + self.temporaries
 
     @property
     def fits(self) -> bool:
-        """Whether a tenth of the chip's memory is left."""
+        """Whether a tenth of the chip's memory stays free."""
         return self.needed <= (1 - SPARE) * self.chip.hbm
 
     def __str__(self) -> str:
-        """The report in lines."""
+        """The report as text."""
         received = sum(each.bytes for each in self.collectives.values())
         times = cost.estimate(self.flops, self.hbm_bytes, received, self.chip)
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
@@ -223,7 +223,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     """Compiles a configuration's training step for a TPU topology.
 
     Args:
-      config: where it says "auto", the towers and heads compute in bfloat16, as on a TPU.
+      config: towers and heads whose dtype is "auto" compute in bfloat16, as on a TPU.
       topology: generation and shape, such as v5e:16x16.
 
     Raises:
@@ -265,12 +265,12 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
 
 
 def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology that is not there."""
-    # libtpu would look for a TPU on this machine, ask the cloud about it, keep others from using
-    # it, and tell the terminal that there is none.
+    """The devices of a topology, which this machine need not have."""
+    # Otherwise libtpu looks for a TPU on this machine, queries the cloud's metadata server, keeps
+    # other processes from using the TPU, and prints that there is none.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
-    # One device a chip, not one for each of its cores.
+    # One device per chip, not one per core.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
         description = topologies.get_topology_desc(

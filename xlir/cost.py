@@ -1,8 +1,8 @@
-"""What one compiled step costs on a TPU chip: arithmetic, memory traffic, network, and so time.
+"""Cost of one compiled step on a TPU chip: arithmetic, memory traffic, network, and from them time.
 
-`compiled.cost_analysis()` counts the body of every loop once, on TPUs as on CPUs, however often it
-runs, and takes what stays in on-chip memory for traffic. So the arithmetic is counted here from the
-jaxpr, and the bytes from the compiled HLO's text, where loops' trip counts and memory spaces stand.
+`compiled.cost_analysis()` counts the body of every loop once, however often it runs, on TPUs and
+CPUs alike, and counts data that stays in on-chip memory as traffic. Here arithmetic is counted from
+the jaxpr, and bytes from the text of the compiled HLO, which has trip counts and memory spaces.
 """
 
 import collections
@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip; `network` is what its links receive together, in one direction."""
+    """Memory and peak rates of one chip; `network` is all links together, in one direction."""
 
     hbm: float  # bytes
     flops: float  # FLOP/s, bfloat16
@@ -28,10 +28,10 @@ class Chip:
 
 # From "System architecture" on https://docs.cloud.google.com/tpu/docs/ v4, v5e, v5p, v6e. ICI there
 # is both directions together (v5e 400, v5p 1200, v6e 800 GB/s; earlier editions print 1600 Gbit/s
-# for v5e and 4800 for v5p): half of it here. v5e's HBM gives 819 GB/s, in a later edition 800
-# GiB/s. v4's page has 32 GiB and no ICI: six links of 50 GB/s each way (Jouppi et al. 2023, arXiv
-# 2304.01433). Its topologies list a chip's two TensorCores as two devices unless described with
-# `chip_config_name="megacore"`.
+# for v5e and 4800 for v5p); the table has half of it. v5e's HBM has 819 GB/s, in a later edition
+# 800 GiB/s. v4's page has 32 GiB and no ICI; v4 has six links of 50 GB/s each way (Jouppi et al.
+# 2023, arXiv 2304.01433). v4's topologies list a chip's two TensorCores as two devices unless
+# described with `chip_config_name="megacore"`.
 CHIPS = {
     "v4": Chip(hbm=34.4e9, flops=275e12, bandwidth=1200e9, network=300e9),
     "v5e": Chip(hbm=16e9, flops=197e12, bandwidth=819e9, network=200e9),
@@ -42,7 +42,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step at the chip's peak rates: floors, no measurement."""
+    """Seconds of one step at the chip's peak rates: lower bounds, not measurements."""
 
     compute: float
     memory: float
@@ -60,10 +60,10 @@ class Estimate:
 
 
 def estimate(flops: float, hbm_bytes: float, network_bytes: float, chip: Chip) -> Estimate:
-    """Times of one step from one chip's share of it.
+    """Times of one step, from one chip's share of the work.
 
-    The network's rate is that of all links together; a collective over one axis of the torus uses
-    its share of them only, so its true floor is up to two (2-D) or three times (3-D) higher.
+    The network rate is that of all links together. A collective over one axis of the torus uses
+    only that axis's links, so its true lower bound is up to two (2-D) or three (3-D) times higher.
     """
     return Estimate(flops / chip.flops, hbm_bytes / chip.bandwidth, network_bytes / chip.network)
 
@@ -74,10 +74,10 @@ def estimate(flops: float, hbm_bytes: float, network_bytes: float, chip: Chip) -
 def flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     """Floating point operations of one call, over all devices: `flops(step.trace(...).jaxpr)`.
 
-    Matrix products and convolutions at two operations a multiply-add; everything else is left out.
-    What rematerialisation recomputes counts. A `scan`'s body counts `length` times, a `while`'s
-    once (its trips are unknown), of a `cond` the dearest branch, and `shard_map`'s body once for
-    each device along its manual axes.
+    Only matrix products and convolutions count, with two operations per multiply-add. Recomputed
+    (rematerialised) operations count again. The body of a `scan` counts `length` times, the body of
+    a `while` once (its trip count is unknown), a `cond` by its most expensive branch, and the body
+    of a `shard_map` once for each device along its manual axes.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -115,7 +115,7 @@ def _jaxprs(parameters: dict) -> list[ClosedJaxpr | Jaxpr]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """How often one kind of collective runs in a step, and the bytes one chip receives by it."""
+    """How often one kind of collective runs in a step, and the bytes that one chip receives."""
 
     count: int
     bytes: float
@@ -136,9 +136,9 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
     In a group of n, a chip receives (n-1)/n of an all-gather's output, (n-1)/n of the input of a
     reduce-scatter or an all-to-all, 2(n-1)/n of an all-reduce's input, and a collective-permute's
-    whole input. Loops count by their trips (once where those are unknown), of a conditional's
-    branches the dearest, asynchronous pairs once; an all-reduce that TPUs fuse with the slicing of
-    its result is a reduce-scatter.
+    whole input. Loops count by their trip counts (once if unknown), conditionals by their most
+    expensive branch, and asynchronous pairs once. An all-reduce that TPUs fuse with the slicing of
+    its result counts as a reduce-scatter.
     """
     module = _parse(hlo)
     total = _total(module, module.entry, _communicated, fusions=True)
@@ -149,9 +149,9 @@ def collectives(hlo: str) -> dict[str, Collective]:
 def hbm_bytes(hlo: str) -> float:
     """Bytes one chip moves from and to HBM in a step: an estimate, from `compiled.as_text()`.
 
-    Every instruction outside fusions reads its operands and writes its result; slices and in-place
-    updates count by the slice; loops by their trips. Buffers in another memory (`S(1)` in a TPU
-    layout: VMEM) are free, as are padding to tiles and what caches save.
+    Every instruction outside fusions reads its operands and writes its result. Slices and in-place
+    updates count only the slice, loops count by their trip counts. Buffers in another memory
+    (`S(1)` in a TPU layout: VMEM) are free. Padding to tiles and hits in caches are ignored.
     """
     module = _parse(hlo)
     return float(_total(module, module.entry, _moved, fusions=False)["bytes"])
@@ -167,7 +167,7 @@ class _Instruction:
     operands: tuple[str, ...]
 
     def called(self, *keys: str) -> list[str]:
-        """Computations under these attributes."""
+        """The computations that these attributes name."""
         groups = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
 
@@ -185,7 +185,7 @@ _LINE = re.compile(
 )
 # Like `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`; without a number: `pred`.
 _ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,<=]*)\](?:\{([^}]*)\})?")
-# Custom calls of TPU executables that move nothing: names for buffers, ends of collectives.
+# Custom calls of TPU executables that move no data: buffer names, ends of collectives.
 _NOTHING = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollectiveDone)"')
 
 
@@ -214,7 +214,7 @@ _Cost = Callable[[_Module, str, _Instruction], dict]
 
 
 def _total(module: _Module, name: str, cost: _Cost, fusions: bool) -> collections.Counter:
-    """Sum of `cost` over every instruction that one execution of a computation executes."""
+    """The sum of `cost` over all instructions that one run of a computation executes."""
     recurse = functools.partial(_total, module, cost=cost, fusions=fusions)
     total = collections.Counter()
     for instruction in module.computations[name].values():
@@ -232,9 +232,9 @@ def _total(module: _Module, name: str, cost: _Cost, fusions: bool) -> collection
 
 
 def _trips(module: _Module, name: str, loop: _Instruction) -> int:
-    """Trips of a counting loop: XLA's own count, or from start, limit and step; 1 if unknown.
+    """The trip count of a loop: XLA's own, or from start, limit and step; 1 if unknown.
 
-    CPU executables carry the count; TPU executables do not (libtpu 0.0.42).
+    CPU executables state the count; TPU executables do not (libtpu 0.0.42).
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -277,7 +277,7 @@ def _communicated(module: _Module, name: str, instruction: _Instruction) -> dict
 
 
 def _continues(computation: dict[str, _Instruction], instruction: _Instruction) -> bool:
-    """Whether this only carries on a collective that TPUs interleave with several fusions.
+    """Whether this only continues a collective that TPUs interleave with several fusions.
 
     Each of those fusions repeats the collective; the first hands it to AsyncCollectiveStart.
     """
@@ -305,7 +305,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def _sizes(shape: str, hbm: bool = False) -> list[int]:
-    """Bytes of each array in a shape; with `hbm` those of arrays in other memories are 0."""
+    """Bytes of each array in a shape; with `hbm`, arrays in other memories count as 0."""
     sizes = []
     for bits, dimensions, layout in _ARRAY.findall(shape):
         elsewhere = hbm and re.search(r"S\(\d+\)", layout)
@@ -314,7 +314,7 @@ def _sizes(shape: str, hbm: bool = False) -> list[int]:
     return sizes
 
 
-# Instructions that move nothing themselves.
+# Instructions that move no data themselves.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "nothing"}
 _FREE |= {"while", "conditional", "call", "async-start", "opt-barrier", "after-all"}
 

@@ -1,4 +1,4 @@
-"""Photos become pixels: one pool of threads decodes for the whole program."""
+"""Decodes photos to pixels, in one pool of threads for the whole program."""
 
 import collections
 import concurrent.futures
@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 from input_pipeline import images, photo_limits
 
 Item = TypeVar("Item")
-# What a photo may be given as. An array holds pixels that were decoded before.
+# The forms in which a photo can be passed. An array holds pixels that are already decoded.
 Photo = str | os.PathLike | bytes | Image.Image | np.ndarray
 Pixels = UInt8[np.ndarray, "size size 3"]
 
-# Its threads start when they are first needed.
+# The threads start on first use.
 _POOL = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
 
 
@@ -26,14 +26,14 @@ def decode(photo: Photo, name: str, read: Callable[[bytes], Pixels]) -> Pixels:
     """The pixels of one photo.
 
     Args:
-      photo: a path, encoded bytes or a PIL image; pixels are returned as they are.
-      name: what an error calls a photo that has no path.
+      photo: a path, encoded bytes or a PIL image; decoded pixels are returned unchanged.
+      name: the name in errors of a photo that has no path.
       read: encoded bytes -> pixels, such as `input_pipeline.images.decode`.
 
     Raises:
-      ValueError: it can't be decoded, is not a regular file, or would take too much memory. The
-        message names it.
-      FileNotFoundError: there is no such file.
+      ValueError: the photo can't be decoded, is not a regular file, or would take too much
+        memory. The message names the photo.
+      FileNotFoundError: the file does not exist.
     """
     if isinstance(photo, np.ndarray):
         return photo
@@ -48,16 +48,16 @@ def decode(photo: Photo, name: str, read: Callable[[bytes], Pixels]) -> Pixels:
 def decode_each(
     function: Callable[[Item], Pixels], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Pixels | ValueError | OSError]]:
-    """Decodes photos in the program's pool of threads and gives them back in their order.
+    """Decodes photos in the program's pool of threads and yields them in order.
 
-    A photo that can't be read or decoded does not end the iteration: its error stands in the place
-    of its pixels, for callers that skip such photos. `decode_all` is for those that need them all.
+    If a photo can't be read or decoded, its error is yielded instead of its pixels, so that callers
+    can skip the photo. `decode_all` is for callers that need every photo.
 
     Args:
       function: one item -> its pixels, such as `Embedder.decode`. It runs in a thread.
-      items: what is decoded, such as paths. An item is taken when it is about to be decoded, so
-        that they may be many.
-      ahead: how many photos are decoded before they are asked for; they are held in memory.
+      items: the photos, for example paths. An item is read only when it is about to be decoded,
+        so `items` may be a long iterator.
+      ahead: number of photos that are decoded in advance and held in memory.
 
     Yields:
       Each item with its pixels, or with the ValueError or OSError that `function` raised.
@@ -86,7 +86,7 @@ def decode_all(
       The pixels of each item.
 
     Raises:
-      ValueError, OSError: what `function` raised for the first item that could not be decoded.
+      ValueError, OSError: the error of the first item that can't be decoded.
     """
     for _, result in decode_each(function, items, ahead):
         if isinstance(result, Exception):
@@ -104,7 +104,7 @@ def _result_or_error(
 
 
 def _png(image: Image.Image) -> bytes:
-    """An image as PNG, turned upright and without CMYK, which the format does not have."""
+    """An image as PNG, turned upright; modes that PNG lacks, such as CMYK, become RGB."""
     image = ImageOps.exif_transpose(image)
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
         image = image.convert("RGB")

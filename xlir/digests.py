@@ -1,4 +1,4 @@
-"""Digests of arrays that do not depend on how the arrays lie on devices."""
+"""Digests of arrays; they do not depend on how the arrays are sharded."""
 
 import concurrent.futures
 from collections.abc import Iterator
@@ -11,24 +11,25 @@ from jaxtyping import Shaped, UInt32
 
 PyTree = Any
 
-# Elements that are digested at once: they and their weights fit a CPU's cache.
+# Elements that are digested at a time: they and their weights fit into a CPU's cache.
 BLOCK = 1 << 17
-# Odd multipliers that spread places over 32 bits (the golden ratio's, and one of MurmurHash3's).
+# Odd multipliers that spread positions over 32 bits (from the golden ratio and MurmurHash3).
 FIRST, SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)
 
 
 def digests(tree: PyTree) -> dict[str, str]:
-    """A digest, 16 hexadecimal digits, of every array of a tree, by the array's path.
+    """The path of every array in a tree -> a digest of the array, 16 hexadecimal digits.
 
-    It is a function of the values, on whatever mesh they lie: each process sums over its own
-    shards, and the processes add their sums. Of several processes all have to call it.
+    A digest depends on the values only, not on the mesh: each process sums over its own shards, and
+    the sums of all processes are added. With several processes, all must call this function.
 
-    A digest is two sums modulo 2^32 over the elements' bits, each bit pattern multiplied by an odd
-    weight that depends on the element's place. A change of one element changes both sums; other
-    damage goes unnoticed with a probability of about 2^-64. It is no protection against intent.
+    A digest is two sums modulo 2^32 over the elements' bit patterns, each multiplied by an odd
+    weight that depends on the element's position. A change of one element changes both sums; other
+    damage goes unnoticed with a probability of about 2^-64. Digests do not detect deliberate
+    changes.
 
     Args:
-      tree: of `jax.Array`s.
+      tree: a tree of `jax.Array`s.
     """
     leaves = jax.tree.leaves_with_path(tree)
     sums = np.zeros((len(leaves), 2), np.uint32)
@@ -47,7 +48,7 @@ def digests(tree: PyTree) -> dict[str, str]:
 def _blocks(
     array: jax.Array,
 ) -> Iterator[tuple[Shaped[np.ndarray, "rows columns"], UInt32[np.ndarray, "rows columns"]]]:
-    """Blocks of this process's shards, and the place of each element in the flattened array."""
+    """Blocks of this process's shards, and each element's position in the flattened array."""
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue

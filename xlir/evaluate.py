@@ -17,12 +17,12 @@ from xlir.workdir import results_folder
 
 
 class Evaluator:
-    """Evaluates a dual encoder on one set, with the parameters that each call is given.
+    """Evaluates a dual encoder on one set, with the parameters passed to each call.
 
     The outputs of frozen towers are computed once, or read from the cache.
 
     Args:
-      encoder: computes the outputs of its frozen towers; later calls use its embedder alone.
+      encoder: computes the outputs of its frozen towers; later calls only use its embedder.
       data: the images and captions.
       cache: the folder of the feature cache.
     """
@@ -39,7 +39,7 @@ class Evaluator:
         """Text embeddings by language, and image embeddings; all of unit length.
 
         Args:
-          parameters: whose frozen ones are those of the encoder that this was made with.
+          parameters: their frozen part must be that of the encoder passed to `__init__`.
         """
         flat = self._embed(parameters, "text", self._captions)
         texts, start = {}, 0
@@ -66,14 +66,14 @@ def retrieval(
     """Retrieval metrics for each language and both directions.
 
     Args:
-      data: the set, which says what belongs together.
+      data: the set, which says which image each caption describes.
       texts: language -> [captions, dim].
       images: [images, dim].
       step: the training step, for the record.
 
     Returns:
       The content of a results file. `zero_shot_macro` averages over the languages other than
-      English, which training never saw; it is None where there are none.
+      English, which training never saw; it is None if there are no others.
 
     Raises:
       ValueError: an embedding is not finite.
@@ -115,7 +115,7 @@ def folded_retrieval(
 ) -> dict:
     """The mean of `retrieval` over `data.folds`: COCO's 1K protocol (Karpathy and Li 2015).
 
-    The images are cut into equal parts, in order; each is searched with its own captions only.
+    The images are cut into consecutive equal parts, each searched with its own captions only.
     """
     name, count = data.folds
     size, folds = len(images) // count, []
@@ -134,12 +134,12 @@ def folded_retrieval(
 def report(
     encoder: Encoder, data: RetrievalSet, workdir: pathlib.Path, cache: pathlib.Path
 ) -> None:
-    """Evaluates on a set and shows the results: a file, a table in the terminal, two pictures.
+    """Evaluates on a set and shows the results: a file, a table in the terminal, two figures.
 
-    Where the set has folds, a second file and table hold their mean. Of several processes, which
-    all embed, the first one writes.
+    If the set has folds, a second file and table hold their mean. With several processes, all
+    compute embeddings, and the first one writes.
     """
-    # Checked before the work: the run's folder may be read-only.
+    # Checked before evaluating, because the run's folder may be read-only.
     folder = results_folder(workdir)
     texts, images = Evaluator(encoder, data, cache).embeddings(encoder.parameters)
     if jax.process_index():

@@ -1,8 +1,8 @@
-"""Evaluation of zero-shot tagging in the languages of a vocabulary, and how its results are shown.
+"""Evaluation of zero-shot tagging in the languages of a vocabulary, and display of its results.
 
-The true tags of a photo come from the first of these that there is: its own name, where the run's
-data set is the emoji; COCO's instance labels, where instances_*.json are beside the photos; the
-English captions (`input_pipeline.labels`).
+The true tags of a photo come from the first of these sources that exists: the photo's own name, if
+the run's data set is the emoji; COCO's instance labels, if the data folder has instances_*.json;
+the English captions (`input_pipeline.labels`).
 """
 
 import dataclasses
@@ -22,25 +22,25 @@ from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 from xlir.workdir import results_folder
 
-# How many tags each photo is given for F1 and precision. Languages are compared at the percentile
-# where a photo of the held-out set gets as many on average.
+# Tags that each photo gets for F1 and precision. Languages are compared at the percentile at which
+# a held-out photo gets this number of tags on average.
 TOP = 5
-# How many it gets at a stricter and at a looser percentile.
+# Tags at a stricter and at a looser percentile.
 STRICT, LOOSE = 2, 20
-# Languages of the contact sheet.
+# Languages on the contact sheet.
 SHEET_LANGUAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class TaggingSet:
-    """Photos and what is true of them.
+    """Photos and their true tags.
 
     Attributes:
-      name: what results are filed under.
+      name: the name in results and their file.
       photos: the photos.
       vocabulary: the tags.
-      positive: whether a tag is true of a photo.
-      labels: where that is known from.
+      positive: whether a photo has a tag.
+      labels: the source of the true tags.
     """
 
     name: str
@@ -51,20 +51,20 @@ class TaggingSet:
 
 
 def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -> TaggingSet:
-    """A split of the run's data set with what is true of its photos.
+    """A split of the run's data set, with the true tags of its photos.
 
     Args:
       config: the run's configuration.
-      vocabulary: a name or a file; default: the one that belongs to the data set.
-      split: of the data set.
+      vocabulary: a name or a file; default: the vocabulary of the data set.
+      split: the name of the split.
 
     Raises:
-      ValueError: no vocabulary belongs to the data set and none is named, it has no English, the
-        split is unknown or none of its photos has a tag; or as `vocabularies.load`.
-      FileNotFoundError: the data set or the vocabulary is not there.
+      ValueError: no vocabulary is named and the data set has none, the vocabulary has no English,
+        the split is unknown, or none of its photos has a tag; or as `vocabularies.load`.
+      FileNotFoundError: the data set or the vocabulary is missing.
     """
     prepared = data.prepared_set(config)
-    # A vocabulary of a data set has its name.
+    # The vocabulary of a data set has the data set's name.
     own = prepared.name if prepared.name in vocabularies.KNOWN else ""
     if not (vocabulary or own):
         raise ValueError(f"no vocabulary belongs to {prepared.name}: name one with --vocabulary")
@@ -85,7 +85,7 @@ def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -
 def _labels(
     config: ConfigDict, vocabulary: vocabularies.Vocabulary, photos: CaptionedImages, split: str
 ) -> tuple[Bool[np.ndarray, "photos tags"], str]:
-    """What is true of the photos, and where that is known from."""
+    """The true tags of the photos, and their source."""
     prepared = data.prepared_set(config)
     if prepared.own_tags and vocabulary.name == prepared.name:
         return np.eye(len(vocabulary.tags), dtype=bool)[prepared.own_tags(split)], "names"
@@ -103,19 +103,19 @@ def evaluate_set(
     reference: Reference,
     step: int,
 ) -> dict:
-    """Metrics of each language, with the scores and (`cosine`) with plain cosines.
+    """Metrics of each language, with scores and (under `cosine`) with plain cosines.
 
     Args:
-      data: what is true.
-      taggers: language -> its tagger, made with `reference`.
+      data: the photos' true tags.
+      taggers: language -> its tagger, created with `reference`.
       images: embeddings of the photos.
       reference: photos of the run.
       step: the training step, for the record.
 
     Returns:
-      The content of a results file. `predicted_tags` is how many tags a photo gets on average where
-      all languages have the same threshold: the calibrated percentile at which a held-out photo
-      gets 5 (also 2, and 20), or the cosine at which it gets 5 in English.
+      The content of a results file. `predicted_tags` is the mean number of tags per photo when all
+      languages share one threshold: the calibrated percentile at which a held-out photo gets 5
+      tags (also 2, and 20), or the cosine at which it gets 5 tags in English.
     """
     percentile, strict, loose = (
         max(0.0, 1 - count / len(data.vocabulary.tags)) for count in (TOP, STRICT, LOOSE)
@@ -157,13 +157,13 @@ def evaluate_set(
 
 
 def spread(results: dict, threshold: str) -> float:
-    """How much more tags a photo gets in one language than in another, at most; 0 for the same."""
+    """The highest over the lowest mean number of tags per photo among languages, minus one."""
     counts = [one["predicted_tags"][threshold] for one in results["languages"].values()]
     return max(counts) / max(min(counts), 1e-9) - 1
 
 
 def table(results: dict) -> str:
-    """The results as a table for the terminal, in percent but for the tags of a photo."""
+    """The results as a table for the terminal, in percent except for the tags per photo."""
     k = next(name for name in results["languages"]["en"] if name.startswith("precision")).split(
         "@"
     )[1]
@@ -201,8 +201,8 @@ def table(results: dict) -> str:
 
 
 def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pathlib.Path) -> None:
-    """Evaluates and shows it: results file, table in the terminal, contact sheet."""
-    # Checked before the work: the run's folder may be read-only.
+    """Evaluates and shows the results: a file, a table in the terminal and a contact sheet."""
+    # Checked before evaluating, because the run's folder may be read-only.
     folder = results_folder(workdir)
     images = _embed(encoder, data, cache)
     reference = reference_photos.reference(encoder, workdir)

@@ -1,4 +1,4 @@
-"""Pictures of a retrieval evaluation: recall by language, and example queries with answers."""
+"""Figures of an evaluation: recall by language, example queries with results, tagged photos."""
 
 import importlib.util
 import os
@@ -16,10 +16,10 @@ from input_pipeline import photo_limits
 from xlir import metrics
 from xlir.embed import top_k
 
-# Drawn off-screen: training runs on machines without one.
+# Draw off-screen: training runs on machines without a screen.
 matplotlib.use("Agg")
 
-# A PyPI package (extra `quickstart`) that holds Noto Sans CJK, and families that systems have.
+# A PyPI package (extra `quickstart`) with Noto Sans CJK, and fonts that systems may have.
 CJK_PACKAGE = "cvttf_NotoSansCJK_Regular"
 CJK_FAMILIES = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "WenQuanYi Zen Hei")
 TOP = 5
@@ -39,7 +39,7 @@ def plot_recall(results: Mapping, file: pathlib.Path) -> None:
     width = max(1.8 + 0.62 * len(names), 6)
     figure, axes = pyplot.subplots(figsize=(width, 4), layout="constrained")
     places = np.arange(len(names))
-    # Recall grows with K: the bars stand in front of each other.
+    # Recall grows with K, so the bars can be drawn in front of each other.
     for k, shade in ((10, "#b9d3ea"), (5, "#6ba3d0"), (1, "#1f5f99")):
         heights = [100 * recall[f"R@{k}"] for recall in recalls]
         axes.bar(places, heights, 0.72, color=shade, label=f"Recall@{k}")
@@ -78,8 +78,8 @@ def plot_queries(
       pictures: the images, as paths or encoded bytes.
       file: where the PNG goes.
 
-    Queries are picked evenly from the set, not by how well they do. The right image has a green
-    frame. Its rank stands beside the query; where other images score the same, the expected rank.
+    Queries are evenly spaced in the set, not selected by their results. The right image has a green
+    frame. Beside the query is its rank; if other images have the same score, its expected rank.
     """
     fonts = _fonts()
     languages = _drawable(captions, fonts)
@@ -106,7 +106,7 @@ def plot_queries(
             _draw_query(axes[i, 0], language, captions[language][query], ranks)
             for axis, row in zip(axes[i, 1:], best, strict=False):
                 _draw_picture(axis, pictures[int(row)], right=bool(row == right))
-            # A set may hold fewer images.
+            # The set may have fewer images.
             for axis in axes[i, 1 + len(best) :]:
                 axis.axis("off")
         figure.savefig(file, dpi=110)
@@ -119,17 +119,17 @@ def plot_tags(
     file: pathlib.Path,
     most: int | None = None,
 ) -> None:
-    """Draws a contact sheet: pictures with their tags below them, a line a language.
+    """Draws a contact sheet: pictures with their tags below, one line per language.
 
     Args:
       pictures: paths or encoded bytes.
       tags: language -> the tags of each picture. Languages that can't be drawn are left out.
       file: where the PNG goes.
-      most: languages at most, evenly from those that can be drawn; None for all.
+      most: largest number of languages, evenly spaced among the drawable ones; None for all.
     """
     fonts = _fonts()
     flat = {code: [name for names in rows for name in names] for code, rows in tags.items()}
-    # A language whose photos all have no tag can be drawn.
+    # A language in which no photo has a tag can be drawn.
     languages = [code for code, names in flat.items() if not names or _fits(names, fonts)]
     places = np.linspace(0, len(languages) - 1, min(most or len(languages), len(languages)))
     languages = [languages[int(place)] for place in places]
@@ -191,7 +191,7 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _fonts() -> list[str]:
-    """Font families for text in many scripts; Matplotlib takes each glyph from the first."""
+    """Font families for many scripts; Matplotlib takes a glyph from the first that has it."""
     families = ["DejaVu Sans"]
     spec = importlib.util.find_spec(CJK_PACKAGE)
     if spec and spec.submodule_search_locations:
@@ -211,7 +211,7 @@ def _drawable(captions: Mapping[str, Sequence[str]], families: list[str]) -> lis
 def _fits(texts: Sequence[str], families: list[str]) -> bool:
     """Whether the fonts can draw (nearly) all of the texts.
 
-    Right-to-left scripts they can't: Matplotlib does not shape them.
+    They can't draw right-to-left scripts, which Matplotlib does not shape.
     """
     glyphs: set[int] = set()
     for family in families:

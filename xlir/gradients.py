@@ -24,19 +24,19 @@ def value_and_gradient(
 ) -> tuple[Float[Array, ""], PyTree]:
     """A loss of the embeddings of a whole batch, and its gradient.
 
-    With microbatches it is the same gradient for a fraction of the activations in memory: the
-    batch is embedded part by part, the loss is differentiated with respect to the embeddings, and
-    each part is embedded again to carry its share of that gradient to the parameters (GradCache,
-    Gao et al. 2021, https://arxiv.org/abs/2101.06983).
+    Microbatches give the same gradient, and their activations take a fraction of the memory. First
+    each microbatch is embedded. Then the loss is differentiated with respect to all embeddings.
+    Then each microbatch is embedded again, to backpropagate its share of that gradient to the
+    parameters (GradCache, Gao et al. 2021, https://arxiv.org/abs/2101.06983).
 
     Args:
       embed: (params, rows, key) -> text and image embeddings of these rows.
-      loss: (params, embeddings of the whole batch) -> loss; the parameters are for what it has of
-        its own, such as the temperature.
-      params: what to differentiate by.
-      batch: arrays of `batch` rows.
-      key: for dropout; each part draws from a key of its own, and twice the same.
-      microbatches: parts; they divide the batch. 1 takes it at once.
+      loss: (params, embeddings of the whole batch) -> loss. It takes the parameters because it
+        has some of its own, such as the temperature.
+      params: the parameters to differentiate with respect to.
+      batch: arrays with one row per example.
+      key: for dropout. Each microbatch has its own key, the same both times it is embedded.
+      microbatches: number of microbatches, which divides the batch size.
     """
     if microbatches == 1:
         return jax.value_and_grad(lambda params: loss(params, embed(params, batch, key)))(params)
@@ -60,7 +60,7 @@ def value_and_gradient(
 def _split(rows: Array, parts: int) -> Array:
     """[batch, ...] -> [parts, batch / parts, ...].
 
-    Part i takes rows i, i + parts, ..., so that it lies on all devices that the batch lies on.
+    Part i takes rows i, i + parts, ..., so that every part is spread over the batch's devices.
     """
     return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
 

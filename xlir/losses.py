@@ -1,10 +1,10 @@
 """Training objectives of the dual encoder, as pure functions of a global batch.
 
-Row i of `text` and row i of `image` belong together. `image_id` says which photo a row shows:
-two rows of one photo are never each other's negatives. Under `jax.jit` with a sharded batch every
-objective is exact over the *global* batch: XLA places what is written here as for one device.
-Only `infonce` and `sigmoid` with a `chunk`, which never hold the batch x batch matrix, say
-themselves what a device does.
+Row i of `text` and row i of `image` are a positive pair. `image_id` identifies the photo of a row:
+two rows of the same photo are never each other's negatives. The objectives are written as for one
+device. Under `jax.jit` with a sharded batch, XLA partitions them, and they are exact over the
+*global* batch. Only `infonce` and `sigmoid` with a `chunk` are partitioned explicitly, with
+`jax.shard_map`, because no device may hold the batch x batch matrix.
 
 `build` turns `config.loss` into one function; `push_apart` can be added to any objective.
 """
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-# Keeps the gradient of a distance and of a quotient finite where the distance is zero.
+# Keeps the gradients of distances and quotients finite at distance zero.
 EPSILON = 1e-6
 
 PyTree = Any
@@ -38,9 +38,10 @@ def same_image(image_id: ImageIds) -> Bool[Array, "batch batch"]:
 def dot_products(
     x: Float[Array, "rows dim"], y: Float[Array, "columns dim"]
 ) -> Float[Array, "rows columns"]:
-    """Of all pairs of rows, in float32 also where TPUs and GPUs would round the operands.
+    """The dot product of each row of `x` with each row of `y`, in full float32 precision.
 
-    At a temperature of 0.01 bfloat16's rounding would move a logit by some tenths.
+    By default TPUs and GPUs round the operands. At a temperature of 0.01, rounding to bfloat16
+    would move a logit by some tenths.
     """
     return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
 
@@ -53,10 +54,10 @@ def infonce(
     Args:
       text: unit-length text embeddings.
       image: unit-length image embeddings.
-      image_id: the photo of each row; other rows of the same photo are left out of the sums.
+      image_id: the photo of each row; other rows of the same photo are not used as negatives.
       scale: the inverse temperature.
-      chunk: images compared with at a time, for a batch x chunk matrix of logits in place of the
-        batch x batch one; value and gradient stay the same. 0 takes all at once.
+      chunk: number of images that the texts are compared with at a time. Logits then take
+        batch x chunk instead of batch x batch; value and gradient stay the same. 0: all at once.
 
     Returns:
       The mean of the text-to-image and the image-to-text cross-entropy, in nats.
@@ -75,11 +76,12 @@ def infonce(
 def _with_positives(
     logits: Chunk, positive: Float[Array, " rows"], own: Chosen, counted: Chosen
 ) -> Chunk:
-    """The logits that are counted, with those of the positive pairs as computed row by row.
+    """Replaces the logits of positive pairs with `positive`, and masks those not `counted`.
 
-    A matrix product adds up in another order than a sum over one row, and of a solved batch the
-    whole loss is smaller than that difference. A log-sum-exp is never below a number that it adds
-    up: with the same positive in both, the loss is never below zero.
+    The loss is a log-sum-exp minus `positive`. A log-sum-exp is never below any of its terms, so
+    the loss is never negative if `positive` is one of the terms. The logit from the matrix product
+    would not do: it is summed in another order, and when training has nearly solved a batch, the
+    rounding difference is larger than the loss.
     """
     return jnp.where(own, positive[:, None], jnp.where(counted, logits, -jnp.inf))
 
@@ -95,8 +97,8 @@ def sigmoid(
 ) -> Scalar:
     """Pairwise log-sigmoid of `scale * <text, image> + bias` (SigLIP, Zhai et al. 2023, eq. 1).
 
-    Summed over the pairs and divided by the batch size, as in the paper; pairs of the same photo
-    other than the row's own are left out. `chunk` as for `infonce`.
+    The sum over the pairs is divided by the batch size, as in the paper. Other rows of the same
+    photo are not used as negatives. `chunk` is as for `infonce`.
     """
     if chunk:
         return _by_device(_sigmoid_by_chunks, text, image, image_id, scale, bias, chunk=chunk)
@@ -108,13 +110,14 @@ def sigmoid(
 
 
 def _by_device(of_rows: Callable[..., Scalar], *args: Array, chunk: int) -> Scalar:
-    """Runs `of_rows` on each device's rows of the batch, or on all rows where no mesh is set.
+    """Runs `of_rows` on each device with its rows of the batch, or on all rows without a mesh.
 
     Args:
       of_rows: (rows of text, image and image_id, scale [, bias], axes=, chunk=) -> the loss over
-        the global batch. Over `axes`, which may be none, it talks to the other devices.
-      *args: its arguments of the global batch.
-      chunk: handed on.
+        the global batch. It communicates with other devices over the mesh axes `axes`, which
+        are empty without a mesh.
+      *args: the arguments of `of_rows`, for the global batch.
+      chunk: passed on to `of_rows`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     of_rows = functools.partial(of_rows, axes=mesh.axis_names, chunk=chunk)
@@ -146,10 +149,10 @@ def _infonce_by_chunks(
     rows, devices = len(text), jax.lax.axis_size(axes)
     by_column = by_column.reshape(len(by_column), devices, -1).swapaxes(0, 1)
     by_column = by_column.reshape(devices, -1)[:, :rows]
-    # The log-sum-exp over the rows of all devices; the maximum only keeps the sum in range.
+    # The log-sum-exp over the rows of all devices; subtracting the maximum prevents overflow.
     largest = jax.lax.pmax(jax.lax.stop_gradient(by_column), axes)
     to_text = largest + jnp.log(jax.lax.psum(jnp.exp(by_column - largest), axes))
-    # Row by row, so that no difference is below zero.
+    # Subtracted row by row, so that no difference is negative.
     of_rows = (to_image - positive) + (to_text[jax.lax.axis_index(axes)] - positive)
     return jax.lax.psum(jnp.sum(of_rows), axes) / (2 * rows * devices)
 
@@ -181,22 +184,23 @@ def _map_chunks(
     axes: tuple[str, ...],
     chunk: int,
 ) -> PyTree:
-    """What `reduce` makes of this device's rows of `text @ image.T`, one chunk after the other.
+    """Applies `reduce` to this device's rows of `text @ image.T`, one chunk of columns at a time.
 
-    Each device gives an equal share of a chunk's images, and only these travel. The backward pass
-    gathers and computes each chunk again, so that nothing of the size of all images is held; the
-    sum of their gradients over the devices is the gathering's transpose, a reduce-scatter.
+    Each device contributes an equal share of a chunk's images, and only images are communicated.
+    The backward pass gathers and computes each chunk again, so no device holds the images of the
+    whole batch. The gradients of the images are summed over the devices by a reduce-scatter, the
+    transpose of the all-gather.
 
     Args:
       reduce: (similarity, own, counted) -> arrays, for a chunk of columns; `own` is true on the
-        diagonal of the global batch, `counted` there and where the pair shows two photos.
-      text: this device's rows, and so `image` and `image_id`.
-      axes: the mesh axes over which the rows of the batch lie; none for one device.
-      chunk: columns at a time, rounded up to a multiple of the devices.
+        diagonal of the global batch, `counted` there and for pairs of two different photos.
+      text: this device's rows, as are `image` and `image_id`.
+      axes: the mesh axes that the rows of the batch are sharded over; empty without a mesh.
+      chunk: number of columns at a time, rounded up to a multiple of the number of devices.
 
     Returns:
-      The arrays of all chunks, stacked. Columns are ordered by device; each device's last columns
-      in the last chunk may be padding, which is not `counted`.
+      The arrays of all chunks, stacked. Columns are ordered by device. In the last chunk, the last
+      columns of each device may be padding, which is not `counted`.
     """
     share = min(-(-chunk // jax.lax.axis_size(axes)), len(image))
 
@@ -217,10 +221,10 @@ def _map_chunks(
 
 
 def _gather(x: Array, axes: tuple[str, ...], axis: int = 0) -> Array:
-    """Joins the devices' parts in the order of the batch.
+    """Concatenates the devices' shards in the order of the batch.
 
-    One mesh axis after the other: of a gathering over two at once XLA for TPU makes, in the
-    backward pass, an all-reduce and a slice, twice the traffic of a reduce-scatter.
+    The mesh axes are gathered one at a time. For a gather over two axes at once, XLA's backward
+    pass on TPUs is an all-reduce and a slice, with twice the traffic of a reduce-scatter.
     """
     for name in reversed(axes):
         x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
@@ -231,7 +235,7 @@ def distance(x: Embeddings, y: Embeddings, metric: str) -> Float[Array, " batch"
     """Distance of each row of `x` to the same row of `y`.
 
     Args:
-      x: one embedding a row.
+      x: embeddings, one per row.
       y: as many embeddings.
       metric: "euclidean", "squared_euclidean", or "cosine" (one minus the cosine similarity).
     """
@@ -244,16 +248,16 @@ def distance(x: Embeddings, y: Embeddings, metric: str) -> Float[Array, " batch"
 def hardest_negative(
     anchors: Embeddings, candidates: Embeddings, image_id: ImageIds, metric: str
 ) -> Int[Array, " batch"]:
-    """For each anchor the row of the nearest candidate that shows another photo.
+    """For each anchor, the row of the nearest candidate that shows another photo.
 
-    Nothing is differentiated here: callers compute the distance to the chosen row anew, which
-    gives the exact gradient of the minimum without a batch x batch backward pass. Where the whole
-    batch shows one photo the answer is row 0, and `has_negative` is false.
+    The search is not differentiated: callers compute the distance to the chosen row again, which
+    gives the exact gradient of the minimum without a batch x batch backward pass. If the whole
+    batch shows one photo, the result is row 0, and `has_negative` is false.
     """
     anchors, candidates = jax.lax.stop_gradient((anchors, candidates))
     if metric == "cosine":
         anchors, candidates = _unit(anchors), _unit(candidates)
-    # |a - c|^2 less |a|^2, which does not change the order within a row.
+    # |a - c|^2 - |a|^2; leaving out |a|^2 does not change the order within a row.
     lengths = jnp.sum(jnp.square(candidates), axis=-1)
     order = lengths[None, :] - 2 * dot_products(anchors, candidates)
     return jnp.argmin(jnp.where(same_image(image_id), jnp.inf, order), axis=1)
@@ -303,9 +307,9 @@ def m3l(
 ) -> Scalar:
     """`a1 d(t,v)^rho / d(t,v_n) + a2 d(t,v)^rho / d(t,t_n)` (Aggarwal et al. 2021, M3L).
 
-    `n` is the wrong image nearest to the text, and `t_n` is that image's caption: dissimilar
-    texts are pushed apart. `image_weight` and `text_weight` are the paper's alpha 1 and 2.
-    Meant for a fixed image side; with a trainable image head it collapses.
+    `v_n` is the wrong image nearest to the text, and `t_n` is that image's caption: dissimilar
+    texts are pushed apart. `image_weight` and `text_weight` are the paper's alpha 1 and 2. Use it
+    with a fixed image side; with a trainable image head, all embeddings collapse.
     """
     chosen = hardest_negative(text, image, image_id, metric)
     attract = distance(text, image, metric) ** rho
@@ -322,7 +326,7 @@ def push_apart(
 
 
 def build(config: ConfigDict) -> Callable[..., Scalar]:
-    """The objective that `config.loss` describes, which `xlir.config` has checked.
+    """The objective that `config.loss` describes; `xlir.config` checks its fields.
 
     Returns:
       `objective(text, image, image_id, scale, bias) -> loss`.

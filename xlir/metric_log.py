@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from input_pipeline.files import write_whole
 
-# tensorboardX would import PyTorch where it is installed, for what is not used here: half of the
-# time that training takes to start.
+# tensorboardX imports PyTorch if it is installed, for features that are not used here. That would
+# take half of the time that training needs to start.
 _hide = "torch" not in sys.modules
 if _hide:
     sys.modules["torch"] = None
@@ -32,12 +32,12 @@ FLUSH = 120
 
 
 class MetricLog:
-    """`<workdir>/metrics.jsonl` and `<workdir>/tensorboard`, one record a call.
+    """Writes metrics to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard`.
 
     Args:
       workdir: the run's folder; None writes nothing.
-      resume_at: the step that training goes on from; records of later steps, which an interrupted
-        run may have left, are dropped.
+      resume_at: the step that training resumes from. An interrupted run may have left records of
+        later steps; they are dropped.
     """
 
     def __init__(self, workdir: pathlib.Path | None, resume_at: int):
@@ -47,8 +47,8 @@ class MetricLog:
         self._file = workdir / "metrics.jsonl"
         _drop_after(self._file, resume_at)
         (workdir / "tensorboard").mkdir(exist_ok=True)
-        # Not SummaryWriter, which writes in a thread: a full disk would end that thread alone, and
-        # training would wait for it for ever.
+        # Not SummaryWriter, which writes in a thread: if the disk is full, only that thread fails,
+        # and training waits for it forever.
         self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._next_flush = 0.0
         if resume_at:
@@ -59,7 +59,7 @@ class MetricLog:
         """Records the metrics of a step."""
         if self._file is None:
             return
-        # Closed each time: a mounted bucket shows a file when it is closed.
+        # Closed each time, because a mounted bucket shows a file only after it is closed.
         with open(self._file, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
@@ -70,18 +70,18 @@ class MetricLog:
             self._next_flush = time.monotonic() + FLUSH
 
     def close(self) -> None:
-        """Writes what is pending."""
+        """Writes pending records."""
         if self._file is not None:
             self._board.close()
 
 
 class Progress:
-    """Speed and time left of a loop.
+    """Measures the speed of a training loop and estimates the time left.
 
     Args:
       first: the step that the loop starts from.
-      last: the step that it ends with.
-      examples: examples a step.
+      last: the last step.
+      examples: number of examples per step.
     """
 
     def __init__(self, first: int, last: int, examples: int):
@@ -100,11 +100,11 @@ class Progress:
         self._seconds[part] += time.monotonic() - start
 
     def lap(self, step: int) -> dict[str, float]:
-        """Speed since the last lap, and what took the time.
+        """Speed since the last lap, and the seconds that each part of the loop took.
 
-        Of each step, in seconds: waiting for its batch (`data`) and all else (`step`). In all, if
-        there was any before this lap: `evaluation`, and starting to save (`save`); the speed is
-        that of the rest of the time.
+        `data` is the time per step of waiting for the batch, `step` the rest of the time per step.
+        `evaluation` and `save` (starting to save) are totals since the last lap, and absent if
+        there was none; the speed does not include them.
         """
         steps = max(step - self._step, 1)
         waiting = self._seconds.pop("data", 0.0) / steps
@@ -126,8 +126,9 @@ class Progress:
 def _drop_after(file: pathlib.Path, step: int) -> None:
     """Keeps the records up to a step.
 
-    A half-written last line is what an interrupt leaves of a later step. Where it must have been
-    an earlier one, or other lines are damaged, the log says so, and a copy of the file is kept.
+    An interrupted run may leave a half-written last line for a later step, which is dropped. If
+    that line belongs to an earlier step, or other lines are damaged, the log says so, and a copy of
+    the file is kept.
     """
     if not file.exists():
         return

@@ -1,13 +1,12 @@
-"""Metrics as pure functions: Recall@K, median rank and MRR of retrieval; mAP and F1@k of tagging.
+"""Metrics as pure functions: Recall@K, median rank, MRR for retrieval; mAP and F1@k for tagging.
 
-Equal scores are a tie, and count against the model: a tied group is taken to stand in random order,
-and every metric is its expectation over those orders. An encoder that maps everything to one point
-scores chance (K / candidates, with one positive each), where counting only strictly better
-candidates would give it 1.0.
+Tied candidates count as if they were in random order: every metric is the expectation over all
+orders of the ties. An encoder that maps everything to one point therefore scores chance (K /
+candidates, with one positive each). Counting only strictly better candidates would give it 1.0.
 
-Functions of scores call equal only what is exactly equal, so that they hold for scores of any
-scale. Cosines of equal inputs differ by rounding errors, and `rounded` removes these:
-`retrieval_ranks` applies it; callers who pass cosines to the other functions apply it first.
+Functions that take scores treat only exactly equal scores as tied, so scores may have any scale.
+Cosines of equal inputs differ by rounding errors, which `rounded` removes. `retrieval_ranks` calls
+`rounded` itself; callers of the other functions must apply it to cosines first.
 """
 
 import dataclasses
@@ -16,8 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-# Decimal places of a cosine that count. An input's float32 embeddings differ with the batch that it
-# is in, which moves cosines by up to 3e-7 (mUSE); all of a collapsed encoder's have to be equal.
+# Decimal places of a cosine that count. The float32 embedding of an input depends on the batch that
+# the input is in, which changes cosines by up to 3e-7 (mUSE). Without rounding, the cosines of a
+# collapsed encoder would differ.
 DECIMALS = 6
 # Queries scored at once: bounds the score matrix to CHUNK x candidates.
 CHUNK = 512
@@ -25,13 +25,13 @@ CHUNK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Where each query's best positive stands; the places of a tied group are all as likely.
+    """The rank of each query's best positive; all orders of tied candidates are equally likely.
 
     Attributes:
-      better: number of negatives that score higher than the best positive, one entry a query.
-      tied: number of negatives that score the same as it.
-      positives: number of positives that score the same as it, itself included. The first of them
-        counts.
+      better: for each query, the number of negatives that score higher than the best positive.
+      tied: number of negatives with the same score as the best positive.
+      positives: number of positives with that score, including the best positive. The first of
+        them in the ranking counts.
     """
 
     better: Int[np.ndarray, " queries"]
@@ -45,7 +45,8 @@ class Ranks:
     def expected_rank(self) -> Float[np.ndarray, " queries"]:
         """The expected rank of each query's first positive; 1 is best.
 
-        The smallest of r places drawn from n without replacement is (n + 1) / (r + 1) in the mean.
+        The smallest of r positions drawn from n without replacement is (n + 1) / (r + 1) on
+        average.
         """
         return self.better + (self.tied + self.positives + 1) / (self.positives + 1)
 
@@ -63,7 +64,7 @@ class Ranks:
         """The expectation, for each query, of a function of the rank of its first positive."""
         expected = value(self.better + 1).astype(np.float64)
         rows = np.flatnonzero(self.tied)
-        # Many queries share a case where ties are many, and each case is computed once.
+        # With many ties, many queries have the same three numbers: each case is computed once.
         table = np.stack([self.better, self.tied, self.positives], axis=1)[rows]
         cases, case = np.unique(table, axis=0, return_inverse=True)
         means = [
@@ -75,10 +76,10 @@ class Ranks:
 
 
 def _first_positive(tied: int, positives: int) -> Float[np.ndarray, " places"]:
-    """The probability that the first positive of a tied group is at its place 1, 2, .. tied + 1.
+    """The probability that a tied group's first positive is at position 1, 2, ..., tied + 1.
 
-    Given that no place before held one, a place holds one of the r positives with probability
-    r / (n + r), where n negatives are left.
+    If no earlier position holds a positive, a position holds one of the r positives with
+    probability r / (n + r), where n is the number of negatives left.
     """
     left = np.arange(tied, -1, -1)
     here = positives / (left + positives)
@@ -95,11 +96,11 @@ def retrieval_ranks(
     """Ranks candidates by cosine similarity, without sorting.
 
     Args:
-      queries: embeddings, of any length above zero.
-      candidates: embeddings, of any length above zero.
+      queries: embeddings of any nonzero length.
+      candidates: embeddings of any nonzero length.
       query_ids: the photo of each query.
-      candidate_ids: the photo of each candidate; all that match the query's are positives, and
-        the best of them counts.
+      candidate_ids: the photo of each candidate. All candidates with the query's photo are
+        positives, and the best of them counts.
 
     Raises:
       ValueError: an embedding is not finite or has length zero, or a query has no positive.
@@ -120,14 +121,14 @@ def retrieval_ranks(
 def rounded(
     cosines: Float[np.ndarray, "rows columns"], axis: int | None = None
 ) -> Float[np.ndarray, "rows columns"]:
-    """How far each cosine is from the highest, to `DECIMALS` places: for exact comparison.
+    """Each cosine minus the highest one, rounded to `DECIMALS` places for exact comparison.
 
-    The highest becomes zero, and so does what is a rounding error below it: all scores of an
-    encoder that maps everything to one point are equal.
+    The highest becomes zero, as do cosines that are lower only by a rounding error. So all scores
+    of an encoder that maps everything to one point are equal.
 
     Args:
-      cosines: cosines, or sums of several.
-      axis: 1 where each row is ranked by itself, None where columns are ranked too.
+      cosines: cosines, or sums of several cosines.
+      axis: 1 if only rows are ranked, each by itself; None if columns are ranked too.
     """
     below = cosines - np.max(cosines, axis=axis, keepdims=True)
     return np.round(below, DECIMALS, out=below)
@@ -137,7 +138,7 @@ def best_ranks(
     scores: Float[np.ndarray, "queries candidates"],
     positive: Bool[np.ndarray, "queries candidates"],
 ) -> Ranks:
-    """Where the best positive of each query stands; each has to have one."""
+    """The rank of each query's best positive; every query must have a positive."""
     best = np.max(scores, axis=1, where=positive, initial=-np.inf, keepdims=True)
     same = scores == best
     positives = np.sum(same & positive, axis=1)
@@ -149,9 +150,10 @@ def average_precision(
 ) -> float:
     """The mean of the precisions at each positive, ranked by score (not interpolated).
 
-    In expectation over the orders of tied photos: a group of n photos with r positives, behind N
-    photos with R positives, has a positive at its place j with probability r / n, and then
-    R + 1 + (j - 1) (r - 1) / (n - 1) of the N + j photos so far are positives in the mean.
+    The result is the expectation over all orders of tied photos. Consider a tied group of n photos
+    with r positives, ranked after N photos with R positives. Position j of the group holds a
+    positive with probability r / n. If it does, R + 1 + (j - 1) (r - 1) / (n - 1) of the first
+    N + j photos are positives on average.
 
     Raises:
       ValueError: a score is not finite, or no photo is positive.
@@ -165,7 +167,7 @@ def average_precision(
     starts = np.concatenate([[0], 1 + np.flatnonzero(ranked[1:] != ranked[:-1])])
     sizes = np.diff(np.concatenate([starts, [len(ranked)]]))
     hits = np.add.reduceat(right.astype(np.float64), starts)
-    # Each photo's group, and its place in it, from 0.
+    # Each photo's group, and the photo's position in the group, from 0.
     group = np.repeat(np.arange(len(starts)), sizes)
     place = np.arange(len(ranked)) - starts[group]
     size, hit, before = sizes[group], hits[group], (np.cumsum(hits) - hits)[group]
@@ -174,7 +176,7 @@ def average_precision(
 
 
 def chosen_at(scores: Float[np.ndarray, "photos tags"], k: int) -> Float[np.ndarray, "photos tags"]:
-    """The probability, 0 to 1, that a tag is among a photo's first k, tied tags in random order."""
+    """The probability, 0 to 1, that a tag is among a photo's top k; ties are in random order."""
     last = np.partition(scores, -k, axis=1)[:, -k, None]
     better, tied = scores > last, scores == last
     free = k - np.sum(better, axis=1, keepdims=True)
@@ -189,11 +191,12 @@ def tagging(
 ) -> dict[str, float]:
     """Metrics of multi-label tagging, 0 to 1.
 
-    `mAP` and `macro_F1@k` are means over the tags that some photo has, of the average precision
-    over all photos, and of the F1 score where each photo gets its k best tags; `micro_F1@k` and
-    `precision@k` count all photos and tags together. `hit@K` is the share of photos, of those that
-    have a tag at all, with one of theirs among the first K. Ties count in expectation, for F1 as
-    the F1 of the expected counts: where all scores are equal, everything is at chance.
+    `mAP` is the mean over tags of the average precision over all photos; `macro_F1@k` is the mean
+    over tags of the F1 score if each photo gets its k best tags. Both leave out tags that no photo
+    has. `micro_F1@k` and `precision@k` count all pairs of photo and tag together. `hit@K` is the
+    share of photos with a true tag among the first K, out of the photos that have a true tag.
+    Metrics are expectations over the orders of ties (F1 is computed from expected counts), so equal
+    scores give chance level.
 
     Raises:
       ValueError: a score is not finite, or no photo has a tag.
@@ -224,7 +227,7 @@ def summarize(ranks: Ranks, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 
 def _unit(embeddings: np.ndarray, kind: str) -> np.ndarray:
-    """Rows scaled to length one, in float64: the order of sums changes a cosine by 1e-15."""
+    """Rows scaled to unit length, in float64: summation order changes a cosine by only 1e-15."""
     embeddings = np.asarray(embeddings, np.float64)
     if not np.isfinite(embeddings).all():
         bad = int(np.argmin(np.isfinite(embeddings).all(axis=1)))

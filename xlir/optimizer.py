@@ -1,4 +1,4 @@
-"""Configuration -> Optax: AdamW with clipping, a schedule, and a rate for each tower."""
+"""The Optax optimizer: AdamW with clipping, a schedule, and a learning rate for each tower."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 def build(config: ConfigDict) -> optax.GradientTransformation:
     """The transformation that turns gradients of the trainable parameters into updates.
 
-    Frozen towers are not among its parameters, so they hold no optimizer state. Matrices decay;
-    biases, norms and the temperature do not.
+    Frozen towers are not trainable, so they have no optimizer state. Weight decay applies to
+    matrices, but not to biases, norms and the temperature.
     """
     options, rate = config.optimizer, schedule(config)
 
@@ -70,7 +70,7 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
 def decays(params: Any) -> Any:
     """Which parameters weight decay applies to: matrices; not biases, norms and the temperature.
 
-    Those of a stack of layers have a first axis more (see `transformer.Layers`).
+    Parameters of stacked layers have an additional first axis (see `transformer.Layers`).
     """
     return jax.tree.map_with_path(
         lambda path, x: x.ndim > (2 if "stacked" in _names(path) else 1), params
@@ -78,16 +78,16 @@ def decays(params: Any) -> Any:
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """Layer-wise decay: how fast each parameter of a tower learns, 1 being the tower's rate.
+    """Layer-wise learning rate decay: a factor on the tower's rate for each parameter.
 
-    As in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): what comes after the layers
-    learns at the full rate, the last layer at `decay` of it, the one below at its square, and so on
-    down to the embeddings. A tower without repeated layers learns at the full rate.
+    As in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): the factor is 1 after the last
+    layer, `decay` in the last layer, `decay`^2 in the layer below it, and so on down to the
+    embeddings. In a tower without repeated layers, it is 1 everywhere.
 
     Args:
-      params: a tower's parameters, those of layers under `stacked` (the first axis is over the
-        layers) or under `blocks` and a number.
-      decay: the factor from a layer to the one below.
+      params: a tower's parameters. Those of layers are under `stacked` (the first axis is over
+        the layers) or under `blocks` and the layer's number.
+      decay: the factor between a layer and the layer below it.
     """
     depths = [
         x.shape[0] if "stacked" in names else int(names[names.index("blocks") + 1]) + 1

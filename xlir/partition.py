@@ -1,9 +1,9 @@
-"""The device mesh, and how parameters and batches lie on it.
+"""The device mesh, and how parameters and batches are sharded over it.
 
-The mesh has two axes. Along `data` devices hold the same parameters; along `fsdp` each holds a
-part of them, and gathers a layer's when the layer runs (fully sharded data parallelism: ZeRO stage
-3, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Rows of a batch are split over both
-axes, so that no two devices repeat work.
+The mesh has two axes. Along `data`, devices hold the same parameters. Along `fsdp`, each device
+holds a shard of the parameters, and gathers a layer's parameters when the layer runs (fully sharded
+data parallelism: ZeRO stage 3, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). The rows
+of a batch are split over both axes, so that no two devices repeat work.
 """
 
 import contextlib
@@ -25,30 +25,31 @@ from ml_collections import ConfigDict
 log = logging.getLogger(__name__)
 
 PyTree = Any
-# Devices along each axis, as in config.mesh.
+# Number of devices along each axis, as in config.mesh.
 Sizes = Mapping[str, int] | ConfigDict
 AXES = ("data", "fsdp")
 
-# What the path of a parameter matches -> its axes that may be split over `fsdp`, in the order in
-# which they are tried; the first match counts. Optimizer state and moving averages end in the path
-# of their parameter, and lie as it does.
+# Pattern in a parameter's path -> axes that may be sharded over `fsdp`, in the order in which they
+# are tried. The first matching pattern counts. The paths of optimizer state and moving averages end
+# in the path of their parameter, so they are sharded in the same way.
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    # The vectors of all layers of a stack are one matrix.
+    # Vectors stay whole. In a stack of layers, the vectors of all layers form one matrix.
     (r"(scale|bias|offset|mean)$", ()),
-    # Matrices and tables, by output first. Never by the first axis of a stack of layers: the scan
-    # over it takes one layer at a time. Vocabularies seldom divide, their columns do.
+    # Matrices and tables: the output axis is tried first. The first axis of a stack of layers is
+    # never sharded, because a scan runs over it, one layer at a time. The size of a vocabulary is
+    # seldom divisible, the width of its embedding usually is.
     (r"", (-1, -2)),
 )
-# Elements; what is smaller is not split either.
+# Arrays with fewer elements are not sharded either.
 SMALLEST = 1024
 
 
 def _pass_over_absent_tpu() -> None:
-    """Keeps JAX from starting libtpu, which prints errors, where it is installed without a TPU.
+    """Keeps JAX from starting libtpu on a machine without a TPU, where libtpu prints errors.
 
-    `jax[tpu]` is installed on such machines too, to compile for TPUs. Where no platform was chosen
-    JAX tries all that it knows. It has chosen the TPU's by now where it has seen one on the PCI
-    bus; one that it may not know by its number still has device files.
+    `jax[tpu]` is installed on such machines to compile for TPUs. Unless a platform is chosen, JAX
+    tries all platforms. If JAX found a TPU on the PCI bus, it has already chosen the TPU platform.
+    A TPU whose PCI id this version of JAX does not know still has device files.
     """
     if jax.config.jax_platforms or glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         return
@@ -64,14 +65,14 @@ _pass_over_absent_tpu()
 
 
 def check_platforms() -> None:
-    """Raises ValueError where JAX_PLATFORMS names devices that are not there.
+    """Raises ValueError if JAX_PLATFORMS names devices that this machine lacks.
 
-    It starts JAX: where there are several processes they have to be joined before.
+    This starts JAX: with several processes, call `jax.distributed.initialize` before.
     """
     asked = jax.config.jax_platforms
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter of CUDA without a GPU
+    except (RuntimeError, AssertionError) as error:  # CUDA without a GPU: the latter
         if not asked:
             raise
         jax.config.update("jax_platforms", None)
@@ -86,16 +87,17 @@ def check_platforms() -> None:
 def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.mesh` asks for.
 
-    Devices are ordered so that neighbours on the mesh are neighbours in the machine; where they
-    are of several TPU slices, `data` goes across the slices.
+    Devices are ordered so that neighbours on the mesh are neighbours in the machine. If they belong
+    to several TPU slices, `data` extends across the slices.
 
     Args:
-      options: devices along "data" and along "fsdp"; one of them may be -1, all that are left.
-        Default: all along "data".
-      devices: default: those of all processes.
+      options: number of devices along "data" and along "fsdp"; one of them may be -1, for all
+        remaining devices. Default: all along "data".
+      devices: default: the devices of all processes.
 
     Raises:
-      ValueError: the numbers do not multiply to that of the devices.
+      ValueError: the product of the two numbers is not the number of devices, or "data" does not
+        divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(options or {"data": -1, "fsdp": 1}, len(devices))
@@ -115,16 +117,17 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
 
 
 def _slices(devices: Sequence[Any]) -> int:
-    """How many TPU slices the devices are of. (GPUs have the index of their host there.)"""
-    # Devices that are only described, to compile for, have none.
+    """The number of TPU slices of the devices. (A GPU's slice_index is the index of its host.)"""
+    # Devices of a topology that is only compiled for have no slice_index.
     of = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     return max(len(of), 1)
 
 
 def fitting_mesh(options: Sizes) -> Mesh:
-    """A mesh of all devices, whatever their number, along `fsdp` up to as many as asked for.
+    """A mesh of all devices for evaluation, which may run on other machines than training.
 
-    For evaluation: a run is looked at on other machines than it was trained on.
+    The size of `fsdp` is the greatest common divisor of the size in `options` and the number of
+    devices in a slice, so that it fits any number of devices.
     """
     within = jax.device_count() // _slices(jax.devices())
     fsdp = within if options["fsdp"] == -1 else math.gcd(options["fsdp"], within)
@@ -132,15 +135,15 @@ def fitting_mesh(options: Sizes) -> Mesh:
 
 
 def abstract_mesh(options: Sizes, devices: int) -> AbstractMesh:
-    """As `create_mesh`, of so many devices that need not exist."""
+    """As `create_mesh`, for a number of devices, which need not exist."""
     return AbstractMesh(mesh_shape(options, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(options: Sizes, devices: int) -> tuple[int, int]:
-    """Devices along `data` and along `fsdp`, -1 resolved.
+    """The number of devices along `data` and along `fsdp`, with -1 resolved.
 
     Raises:
-      ValueError: they do not multiply to the number of devices.
+      ValueError: the product of the two numbers is not `devices`.
     """
     sizes = [options[axis] for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -154,21 +157,21 @@ def mesh_shape(options: Sizes, devices: int) -> tuple[int, int]:
 
 
 def single_device_mesh() -> Mesh:
-    """This process's first device alone."""
+    """A mesh of only this process's first device."""
     return create_mesh(devices=jax.local_devices()[:1])
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a parameter lies on the mesh, by RULES.
+    """How RULES shard a parameter over the mesh.
 
     Args:
-      path: names joined with dots.
-      shape: of the whole array.
+      path: the keys of the parameter's path, joined with dots.
+      shape: the shape of the whole array.
       mesh: the mesh.
     """
     size = mesh.shape["fsdp"]
@@ -180,9 +183,9 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 
 
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
-    """The axes that are tried, none where an array stays whole by intent.
+    """The axes to try to shard; none if the array is meant to stay whole.
 
-    Vectors stay whole: a message each would cost more than the memory that they take.
+    Vectors stay whole: sending a message for each would cost more than the memory saved.
     """
     if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
@@ -190,9 +193,9 @@ def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) ->
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """The layout of every array of a tree; the tree may be one of shapes.
+    """The sharding of every array in a tree of arrays or shapes.
 
-    What the rules would split and can't, since no axis divides, is logged.
+    Arrays that should be sharded but have no axis that divides stay whole; the log lists them.
     """
     unsplit: dict[str, int] = {}
 
@@ -213,7 +216,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """A tree of shapes that says where each array lies."""
+    """A tree of shapes, each with its sharding."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -222,14 +225,14 @@ def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def path_name(path: tuple) -> str:
-    """The keys of a path in a tree, joined with dots; of an NNX state without its `value`."""
+    """The keys of a path in a tree, joined with dots, without the final `value` of NNX states."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def shard(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Lays a tree of arrays out on the mesh. Every process has all of the same arrays on its host.
+    """Shards a tree of arrays over the mesh. Every process must hold the same whole arrays.
 
-    Each device is sent its part alone.
+    Each device is sent only its shard.
     """
 
     def put(x: Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -240,41 +243,42 @@ def shard(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def gather(x: Array | np.ndarray) -> np.ndarray:
-    """A whole array on this host. All processes have to call it for the same array."""
+    """The whole array, on this host. All processes must call this for the same array."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Returns once every process has called it."""
     agree_minimum(0)
 
 
 def agree_minimum(value: int) -> int:
-    """The smallest of the processes' values."""
+    """The smallest value that a process passes. All processes must call this."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int64(value)).min())
 
 
 def on_host() -> contextlib.AbstractContextManager:
-    """New arrays are made in the host's memory, where a model too large for one device fits."""
+    """Creates new arrays in the host's memory, where a model too large for one device fits."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return contextlib.nullcontext()
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The first axis is split over every mesh axis, so that no two devices repeat work."""
+    """Splits the first axis over both mesh axes, so that no two devices repeat work."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def split_rows(x: Array) -> Array:
-    """Keeps the first axis of an activation split as a batch's is, under `jax.set_mesh`.
+    """Keeps the first axis of an activation sharded like a batch, under `jax.set_mesh`.
 
-    Without it the compiler may prefer to move activations to where a layer's parameters are.
+    Without this constraint, the compiler may move activations to the devices that hold a layer's
+    parameters, instead of gathering the parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -283,7 +287,7 @@ def split_rows(x: Array) -> Array:
 
 
 def local_rows(size: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
-    """Which rows of a global batch lie on this process's devices, in ascending order.
+    """The rows of a global batch that this process's devices hold, in ascending order.
 
     Raises:
       ValueError: the batch does not divide over the devices.
@@ -301,7 +305,7 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
     Args:
       batch: arrays of the rows that `local_rows` names.
-      mesh: the mesh to lay it on.
+      mesh: the mesh to shard the batch over.
     """
     sharding = batch_sharding(mesh)
     size = len(next(iter(batch.values()))) * mesh.size // len(mesh.local_devices)
@@ -319,7 +323,7 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def check_batch_size(size: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
-    """Raises ValueError where a global batch, in parts, does not divide over the devices."""
+    """Raises ValueError if the microbatches do not divide evenly over the devices."""
     unit = mesh.size * microbatches
     if size % unit:
         nearest = " and ".join(str(n * unit) for n in (size // unit, size // unit + 1) if n)

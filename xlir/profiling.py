@@ -1,4 +1,4 @@
-"""Traces of training steps, to be looked at in TensorBoard or Perfetto."""
+"""Traces of training steps, for TensorBoard or Perfetto."""
 
 import contextlib
 import logging
@@ -11,11 +11,11 @@ log = logging.getLogger(__name__)
 
 
 class Profile(contextlib.AbstractContextManager):
-    """Traces steps of the first process, as the devices of the others do the same work.
+    """Traces steps on the first process; the devices of other processes do the same work.
 
     Args:
-      steps: the first and the last step that are traced; (0, 0) for none.
-      workdir: the run's folder; traces go into its folder `profile`.
+      steps: the first and the last step to trace; (0, 0) for none.
+      workdir: the run's folder; traces are written to its subfolder `profile`.
     """
 
     def __init__(self, steps: tuple[int, int], workdir: pathlib.Path):
@@ -27,13 +27,13 @@ class Profile(contextlib.AbstractContextManager):
             jax.profiler.stop_trace()
 
     def before(self, step: int) -> None:
-        """Starts the trace; to be called before a step."""
+        """Starts the trace; call this before each step."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._traces = True
 
     def after(self, step: int, outputs: Any) -> None:
-        """Ends the trace; to be called after a step was sent off, with what it returned."""
+        """Ends the trace; call this after each step has been dispatched, with its outputs."""
         if self._traces and step >= self._last:
             jax.block_until_ready(outputs)
             jax.profiler.stop_trace()

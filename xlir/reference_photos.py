@@ -1,6 +1,6 @@
 """Embeddings of a run's own photos, which tags are scored relative to.
 
-They are kept in the run's folder, so that a run can tag where its data set is not at hand:
+They are stored in the run's folder, so that the run can tag images without its data set:
 tagging/reference-STEP.npz holds both arrays and their digest.
 """
 
@@ -21,7 +21,7 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Photos of each split that are looked at: more change little, and take minutes.
+# Photos of each split to embed: more photos change little, and take minutes.
 REFERENCE_PHOTOS = 2048
 
 
@@ -31,7 +31,7 @@ class Reference:
 
     Attributes:
       training: of training photos, for the tags' neighbourhoods.
-      held_out: of validation photos, which no parameter has seen, for percentiles.
+      held_out: of validation photos, which are not trained on, for percentiles.
     """
 
     training: Float[np.ndarray, "training dim"]
@@ -39,17 +39,17 @@ class Reference:
 
 
 def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
-    """A run's reference photos, from its folder, or embedded (once a step) and kept there.
+    """A run's reference photos, read from its folder, or embedded (once per step) and stored there.
 
-    A damaged file is named in one line and made anew. Where the folder can't be written they are
-    not kept.
+    If the file is damaged, the log says so, and the photos are embedded again. If the folder can't
+    be written, the embeddings are not stored.
 
     Raises:
-      ValueError, FileNotFoundError: they are not kept there, and the run's data set is not at hand.
+      ValueError, FileNotFoundError: nothing is stored, and the run's data set is missing.
     """
     file = workdir / "tagging" / f"reference-{encoder.step}.npz"
     kept = _read(file, encoder.config.embedding_dim)
-    # Several processes embed together, or none does: each has read a disk of its own.
+    # Either all processes embed or none does; each of them may have read a different disk.
     if partition.agree_minimum(int(kept is not None)):
         return kept
     photos = data.training_photos(encoder.config)
@@ -67,7 +67,7 @@ def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
 
 
 def _spread(photos: Sequence) -> list:
-    """At most `REFERENCE_PHOTOS` of them, evenly spaced."""
+    """At most `REFERENCE_PHOTOS` of the photos, evenly spaced."""
     count = min(len(photos), REFERENCE_PHOTOS)
     return [photos[row * len(photos) // count] for row in range(count)]
 
@@ -80,7 +80,7 @@ def _write(found: Reference, file: pathlib.Path) -> None:
 
 
 def _read(file: pathlib.Path, dim: int) -> Reference | None:
-    """What `_write` wrote; None where there is nothing, or, which a line says, it is damaged."""
+    """What `_write` wrote; None if there is no file, or if it is damaged, which is logged."""
     if not file.is_file():
         return None
     try:
@@ -93,11 +93,11 @@ def _read(file: pathlib.Path, dim: int) -> Reference | None:
         for array in (found.training, found.held_out):
             if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != dim:
                 raise ValueError(f"it holds {array.dtype} {array.shape}, not vectors of {dim}")
-            # Also of NaN.
+            # NaN fails this comparison, too.
             if not len(array) or not (abs(np.linalg.norm(array, axis=1) - 1) < 1e-2).all():
                 raise ValueError("it holds vectors that are not of unit length")
         return found
-    # Readers of zip archives and of arrays raise many kinds of errors at damaged bytes.
+    # Damaged bytes raise many types of errors in the readers of zip archives and arrays.
     except Exception as error:
         fault = str(error).splitlines() or [type(error).__name__]
         log.warning("%s is damaged (%s): it is made anew", file, fault[0])

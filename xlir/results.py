@@ -1,6 +1,6 @@
-"""Results of evaluations: their files in a run's folder, and how they are shown.
+"""Results of evaluations: their files in a run's folder, and their display as text.
 
-Retrieval's are described in `evaluate.retrieval`, tagging's in `evaluate_tagging.evaluate_set`.
+`evaluate.retrieval` describes the results of retrieval, `evaluate_tagging.evaluate_set` of tagging.
 """
 
 import json
@@ -24,7 +24,7 @@ def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
 
 
 def read(workdir: pathlib.Path, step: int) -> list[dict]:
-    """A run's retrieval results at a step, in the order of their files' names.
+    """A run's retrieval results at a step, sorted by file name.
 
     Raises:
       ValueError: a file is damaged.
@@ -41,7 +41,7 @@ def _is_retrieval(content: dict) -> bool:
 
 
 def mean(results: list) -> object:
-    """The mean of results of the same form: of each metric; names and counts stay as they are."""
+    """The mean of each metric over results of the same form; names and counts are the first's."""
     first = results[0]
     if isinstance(first, dict):
         return {key: mean([result[key] for result in results]) for key in first}
@@ -49,9 +49,9 @@ def mean(results: list) -> object:
 
 
 def score(results: dict) -> float:
-    """What decides which checkpoint is best: zero-shot macro R@10, text to image.
+    """The score that selects the best checkpoint: zero-shot macro R@10, text to image.
 
-    A validation set that has English only is judged by English.
+    For a validation set with only English, it is the English R@10.
     """
     macro = results["zero_shot_macro"] or results["languages"]["en"]
     return macro["text_to_image"]["R@10"]

@@ -6,24 +6,24 @@
     tagger.tag(encoder.encode_image(["dog.jpg"]), top_k=3)
 
 A tag's embedding is the mean over its names and over a few prompts ("a photo of a ..."; Radford et
-al. 2021, section 3.1.4), each of unit length. The best of several names instead of their mean does
-worse: a name with a second sense finds photos of that sense too, and a tag with more names always
-has one that is nearer (measured in docs/results.md).
+al. 2021, section 3.1.4), each of unit length. Taking the best name instead of the mean is worse: a
+name with a second sense also finds photos of that sense, and the more names a tag has, the nearer
+the best of them is to any photo (measured in docs/results.md).
 
 A score is the cosine of image and tag, each relative to its neighbourhood: cross-domain similarity
 local scaling (Conneau et al. 2018, section 2.3), with training photos as the tag's neighbours. In a
-large vocabulary this takes away the advantage of names that are near to everything, and of those
-that the run was trained on.
+large vocabulary, this removes the advantage of names that are near every image, and of names that
+the run was trained on.
 
-Whether an image has a tag is decided by the tag's prominence: how far it stands out of the image's
-twenty best tags, once the tag's own neighbourhood is subtracted. Within an image, prominences and
-scores order tags alike. Between images they differ. Scores order photos by one tag better. With a
-threshold on scores, though, some images get many tags and others none, and with a threshold on
-prominences they do not (measured in docs/results.md).
+Whether an image has a tag is decided by the tag's prominence: how far it exceeds the mean of the
+image's twenty best tags, after the tag's own neighbourhood is subtracted. Prominences and scores
+rank the tags of one image in the same order. To rank photos by one tag, scores are better. As a
+threshold, prominences are better: with a threshold on scores, some images get many tags and others
+none (measured in docs/results.md).
 
 Prominences are distributed differently in each language. A calibrated percentile means the same in
-all of them: of all pairs of a held-out photo (of the validation split) and a tag, it is the share
-with a lower prominence, 0 to 1.
+every language: of all pairs of a held-out photo (of the validation split) and a tag, it is the
+share with a lower prominence, 0 to 1.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ TEMPLATES = {
     "tr": ("{}", "{} fotoğrafı"),
     "zh": ("{}", "一张{}的照片"),
 }
-# How many nearest neighbours make a neighbourhood, as published.
+# Number of nearest neighbours in a neighbourhood, as in the paper.
 NEIGHBOURS = 10
-# An image's best tags, which a tag has to stand out of. With fewer, all images get the same number
-# of tags; with more, the number depends on which few photos a small set holds out.
+# Number of an image's best tags that prominence is relative to. With fewer, all images get the same
+# number of tags. With more, that number depends on which few photos a small data set holds out.
 BEST_TAGS = 20
-# Images of a contact sheet, and tags of each in a language.
+# Images on a contact sheet, and tags per image and language.
 SHEET_PHOTOS, SHEET_TAGS = 12, 4
 
 
@@ -72,11 +72,11 @@ class Tag:
     """A tag of an image.
 
     Attributes:
-      tag: what identifies it.
-      name: its first name in the language.
+      tag: the tag's identifier in the vocabulary.
+      name: the tag's first name in the language.
       percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag with a lower
         prominence; None without held-out photos.
-      cosine: of image and tag, -1 to 1.
+      cosine: the cosine similarity of image and tag, -1 to 1.
     """
 
     tag: str
@@ -91,14 +91,14 @@ class Tagger:
     Args:
       encoder: embeds the names.
       vocabulary: the tags.
-      language: of the names.
-      reference: photos of the run; without them scores are plain cosines, and there are neither
-        prominences nor percentiles.
+      language: the language of the names.
+      reference: photos of the run. Without them, scores are plain cosines, and prominences and
+        percentiles are not available.
 
     Attributes:
-      tags: what identifies each tag.
-      names: the first name of each.
-      embeddings: of unit length.
+      tags: the identifier of each tag.
+      names: the first name of each tag.
+      embeddings: the tags' embeddings, of unit length.
 
     Raises:
       ValueError: the vocabulary has no names in that language.
@@ -129,7 +129,7 @@ class Tagger:
     def prominences(
         self, images: Float[np.ndarray, "images dim"]
     ) -> Float[np.ndarray, "images tags"]:
-        """How far each tag stands out of the image's best ones; needs reference photos."""
+        """How far each tag exceeds the image's best tags; needs reference photos."""
         relative = images @ self.embeddings.T - self._offset
         return relative - _neighbourhood(relative, BEST_TAGS)[:, None]
 
@@ -160,7 +160,7 @@ class Tagger:
 
         Args:
           images: embeddings of unit length.
-          top_k: at most so many of each image; None for all.
+          top_k: the largest number of tags for an image; None for all.
           threshold: tags with a lower calibrated percentile are left out; None leaves out none.
 
         Raises:
@@ -188,9 +188,9 @@ class Tagger:
 def embed_names(
     encoder: Encoder, names: Sequence[vocabularies.Names], language: str
 ) -> Float[np.ndarray, "tags dim"]:
-    """One embedding of unit length a tag: the mean over its names and the language's prompts.
+    """One unit-length embedding per tag: the mean over its names and the language's prompts.
 
-    Where a language has no prompts, its names are embedded as they are.
+    If the language has no prompts, the bare names are embedded.
     """
     templates = TEMPLATES.get(language, ("{}",))
     prompts = [
@@ -220,8 +220,8 @@ def _percentile_curve(
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Percentiles, 0 to 1 and denser towards the ends, and the prominence at each.
 
-    It is the mean of the prominences' quantiles at half to twice the odds, because a single
-    quantile that is high up depends on few pairs. Where prominences thin out exponentially, the
+    The prominence at a percentile is the mean of the quantiles at half to twice the odds, because a
+    single high quantile depends on few pairs. If the distribution has an exponential tail, this
     mean is the quantile itself.
     """
     odds = np.geomspace(1 / prominences.size, prominences.size, 300)
@@ -234,12 +234,13 @@ def _percentile_curve(
 def embed_files(
     encoder: Encoder, files: Iterable[pathlib.Path], skip: Callable[[str], None]
 ) -> Iterator[tuple[list[pathlib.Path], Float[np.ndarray, "images dim"]]]:
-    """Files and their embeddings, a batch at a time, decoded by threads ahead of the tower.
+    """Files and their embeddings, one batch at a time; threads decode ahead of the tower.
 
     Args:
-      encoder: embeds.
-      files: of images.
-      skip: called with one line for each file that can't be read or decoded, which is left out.
+      encoder: computes the embeddings.
+      files: image files.
+      skip: called with a one-line reason for each file that can't be read or decoded; the file is
+        left out.
     """
     size, ready = embed.IMAGE_BATCH * encoder.mesh.size, []
     whole = False
@@ -252,7 +253,7 @@ def embed_files(
             yield _embedded(encoder, ready, size)
             ready, whole = [], True
     if ready:
-        # After whole batches the last one is filled up, or another shape would be compiled.
+        # After full batches, the last batch is padded, to avoid compiling another shape.
         yield _embedded(encoder, ready, size if whole else len(ready))
 
 

@@ -11,25 +11,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Termination(contextlib.AbstractContextManager):
-    """Notes whether a signal has asked this run to end; all processes learn it at the same step.
+    """Records whether a signal asked this run to end; all processes report it at the same step.
 
-    SIGTERM comes before a preemption, SIGHUP when a connection is lost, SIGUSR1 when a batch
-    system's time is nearly up. A signal that is ignored, as `nohup` does with SIGHUP, stays so.
+    SIGTERM is sent before a preemption, SIGHUP when a connection is lost, and SIGUSR1 when the time
+    limit of a batch job is near. Signals that are ignored at the start, such as SIGHUP under
+    `nohup`, stay ignored.
 
     Attributes:
-      signal: the name of the signal; "SIGTERM" where another process has received it.
+      signal: the name of the signal; "SIGTERM" if another process received the signal.
     """
 
     def __enter__(self) -> "Termination":
         self._came, self._calls, self.signal = False, 0, signal.SIGTERM.name
-        # Where there may be several processes, JAX itself listens to SIGTERM from the start. Other
-        # signals are passed on to it as SIGTERM.
+        # If there may be several processes, JAX handles SIGTERM from the start. Other signals are
+        # forwarded to it as SIGTERM.
         self._jax_listens = jax.distributed.is_initialized()
         self._ours = SIGNALS[1:] if self._jax_listens else SIGNALS
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        # A later signal ends the process at once, as there is nothing left to save.
+        # From now on, a signal ends the process at once: nothing is left to save.
         for number in self._ours:
             if signal.getsignal(number) == self._note:
                 signal.signal(number, signal.SIG_DFL)
@@ -40,11 +41,11 @@ class Termination(contextlib.AbstractContextManager):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self) -> bool:
-        """Whether to end after this step; every process has to ask after every step."""
-        # JAX expects the calls to be numbered through.
+        """Whether to end after this step; every process must call this after every step."""
+        # JAX expects consecutive numbers.
         self._calls += 1
-        # Before the first step there is nothing to save, and reading its batch and compiling may
-        # take minutes. Until then a signal ends the process at once.
+        # Signals are handled from the end of the first step. Before, there is nothing to save, and
+        # reading the batch and compiling may take minutes: a signal ends the process at once.
         if self._calls == 1:
             for number in self._ours:
                 if signal.getsignal(number) != signal.SIG_IGN:
