@@ -15,7 +15,7 @@ from xlir.encoder import Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 
-# The folder of sentence-transformers' modules; `TYPES` maps our names of modules to theirs.
+# The package of sentence-transformers' modules; `TYPES` maps our module names to theirs.
 _MODULES = "sentence_transformers.base.modules"
 # A dense layer that belongs to a tower, not to a head. The check tells them apart by this name.
 TOWER_DENSE = "TowerDense"
@@ -115,7 +115,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            # Training put the prefix before every text, so queries and captions both get it.
+            # The prefix goes before every text: captions as well as queries.
             "prompts": {"text": prefix} if prefix else {},
             "default_prompt_name": "text" if prefix else None,
             "similarity_fn_name": "cosine",
