@@ -37,7 +37,7 @@ def write_onnx(encoder: Encoder, folder: pathlib.Path) -> None:
 def _described(
     encoder: Encoder, folder: pathlib.Path, example: str
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Writes the files that both formats share; returns the content of config.json and the weights."""
+    """Writes the files that both formats share; returns config.json's content and the weights."""
     import torch
 
     from xlir.export.pytorch import DualEncoder
