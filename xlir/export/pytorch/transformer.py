@@ -25,8 +25,8 @@ class TextTransformer(nn.Module):
     """Maps token ids to one vector per text.
 
     Pooling is "mean", "cls" or "pooler" (a dense layer and tanh on the class token); the `dense`
-    layers follow. If the config has a `pad_id`, positions skip that token and it gets no embedding
-    of a position.
+    layers follow. If the config has a `pad_id`, that token gets no position embedding and is
+    not counted in the positions of later tokens.
     """
 
     def __init__(self, config, pooling, dense):
