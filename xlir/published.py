@@ -40,7 +40,7 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin
 # The maximum number of tokens if open_clip's config does not set it.
 OPEN_CLIP_LENGTH = 77
 # Supported fields of an open_clip model's vision_cfg: fields that are used here, fields that only
-# training uses, and fields with the one value that is supported. Any other field is an error.
+# training uses, and fields with the one value that is supported. Anything else is an error.
 VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
 TRAINING_FIELDS = ("patch_dropout", "output_tokens")
 VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
