@@ -1,8 +1,8 @@
-"""Published dual encoders of PyTorch: from their files to a run's folder, to be evaluated here.
+"""Converts published PyTorch dual encoders to a run's folder, so that they can be evaluated.
 
-Two layouts are known. M-CLIP (Carlsson et al. 2022) is a folder of a multilingual text encoder,
-whose images are encoded by a CLIP model in a folder of its own. open_clip's models (Ilharco et al.
-2021) with a text encoder of Hugging Face's are both sides in one folder.
+Two layouts are supported. M-CLIP (Carlsson et al. 2022) has a multilingual text encoder in one
+folder and a CLIP model for images in another. open_clip's models (Ilharco et al. 2021) have both
+sides in one folder; their text encoder must be one from Hugging Face.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
-# What a config.json may say (model_type) of a folder that is not open_clip's.
+# Supported values of `model_type` in the config.json of a folder that is not from open_clip.
 HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": (*clip.CLIP.other_names, clip.CLIP.name)}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Where its config says nothing.
+# The maximum number of tokens if open_clip's config does not set it.
 OPEN_CLIP_LENGTH = 77
-# What an open_clip model's vision_cfg may say: what is used, what only training uses, and values
-# that change nothing. Whatever else it says is refused.
+# Supported fields of an open_clip model's vision_cfg: fields that are used here, fields that only
+# training uses, and fields with the one value that is supported. Anything else is an error.
 VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
 TRAINING_FIELDS = ("patch_dropout", "output_tokens")
 VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
@@ -49,7 +49,10 @@ Weights = dict[str, np.ndarray]
 
 
 class Published(NamedTuple):
-    """A folder's content; `layout` is "open_clip" or the model_type of its config.json."""
+    """A published folder's content.
+
+    `layout` is "open_clip" or the `model_type` in its config.json.
+    """
 
     folder: pathlib.Path
     layout: str
@@ -59,13 +62,13 @@ class Published(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of a model under our names.
+    """One side of a model, with this package's names of weights.
 
     Attributes:
       options: fields of config.text or config.image.
-      spec: of the tower.
-      tower, head: weights.
-      dim: width of the embeddings.
+      spec: the tower's spec.
+      tower, head: the weights of the tower and of the head.
+      dim: the number of dimensions of the embeddings.
     """
 
     options: dict[str, Any]
@@ -76,18 +79,18 @@ class Side:
 
 
 def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
-    """Makes a run's folder, with a checkpoint of step 0, out of a published model.
+    """Converts a published model to a run's folder with a checkpoint of step 0.
 
     Args:
-      text: the folder of the text encoder: M-CLIP's or open_clip's.
-      image: the folder of the image encoder: CLIP's in Hugging Face's layout or open_clip's. May
-        be the same.
-      workdir: the folder to make. It appears when it is whole.
+      text: the folder of the text encoder, from M-CLIP or open_clip.
+      image: the folder of the image encoder, CLIP in Hugging Face's layout or open_clip. It may be
+        the same folder as `text`.
+      workdir: the folder to create. It appears only when it is complete.
 
     Raises:
       FileNotFoundError: a folder or one of its files is missing.
-      FileExistsError: the workdir holds something.
-      ValueError: the layout is unknown, a file is damaged, or parts do not fit together.
+      FileExistsError: the workdir exists and is not an empty folder.
+      ValueError: the layout is unknown, a file is damaged, or the two sides do not match.
     """
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise FileExistsError(f"{workdir} is there already: name a new folder with --workdir")
@@ -146,7 +149,7 @@ def _check_layout(flag: str, published: Published) -> None:
 
 @contextlib.contextmanager
 def _blamed_on(published: Published) -> Iterator[None]:
-    """Errors name the folder."""
+    """Adds the folder to the messages of errors."""
     try:
         yield
     except KeyError as error:
@@ -183,7 +186,7 @@ def _open_clip_text(published: Published) -> Side:
         raise ValueError("its texts are encoded by CLIP's own encoder; known: Hugging Face's")
     supported = {
         "hf_pooler_type": (None, "mean_pooler"),
-        "pooler_type": (None, "mean_pooler"),  # the same, before
+        "pooler_type": (None, "mean_pooler"),  # the older name of hf_pooler_type
         "tokenizer_mode": (None, ""),
         "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}),
     }
@@ -215,7 +218,7 @@ def _open_clip_text(published: Published) -> Side:
 def _transformer(
     name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
 ) -> Side:
-    """The text side whose tower was trained from a published model, and has its architecture."""
+    """The text side, whose tower has the architecture of the pretrained model `name`."""
     known = registry.architectures("text")
     architecture = known.get(name) or known.get(f"FacebookAI/{name}")
     if architecture is None:
@@ -255,7 +258,7 @@ def _image_side(published: Published) -> Side:
 
 
 def _vision_config(published: Published) -> dict[str, Any]:
-    """An open_clip model's image tower as the config.json of a CLIP vision model."""
+    """Translates an open_clip model's vision_cfg to the config.json of a CLIP vision model."""
     model = read_field(published.config, "model_cfg", Group())
     vision = read_field(model, "vision_cfg", Group())
     for field, value in vision.items():
@@ -281,7 +284,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
 
 
 def _preprocessing(config: Mapping, size: int) -> Preprocessing:
-    """That of open_clip's evaluation: the model's own size, whatever preprocess_cfg says."""
+    """The preprocessing of open_clip's evaluation; it ignores the size in preprocess_cfg."""
     given = config.get("preprocess_cfg") or {}
     if given:
         read_field(config, "preprocess_cfg", Group())
@@ -314,7 +317,7 @@ _OPEN_CLIP_NAMES = {
 
 
 def _hugging_face_names(weights: Weights) -> Weights:
-    """open_clip's tensors of the image side under the names of a CLIP model of Hugging Face's."""
+    """Renames open_clip's image weights to the names of Hugging Face's CLIP model."""
     renamed = {}
     for name, array in weights.items():
         if not name.startswith("visual."):
@@ -335,7 +338,7 @@ def _hugging_face_names(weights: Weights) -> Weights:
 
 
 def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
-    """The temperature, and the bias of a model that was trained with the sigmoid loss."""
+    """Sets the loss's temperature and, for models trained with the sigmoid loss, its bias."""
     if "logit_scale" in weights:
         config.loss.temperature = math.exp(-weights["logit_scale"].astype(np.float64).item())
     if "logit_bias" in weights:
@@ -345,7 +348,7 @@ def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
 def _model(
     config: ConfigDict, sides: Mapping[str, Side], published: tuple[Published, Published]
 ) -> dual_encoder.DualEncoder:
-    """The model with all of its weights, each used once."""
+    """Builds the model and loads the weights of both towers and heads."""
     loaded = {}
     with partition.on_host():
         for side, folder in zip(SIDES, published, strict=True):
@@ -368,7 +371,7 @@ def _merge(module: nnx.Module, weights: Weights) -> None:
 
 
 def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
-    """Writes the folder beside its place and moves it there: it is whole, or not there."""
+    """Writes to a temporary folder, then renames it, so that workdir is never incomplete."""
     workdir = workdir.resolve()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
@@ -380,7 +383,7 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
 
 
 def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
-    """Takes tensors out of a checkpoint."""
+    """Removes the named tensors from `weights` and returns them."""
     if missing := [name for name in names if name not in weights]:
         raise ValueError(f"its weights lack {', '.join(missing)}")
     return [weights.pop(name) for name in names]

@@ -1,10 +1,11 @@
 """Export to PyTorch and ONNX.
 
-Each format is a folder that needs neither this package nor JAX. It appears under its name once it
-has been loaded afresh and has given the run's own embeddings for real captions and photos.
+Every format is a folder that can be loaded without this package or JAX. The folder gets its final
+name only after a check: a new process loads it and must reproduce the run's embeddings of real
+captions and photos.
 
-Of a very large JPEG they are not quite the run's: for training and evaluation it is decoded at a
-fraction of its size, which other libraries don't do.
+Embeddings of very large JPEGs differ slightly from the run's: training and evaluation decode such
+files at a reduced size, which other libraries don't do.
 """
 
 import contextlib
@@ -25,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class Format(NamedTuple):
-    """A format.
+    """An export format.
 
     Attributes:
       write: writes an encoder into an empty folder.
-      unfit: what of an encoder the format can't hold; empty where it can.
-      needs: packages of the extra `export` that loading it takes.
+      unfit: returns why the format can't represent an encoder; empty if it can.
+      needs: packages of the extra `export` that are needed to load the folder.
     """
 
     write: Callable[[Encoder, pathlib.Path], None]
@@ -38,7 +39,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...]
 
 
-# In the order in which they are preferred where none is asked for.
+# In order of preference: without --format, the first that can represent the encoder is used.
 FORMATS = {
     "sentence-transformers": Format(
         huggingface.write_sentence_transformers,
@@ -59,7 +60,7 @@ FORMATS = {
 
 @contextlib.contextmanager
 def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside the target, as a rename can't cross file systems; gone afterwards."""
+    """A temporary folder next to the target, because a rename can't cross file systems."""
     if os.path.lexists(to):
         raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
     folder = to.absolute().parent / f".{to.name}.partial-{secrets.token_hex(4)}"
@@ -73,12 +74,12 @@ def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
-            with contextlib.suppress(OSError):  # it holds what was exported
+            with contextlib.suppress(OSError):  # not empty: it holds the exported folder
                 parent.rmdir()
 
 
 def _fitting(encoder: Encoder) -> str:
-    """The format to take where none is asked for."""
+    """The default format for an encoder."""
     return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
 
 
@@ -95,16 +96,17 @@ def export(
 
     Args:
       workdir: the run's folder.
-      to: the folder to write, which must not be there.
-      format: a key of `FORMATS`; default: sentence-transformers where it can hold the model, else
-        torch.
-      weights: "ema" or "raw"; default: the moving average where the run keeps one.
-      test_set, images: what it is checked on, as of `data.test_sets`, of which the first counts;
-        default: the run's own.
+      to: the folder to write; it must not exist.
+      format: a key of `FORMATS`; default: sentence-transformers if it can represent the model,
+        else torch.
+      weights: "ema" or "raw"; default: the moving average if the run keeps one.
+      test_set, images: arguments of `data.test_sets`. The export is checked on the first test
+        set that it returns; default: the run's own.
 
     Raises:
-      FileExistsError: `to` is there already.
-      ValueError: the format can't hold the model, or what was written gives something else.
+      FileExistsError: `to` exists already.
+      ValueError: the format can't represent the model, or the exported model's outputs differ
+        from the run's.
       FileNotFoundError: the run, its test set or a package is missing.
     """
     if format and format not in FORMATS:
@@ -120,7 +122,7 @@ def export(
         verification.check_packages(FORMATS[format].needs)
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         raw = weights == "raw" and encoder.config.optimizer.ema > 0
-        # Of a run's average; those of the weights themselves are not known.
+        # results/ was measured with the moving average, so it does not hold for the raw weights.
         results = [] if raw else result_files.read(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)

@@ -1,4 +1,4 @@
-"""A run's encoder as plain numbers: what `pytorch/` builds its modules from, and their weights."""
+"""A run's encoder as a JSON description and NumPy weights, for the modules of `pytorch/`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from xlir.models.transformer import STACK
 
 
 class HeadLayer(NamedTuple):
-    """A layer of a head: "norm", "dense" or "gelu".
+    """A layer of a head.
 
     Attributes:
-      weight: of a norm [features], of a dense layer [dim, features].
+      kind: "norm", "dense" or "gelu".
+      weight: [features] for a norm, [dim, features] for a dense layer.
       bias: [dim], or None.
     """
 
@@ -45,7 +46,7 @@ def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
 
 
 def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights by our names, for inputs as the run has them."""
+    """A tower's weights to export, under this package's names."""
     spec = encoder.specs[side]
     return spec.family.used_weights(spec, encoder.weights(f"{side}_tower"))
 
@@ -68,14 +69,14 @@ def describe(encoder: Encoder) -> dict:
 
 
 def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """All weights under the names of `pytorch/`, each in its shape there.
+    """All weights, with the names and shapes that the modules of `pytorch/` use.
 
     Args:
-      encoder: the run's.
-      shapes: of the PyTorch model's parameters and buffers, by name.
+      encoder: the run's encoder.
+      shapes: shapes of the PyTorch model's parameters and buffers, by name.
 
     Raises:
-      ValueError: the two do not have the same weights.
+      ValueError: the encoder and the PyTorch model differ in a weight's name or shape.
     """
     renamed: dict[str, np.ndarray] = {}
     for side in SIDES:
@@ -108,7 +109,7 @@ def _fitted(
     elif leaf == "embedding":
         name = f"{name}.weight"
     if leaf == "kernel" and name in shapes:
-        if value.ndim == 3 and len(shapes[name]) == 4:  # of each channel by itself
+        if value.ndim == 3 and len(shapes[name]) == 4:  # depthwise convolution
             value = value[..., None, :]
         value = np.moveaxis(value, (-1, -2), (0, 1)).reshape(shapes[name])
     return name, value

@@ -66,7 +66,7 @@ pixels' are dynamic:
 The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
 graph of over 2 GiB has its weights beside it, in a file that ends in `.data`.""",
 }
-# Of English Recall@10; a language that finds less is not said to be spoken.
+# The card lists a language as supported if its Recall@10 is at least this fraction of English's.
 SPOKEN = 0.5
 
 
@@ -76,11 +76,11 @@ def write(
     """Writes the card of an exported folder.
 
     Args:
-      encoder: the run's.
+      encoder: the run's encoder.
       results: retrieval results of these weights, as in a run's results/.
       folder: the exported folder.
-      format: its format.
-      report: of its check.
+      format: the folder's format.
+      report: the result of the folder's check.
     """
     config = encoder.config
     origin = "Published weights, imported by xlir.\n"
@@ -113,7 +113,7 @@ def write(
 
 
 def _spoken(results: Sequence[dict]) -> list[str]:
-    """Languages that find at least half of what English finds, in a test set that has both."""
+    """Languages whose Recall@10 is at least half of English's on the same test set."""
     spoken = set()
     for result in results:
         recall = {
@@ -178,7 +178,7 @@ def _measured(results: Sequence[dict]) -> str:
 
 
 def _terms(encoder: Encoder, format: str) -> str:
-    """What the weights derive from; whose terms are not known here has to be looked up."""
+    """The terms of the towers and the training data; unknown terms refer to their source."""
     config, lines = encoder.config, []
     for side in SIDES:
         name = _name(config[side].tower)
@@ -194,7 +194,7 @@ def _terms(encoder: Encoder, format: str) -> str:
 
 
 def _name(path: str) -> str:
-    """An id as it is; of a folder its name, as where it lies is nobody's business."""
+    """A Hub id, or the last part of a folder's path: the full path would be private."""
     if cached := re.search(r"models--([^/]+?)--([^/]+?)/", path):
         return "/".join(cached.groups())
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not pathlib.Path(path).exists()

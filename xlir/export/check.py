@@ -1,7 +1,7 @@
-"""Loads an exported folder afresh and runs it, in a process of its own without JAX.
+"""A script that loads an exported folder and runs the model, without JAX or this package.
 
-python check.py FORMAT FOLDER INPUTS OUTPUT: INPUTS holds texts.json and images/, OUTPUT is a .npz
-file for token ids, pixels (0 to 255), the towers' features and the embeddings.
+Usage: python check.py FORMAT FOLDER INPUTS OUTPUT. INPUTS holds texts.json and images/. The script
+writes token ids, pixels (0 to 255), the towers' features and the embeddings to OUTPUT, a .npz file.
 """
 
 import importlib
@@ -14,12 +14,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-# Imports of them fail, as where they are not installed.
+# The script makes imports of these packages fail, as if they were not installed.
 ABSENT = ("jax", "jaxlib", "flax", "xlir", "input_pipeline", "configs")
 
 
 def run_torch(folder, texts, images):
-    """Plain PyTorch."""
+    """Runs the plain PyTorch format."""
     import torch
 
     sys.path.insert(0, str(folder))
@@ -35,7 +35,7 @@ def run_torch(folder, texts, images):
 
 
 def run_onnx(folder, texts, images):
-    """ONNX Runtime."""
+    """Runs the ONNX graphs in ONNX Runtime."""
     import onnxruntime
 
     sys.path.insert(0, str(folder))
@@ -57,7 +57,7 @@ def run_onnx(folder, texts, images):
 
 
 def run_sentence_transformers(folder, texts, images):
-    """SentenceTransformer, of stock modules only."""
+    """Runs a SentenceTransformer, which uses the library's own modules only."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -72,7 +72,7 @@ def run_sentence_transformers(folder, texts, images):
         x = {**x, "modality": side}
         with torch.inference_mode():
             for name, module in zip(routes[side], modules, strict=True):
-                if name.endswith(("_LayerNorm", "_Dense")):  # of the head
+                if name.endswith(("_LayerNorm", "_Dense")):  # the head starts here
                     break
                 x = module(x)
         features.append(x["sentence_embedding"].numpy())
@@ -82,7 +82,7 @@ def run_sentence_transformers(folder, texts, images):
 
 
 def run_transformers(folder, texts, images):
-    """VisionTextDualEncoderModel."""
+    """Runs a VisionTextDualEncoderModel."""
     import torch
     import transformers
 
@@ -99,19 +99,19 @@ def run_transformers(folder, texts, images):
 
 
 def opened(data):
-    """An upright image in 8-bit RGB, over white where it is transparent."""
+    """The image in 8-bit RGB, turned by its EXIF orientation and blended over white."""
     inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
     return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
 
 
 def unpadded(batch):
-    """The ids of each text."""
+    """The token ids of each text, without padding."""
     pairs = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
     return [ids[mask != 0] for ids, mask in pairs]
 
 
 def levels(batch, processor):
-    """A processor's pixels, [batch, size, size, 3], from 0 to 255."""
+    """An image processor's pixels without normalisation: [batch, size, size, 3], 0 to 255."""
     pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
     return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255
 
@@ -125,7 +125,7 @@ RUN = {
 
 
 def outputs(format, folder, texts, images):
-    """What a folder gives for texts and encoded images, stage by stage."""
+    """The outputs of all stages of an exported model for texts and encoded images."""
     tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
     return {
         "tokens": np.concatenate(tokens),
@@ -139,7 +139,7 @@ def outputs(format, folder, texts, images):
 
 
 def main():
-    """Runs the folder on the inputs."""
+    """Runs the exported model on the inputs and writes its outputs."""
     format, folder, inputs, output = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
     sys.modules.update(dict.fromkeys(ABSENT))
     texts = json.loads((inputs / "texts.json").read_text(encoding="utf8"))

@@ -1,6 +1,6 @@
-"""Towers as checkpoints in Hugging Face's layout, and what is put together from two of them.
+"""Writes sentence-transformers and transformers models from a run's two towers and heads.
 
-Everything is written as JSON and safetensors: what reads it has to be there for the check only.
+All files are JSON and safetensors, so only the check needs those two libraries, not the writing.
 """
 
 import json
@@ -15,9 +15,9 @@ from xlir.encoder import Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 
-# sentence-transformers' modules, by what they are here.
+# The package of sentence-transformers' modules; `TYPES` maps our module names to theirs.
 _MODULES = "sentence_transformers.base.modules"
-# A dense layer of a tower, and not of a head.
+# A dense layer that belongs to a tower, not to a head. The check tells them apart by this name.
 TOWER_DENSE = "TowerDense"
 TYPES = {
     "Router": f"{_MODULES}.router.Router",
@@ -28,7 +28,7 @@ TYPES = {
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
-# What a checkpoint's config.json may say besides of the model that it was, or of its code.
+# Fields of a config.json that describe the original checkpoint or its code; they are dropped.
 _NOT_OURS = (
     "_name_or_path",
     "architectures",
@@ -44,7 +44,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def unfit_for_sentence_transformers(encoder: Encoder) -> str:
-    """What of an encoder sentence-transformers can't hold; empty where it can."""
+    """Why sentence-transformers can't represent an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec = encoder.specs[side]
@@ -56,7 +56,7 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
-    """What of an encoder VisionTextDualEncoderModel can't hold; empty where it can."""
+    """Why VisionTextDualEncoderModel can't represent an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec, head = encoder.specs[side], encoder.config[side].head
@@ -77,7 +77,7 @@ def _unfit_preprocessing(encoder: Encoder) -> list[str]:
 
 
 def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """A Router with a route for each side, then normalisation."""
+    """Writes a Router with one route per side, followed by normalisation."""
     types: dict[str, str] = {}
     routes: dict[str, list[str]] = {}
     for side in SIDES:
@@ -115,7 +115,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            # It is for images' captions as for queries: every text gets it.
+            # The prefix goes before every text: captions as well as queries.
             "prompts": {"text": prefix} if prefix else {},
             "default_prompt_name": "text" if prefix else None,
             "similarity_fn_name": "cosine",
@@ -124,7 +124,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """A VisionTextDualEncoderModel with its processor."""
+    """Writes a VisionTextDualEncoderModel with its tokenizer and image processor."""
     weights = {}
     for side, name in (("text", "text"), ("image", "vision")):
         tower = _published(encoder, side)
@@ -150,7 +150,7 @@ def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
-    """The modules of one route: their types, and what writes each into its folder."""
+    """The modules of one route: each module's type and the function that writes its folder."""
     spec = encoder.specs[side]
     output, pooling = spec.family.outputs[spec.pooling]
     dense = _tower_dense(encoder, side)
@@ -177,7 +177,7 @@ def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
 
 
 def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
-    """The dense layers that end a text tower, with the names of their activations."""
+    """The dense layers at the end of a text tower, with the names of their activations."""
     weights, layers = encoder.weights(f"{side}_tower"), []
     for index, layer in enumerate(encoder.specs[side].dense):
         kernel, bias = (weights.get(f"dense.{index}.{part}") for part in ("kernel", "bias"))
@@ -188,7 +188,7 @@ def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
 def _write_tower(
     encoder: Encoder, side: str, folder: pathlib.Path, output: str, pooling: str | None
 ) -> None:
-    """A checkpoint, with what makes it a module of sentence-transformers."""
+    """Writes a tower's checkpoint and the config file of a sentence-transformers module."""
     _json(folder / "config.json", _config(encoder, side))
     pretrained.save(_published(encoder, side), folder / WEIGHTS_FILE)
     modality = "text"
@@ -198,7 +198,7 @@ def _write_tower(
     else:
         modality = "image"
         _json(folder / "preprocessor_config.json", _image_processor(encoder))
-        # As in training; torchvision's resize differs in the last bit.
+        # Training resizes with PIL; torchvision's resize differs in the last bit.
         options["processor_kwargs"] = {"backend": "pil"}
     if encoder.specs[side].family.pooler_is_optional and output != "pooler_output":
         options["model_kwargs"] = {"add_pooling_layer": False}
@@ -237,14 +237,14 @@ def _write_dense(folder: pathlib.Path, layer: HeadLayer, activation: str) -> Non
 
 
 def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights by the names of `transformers`."""
+    """A tower's weights under their names in `transformers`."""
     weights = tower_weights(encoder, side)
     weights = {name: x for name, x in weights.items() if not name.startswith("dense.")}
     return encoder.specs[side].family.restore(weights, _config(encoder, side))
 
 
 def _config(encoder: Encoder, side: str) -> dict[str, Any]:
-    """The config.json of a tower: the checkpoint's that it began as, and what has changed."""
+    """The config.json of a tower: that of its original checkpoint, with the run's changes."""
     spec = encoder.specs[side]
     config = spec.family.hub_config(spec, pad_id=_pad_token(encoder)[1])
     config = {name: x for name, x in config.items() if name not in _NOT_OURS}
@@ -252,7 +252,7 @@ def _config(encoder: Encoder, side: str) -> dict[str, Any]:
 
 
 def _image_processor(encoder: Encoder) -> dict[str, Any]:
-    """The preprocessor_config.json that does what a run's preprocessing does."""
+    """The preprocessor_config.json that reproduces a run's preprocessing."""
     options = encoder.preprocessing
     size, resize, squash = options.size, options.resize, options.crop == "squash"
     processor: dict[str, Any] = {
@@ -279,9 +279,10 @@ def _image_processor(encoder: Encoder) -> dict[str, Any]:
 
 
 def _pad_token(encoder: Encoder) -> tuple[str, int]:
-    """The padding token and its id; of a tokenizer without one another special token.
+    """The padding token and its id.
 
-    Masked positions have no effect, whatever stands there.
+    A tokenizer without a padding token pads with another special token. Padding is masked, so the
+    token does not change the embeddings.
     """
     special = encoder.tokenizer.special_tokens()
     chosen = next((token for token in PAD_TOKENS if token in special), next(iter(special)))

@@ -1,4 +1,4 @@
-"""Does an exported folder give what the run gives? Real captions and photos through both."""
+"""Checks that an exported model reproduces the run's outputs for real captions and photos."""
 
 import dataclasses
 import importlib.util
@@ -27,10 +27,10 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Largest difference of an embedding's coordinates, which are of vectors of length one, and of a
-# tower's features, relative to the largest. In float32 it is 1e-6 at most.
+# Largest allowed difference: in a coordinate of an embedding of unit length, and in a feature of a
+# tower, relative to the largest feature. In float32 the differences are 1e-6 at most.
 TOLERANCE, TOWER_TOLERANCE = 1e-5, 1e-4
-# Largest difference of a pixel, in levels of 255.
+# Largest allowed difference in a pixel value, on the scale 0 to 255.
 PIXEL_TOLERANCE = 0.01
 IMAGES, TEXTS = 32, 64
 RECALL_AT = (1, 5, 10)
@@ -38,14 +38,14 @@ RECALL_AT = (1, 5, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Captions and their photos, and texts and images that are hard to read.
+    """The inputs of the check: captions with their photos, and texts and images as edge cases.
 
     Attributes:
-      name: the test set that they are of.
-      languages: of the captions.
-      texts: captions, then others.
-      image_of: the row of each caption's photo.
-      images: encoded photos, then others.
+      name: the test set of the captions and photos.
+      languages: the languages of the captions.
+      texts: the captions, then the edge cases.
+      image_of: for each caption, the row of its photo in `images`.
+      images: the encoded photos, then the edge cases.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Examples:
 
     @property
     def photos(self) -> int:
-        """How many of the images are photos of captions."""
+        """The number of photos that have captions; they come first in `images`."""
         return int(self.image_of.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How far an exported model is from the run's.
+    """How far an exported model's outputs are from the run's.
 
     Attributes:
-      examples: what went through both.
-      tokens: texts whose token ids differ.
-      pixels: the largest difference of a pixel, in levels of 255.
-      towers: largest difference of the towers' features over their largest value, by side.
-      embeddings: largest difference of the embeddings, by side.
-      cosine: the smallest cosine of an embedding with its counterpart, by side.
-      recall: Recall@K, text to image, of the run's and of the exported embeddings.
+      examples: the inputs of both models.
+      tokens: the number of texts whose token ids differ.
+      pixels: the largest difference in a pixel value, on the scale 0 to 255.
+      towers: by side, the largest difference in a tower's features, divided by the run's largest.
+      embeddings: by side, the largest difference in a coordinate of the embeddings.
+      cosine: by side, the smallest cosine between a run's embedding and the exported model's.
+      recall: text-to-image Recall@K, of the run's embeddings and of the exported model's.
     """
 
     examples: Examples
@@ -101,7 +101,7 @@ class Report:
         return "\n".join([*lines, f"  Recall@{at} {ours}, exported {theirs}"])
 
     def first_difference(self) -> str:
-        """The first stage that differs, from raw input to Recall@K; empty where none does."""
+        """The first stage whose outputs differ, from tokens to Recall@K; empty if none differs."""
         if self.tokens:
             return f"the tokens of {self.tokens} texts"
         if self.pixels > PIXEL_TOLERANCE:
@@ -119,16 +119,16 @@ class Report:
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Raises FileNotFoundError where a package is missing."""
+    """Raises FileNotFoundError if a package is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise FileNotFoundError(f"{', '.join(missing)} not installed: pip install 'xlir[export]'")
 
 
 def examples(chosen: RetrievalSet) -> Examples:
-    """Photos of a set, evenly spaced, and two captions of each: languages take turns.
+    """Evenly spaced photos of a test set, each with two captions; the languages alternate.
 
-    Besides a text of nothing and one that is cut, a photo that lies on its side and one that is
-    transparent.
+    Edge cases follow: an empty text, a text long enough to be truncated, a photo with an EXIF
+    rotation and a transparent photo.
     """
     count = min(len(chosen.images), IMAGES)
     rows = [row * len(chosen.images) // count for row in range(count)]
@@ -150,7 +150,7 @@ def examples(chosen: RetrievalSet) -> Examples:
 
 
 def _hard_to_read(photo: bytes) -> list[bytes]:
-    """A photo whose EXIF data say that it lies on its side, and one that is half transparent."""
+    """A photo with an EXIF rotation by 90 degrees, and a half-transparent photo."""
     image = Image.open(io.BytesIO(photo)).convert("RGBA").convert("RGB")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -162,17 +162,17 @@ def _hard_to_read(photo: bytes) -> list[bytes]:
 
 
 def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples) -> Report:
-    """Compares an exported folder with the run that it came from.
+    """Compares an exported folder's outputs with those of its run.
 
     Args:
-      encoder: the run's, in float32.
+      encoder: the run's encoder, in float32.
       folder: the exported folder.
-      format: its format.
-      pairs: what goes through both.
+      format: the folder's format.
+      pairs: the inputs of both models.
 
     Raises:
-      ValueError: the folder can't be loaded or gives something else; the message names the first
-        stage that differs.
+      ValueError: the folder can't be loaded, or its outputs differ from the run's. The message
+        names the first stage that differs.
     """
     theirs = _run(folder, format, pairs)
     ours = _reference(encoder, pairs)
@@ -186,9 +186,9 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
 
 
 def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
-    """What the run gives."""
+    """The run's outputs."""
     tokens = encoder.tokenizer(pairs.texts, max_length=encoder.config.text.max_length)
-    # Whole: large JPEGs are else decoded at a fraction of their size, which others don't do.
+    # At full size, as other libraries decode; training decodes large JPEGs at a reduced size.
     pixels = [image_io.decode(x, encoder.preprocessing, reduce=False) for x in pairs.images]
     outputs = {
         "tokens": np.concatenate(tokens),
@@ -196,7 +196,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
         "pixels": np.stack(pixels).astype(np.float32),
     }
     for side, inputs in (("text", pairs.texts), ("image", pixels)):
-        # GPUs and TPUs round the operands of a float32 product unless they are told.
+        # By default, GPUs and TPUs round the operands of a float32 matrix multiplication.
         with jax.default_matmul_precision("highest"):
             features = encoder.embedder.features(encoder.parameters, side, inputs)
             embeddings = encoder.embedder.embed(encoder.parameters, side, inputs)
@@ -205,7 +205,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
 
 
 def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.ndarray]:
-    """What the folder gives, in a new process."""
+    """The exported model's outputs, computed in a new process."""
     with tempfile.TemporaryDirectory() as name:
         inputs, output = pathlib.Path(name), pathlib.Path(name) / "output.npz"
         (inputs / "texts.json").write_text(json.dumps(pairs.texts), encoding="utf8")
@@ -214,7 +214,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             (inputs / "images" / f"{row:03d}").write_bytes(image)
         script = pathlib.Path(__file__).with_name("check.py")
         process = subprocess.run(
-            # Not from this folder, whose modules have names of their own.
+            # -P keeps the script's folder off sys.path, where its modules could hide others.
             [sys.executable, "-P", str(script), format, str(folder), name, str(output)],
             env=os.environ
             | {
@@ -227,7 +227,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             text=True,
         )
         if process.returncode:
-            # What follows the last frame of the traceback.
+            # Keep only the text after the last frame of the traceback.
             reason = " ".join(re.split(r"(?m)^ {2,}.*\n", process.stderr)[-1].split())
             raise ValueError(f"the exported model can't be run: {reason or 'it was killed'}")
         with np.load(output) as arrays:
