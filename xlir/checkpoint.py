@@ -1,9 +1,9 @@
-"""Orbax checkpoints of a run: the latest two, to resume from, and the best, to use.
+"""Orbax checkpoints of a run: the latest two, to resume from, and the best one, to use.
 
-A checkpoint holds what is trained. Frozen towers do not change: they are written once, in the
-workdir, and are in no checkpoint. The items of a checkpoint are `params`, `optimizer`, `ema` where
-a moving average is kept, and `record`: the validation score, and a digest of every array, which
-is compared when the array is restored.
+A checkpoint holds trained parameters. Frozen towers do not change: they are written to the workdir
+once, and are not in checkpoints. The items of a checkpoint are `params`, `optimizer`, `ema` if the
+run keeps a moving average, and `record`. The record has the validation score, and a digest of every
+array, which is compared when the array is restored.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ PyTree = Any
 Items = dict[str, PyTree]
 Record = dict[str, Any]
 
-# How many of the latest checkpoints to keep: if one is damaged, the run resumes from the other.
+# Number of latest checkpoints to keep: if one is damaged, the run resumes from the other.
 KEPT = 2
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints below a workdir.
+    """The checkpoints in a workdir.
 
-    Saving is asynchronous. A checkpoint appears under its step's name once it is whole, so an
-    interrupt in the middle of a save leaves the earlier ones untouched; leaving the context waits
-    for the last save.
+    Saving is asynchronous. A checkpoint appears under its step's name only once it is complete, so
+    an interrupted save leaves earlier checkpoints untouched. Leaving the context waits for the last
+    save.
 
     Args:
       workdir: the run's folder.
-      read_only: for use without training; nothing is created, moved or deleted.
+      read_only: for use without training: nothing is created, moved or deleted.
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
@@ -67,10 +67,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Args:
           step: training steps taken.
-          items: what to save, by name.
-          score: decides which checkpoint is the best (higher is better). None for one that was
-            not validated, as when a run is stopped: it is there to resume from, and counts as the
-            best only while no checkpoint has a score.
+          items: the trees to save, by name.
+          score: selects the best checkpoint (higher is better). None if the state was not
+            validated, for example because a signal stopped the run. A run can resume from such a
+            checkpoint, but it counts as the best only while no checkpoint has a score.
         """
         record = {"score": score, "digests": digests(items), "names": parameter_names.VERSION}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -86,19 +86,20 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, targets: Items, *, best: bool = False) -> tuple[int, Items]:
         """Reads items of the latest or the best checkpoint onto the devices.
 
-        Where it is damaged, the next one is read. The log says so, and the damaged one is renamed
-        to `damaged-STEP` unless this is read-only. Of several processes all have to call it.
+        If that checkpoint is damaged, the next one is read. The log says so, and the damaged one is
+        renamed to `damaged-STEP` unless this is read-only. With several processes, all must call
+        this.
 
         Args:
-          targets: for each item wanted a tree of arrays (or shapes with shardings) of the same
-            structure and shapes as what was saved.
-          best: the one with the best score, not the latest.
+          targets: for each requested item, a tree of arrays (or of shapes with shardings) with the
+            structure and shapes of the saved tree.
+          best: read the checkpoint with the best score instead of the latest.
 
         Returns:
           The step, and the items.
 
         Raises:
-          ValueError: no checkpoint can be restored; all are left where they are.
+          ValueError: no checkpoint can be restored; none is moved.
         """
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, targets)
         damaged = dict(self._damaged)
@@ -126,7 +127,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments))), ""
         except (MemoryError, PermissionError):
             raise
-        except Exception as error:  # Orbax, TensorStore and their parsers raise nearly anything
+        except Exception as error:  # Orbax, TensorStore and parsers raise many types
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             return {}, " ".join((str(error) or type(error).__name__).split())[:200]
@@ -151,7 +152,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._records.pop(step, None)
             if first:
                 aside = self.folder / f"damaged-{step}"
-                while aside.exists():  # it was saved again, and damaged again
+                while aside.exists():  # the step was saved again, and damaged again
                     aside = aside.with_name(f"{aside.name}-again")
                 (self.folder / str(step)).rename(aside)
                 log.warning("it was moved to %s", aside)
@@ -168,11 +169,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         return [int(name) for name in names if re.fullmatch("[0-9]+", name)]
 
     def _names(self, step: int) -> int:
-        """Which version's names the parameters of a checkpoint have."""
+        """The version of the parameter names in a checkpoint."""
         return self._records[step].get("names", 1)
 
     def _score(self, step: int) -> tuple[float, int]:
-        """What orders checkpoints from the worst to the best."""
+        """The sort key that orders checkpoints from worst to best."""
         score = self._records.get(step, {}).get("score")
         return (-math.inf if score is None else score, step)
 
@@ -191,17 +192,17 @@ class _LatestAndBest:
         self._checkpoints = checkpoints
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Which of the checkpoints stay."""
+        """Whether to keep each checkpoint."""
         steps = sorted(info.step for info in checkpoints)
         kept = {*steps[-KEPT:], max(steps, key=self._checkpoints._score)}
         return [info.step in kept for info in checkpoints]
 
 
 def _read_record(folder: pathlib.Path) -> Record:
-    """The record of a checkpoint; of a version that kept no digests, its score where it has one.
+    """The record of a checkpoint. Versions without digests saved at most a score.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the record is damaged.
     """
     file = folder / "record" / "metadata"
     if not file.parent.is_dir():

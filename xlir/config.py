@@ -1,7 +1,7 @@
-"""What every field of a configuration may be, and which fields go together.
+"""The valid values of every field of a configuration, and the valid combinations of fields.
 
-The fields themselves, their defaults and their meaning are in configs/base.py. `check_config` looks
-at all of them before any work is done; it needs no JAX, data or weights.
+configs/base.py has the fields themselves, their defaults and their meaning. `check_config` checks
+all fields before any work is done; it needs neither JAX nor data or weights.
 """
 
 import copy
@@ -17,18 +17,18 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import datasets, test_sets
 
-# The values that a field may have; its `str` says which, as the end of a sentence.
+# The valid values of a field; its `str` describes them, as the end of an error message.
 Allowed = Container
 INT32 = 2**31 - 1
-# float32 still holds the square of it.
+# Its square is finite in float32.
 LARGEST = 1e18
 HEAVIEST = 1e6
-# Dropout rates are rounded to 1/256, and something has to be left.
+# Dropout rates are rounded to 1/256, and a rate of 1 would drop everything.
 MOST_DROPPED = 0.99
 WIDEST = 65_536
 LARGEST_IMAGE = 8192  # pixels a side
 LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
-# Those that can take the images of a batch in parts: none of them looks for a hardest negative.
+# Losses that can process images in chunks, because they do not search for a hardest negative.
 CHUNKED_LOSSES = ("infonce", "sigmoid")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -40,7 +40,7 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Integers from `least` to `most`, and those of `also`."""
+    """Integers from `least` to `most`, and the integers in `also`."""
 
     least: int
     most: int = INT32
@@ -57,7 +57,7 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """Finite numbers from `least` to `most`; an end that is `open` is not among them."""
+    """Finite numbers from `least` to `most`; an end of the range that is open is excluded."""
 
     least: float | int
     most: float | int = LARGEST
@@ -103,12 +103,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Any text, or any but the empty one."""
+    """Any string, or any string but the empty one."""
 
     may_be_empty: bool = True
 
     def __contains__(self, value: object) -> bool:
-        # No path may hold a zero byte.
+        # A path can't contain a zero byte.
         return isinstance(value, str) and "\0" not in value and (self.may_be_empty or value != "")
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Any number of integers, of at least `least`: the widths of layers."""
+    """Any number of integers, each at least `least`: the widths of layers."""
 
     least: int = 1
 
@@ -131,7 +131,7 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Divisor:
-    """Integers of at least 1 that divide another one."""
+    """Positive integers that divide `whole`."""
 
     whole: int
 
@@ -154,12 +154,12 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """Groups of fields by any name; in each of them every field may be left out."""
+    """Named groups of fields, with any names; each field of a group is optional."""
 
     fields: Mapping[str, Allowed]
 
     def __contains__(self, value: object) -> bool:
-        # A name with a dot could not be given on the command line.
+        # A name with a dot could not be used in a flag.
         return value in Group() and all(re.fullmatch(r"\w[\w-]*", str(name)) for name in value)
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class Named:
 
 
 class Steps:
-    """The first and the last of some steps, or (0, 0) for none."""
+    """The first and the last step of a range, or (0, 0) for none."""
 
     _step = Whole(0)
 
@@ -209,7 +209,7 @@ FIELDS: dict[str, Any] = {
     "mesh": {"data": Whole(1, WIDEST, also=(-1,)), "fsdp": Whole(1, WIDEST, also=(-1,))},
     "profile": {"steps": Steps()},
     "data": {
-        # Empty in an imported model, which is evaluated on test sets of their own.
+        # Empty for an imported model, which has no data set.
         "name": Choice("", *datasets.NAMES),
         "dir": Text(),
         "annotations": Text(),
@@ -230,7 +230,7 @@ FIELDS: dict[str, Any] = {
     ),
     "text": _tower("mean", "cls", "pooler")
     | {
-        # Every tokenizer adds two tokens of its own.
+        # Every tokenizer adds two special tokens.
         "max_length": Whole(3, WIDEST),
         "prefix": Text(),
         "trim_vocab": Text(),
@@ -245,7 +245,7 @@ FIELDS: dict[str, Any] = {
     "loss": {
         "name": Choice(*LOSSES),
         "push_apart": Real(0, HEAVIEST),
-        # Published models are imported with what they have learned, which may be below 0.01.
+        # Imported models keep their learned temperature, which may be below 0.01.
         "temperature": Real(1e-6, 100),
         "bias": Real(-1e4, 1e4),
         "chunk": Whole(0),
@@ -270,8 +270,8 @@ FIELDS: dict[str, Any] = {
 def check_config(config: ConfigDict | Mapping) -> None:
     """Raises ValueError if the configuration is invalid, with all faults in one line.
 
-    Each fault names the field, its value and what it may be. What depends on data, checkpoints or
-    devices is not looked at.
+    Each fault names the field, its value and the valid values. Conditions that depend on data,
+    checkpoints or devices are not checked.
 
     Args:
       config: all fields of configs/base.py, and no others.
@@ -284,11 +284,11 @@ def check_config(config: ConfigDict | Mapping) -> None:
 
 
 def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a run's config.json as today's, whatever version wrote them.
+    """Converts a run's config.json from any version to the current fields.
 
-    Before `evals` there were data.test_set, one list of test sets, data.test_images, one folder of
-    photos for all of them, data.xtd10 and data.drop_junk. Other fields than those of test sets are
-    not filled in where they are missing, and no field is checked.
+    Earlier versions had, instead of `evals`, data.test_set (a list of test sets), data.test_images
+    (one folder of photos for all of them), data.xtd10 and data.drop_junk. Only missing fields of
+    test sets are filled in, and no field is checked.
     """
     fields = copy.deepcopy(dict(fields))
     data = fields.get("data")
@@ -303,12 +303,12 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evals_of(old: Mapping[str, str], folder: str, drop_junk: bool) -> dict[str, dict[str, Any]]:
-    """`config.evals` for the fields that stood in `config.data` before, relative to its `dir`."""
+    """`config.evals` from the earlier fields of `config.data`, relative to `config.data.dir`."""
     text = old["test_set"]
-    # The name of a folder may have a comma in it.
+    # The name of a folder may contain a comma.
     names = [text] if os.path.isdir(os.path.join(folder, text)) else text.split(",")
     evals: dict[str, dict[str, Any]] = {}
-    # Other than captions, these two folders were not relative to data.dir.
+    # Unlike the captions, these two folders were not relative to data.dir.
     images, xtd10 = (path and os.path.abspath(path) for path in (old["test_images"], old["xtd10"]))
     for name in filter(None, names):
         folder, split = os.path.basename(os.path.abspath(name)), name.removeprefix("split:")
@@ -325,16 +325,17 @@ def _evals_of(old: Mapping[str, str], folder: str, drop_junk: bool) -> dict[str,
 
 
 def read_field(fields: Mapping, name: str, allowed: Allowed, default: Any = None) -> Any:
-    """The value of a field of a configuration that others have written, as a checkpoint's.
+    """The value of a field of a foreign configuration, for example a published checkpoint's.
 
     Args:
       fields: the configuration.
-      name: of the field.
-      allowed: what it may be, such as `Whole(1)`.
-      default: its value where it is absent; None: it must be there.
+      name: the name of the field.
+      allowed: its valid values, such as `Whole(1)`.
+      default: the value if the field is missing; None: the field is required.
 
     Raises:
-      ValueError: it is absent or not allowed; the message names the field, the value and the range.
+      ValueError: the field is missing or invalid; the message names the field, its value and the
+        valid values.
     """
     value = fields.get(name, default)
     if name not in fields and default is None:
@@ -351,7 +352,7 @@ def _fault(name: str, value: object, allowed: Allowed) -> str:
 def _faults(
     path: str, fields: Any, known: Mapping[str, Any], *, all_needed: bool = True
 ) -> Iterator[str]:
-    """Fields that are absent, unknown, or not among the allowed values."""
+    """Messages about fields that are missing, unknown or invalid."""
     if fields not in Group():
         yield _fault(path, fields, Group())
         return
@@ -372,7 +373,7 @@ def _faults(
 
 
 def _conflicts(config: Mapping) -> Iterator[str]:
-    """Fields that are each allowed, but not together."""
+    """Messages about fields that are valid by themselves, but not together."""
     mesh, loss, text, image = (config[group] for group in ("mesh", "loss", "text", "image"))
     if mesh["data"] == mesh["fsdp"] == -1:
         yield "config.mesh.data and config.mesh.fsdp are both -1; one may be (all that are left)"

@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 def feature_cache() -> pathlib.Path:
-    """Where the outputs of frozen towers are kept; each process of a run has its own folder."""
-    import jax  # here, as `prepare` needs none
+    """The folder that caches outputs of frozen towers; each process of a run has its own."""
+    import jax  # here, because `prepare` does not need it
 
     folder = cache_folder() / "features"
     return folder if jax.process_count() == 1 else folder / f"process-{jax.process_index()}"
 
 
 def missing(config: ConfigDict) -> list[str]:
-    """What is not at hand of the data set and the test sets of a run; takes no time.
+    """Describes missing files of a run's data set and test sets, without reading the data.
 
     Returns:
-      For each what it is, how large, and the commands that get it.
+      For each missing part, what it is, its size, and the commands that download it.
 
     Raises:
       FileNotFoundError, ValueError: files exist but can't be used.
@@ -47,13 +47,13 @@ def missing(config: ConfigDict) -> list[str]:
 
 
 def prepare(config: ConfigDict) -> str:
-    """Prepares the data set where it is not prepared yet.
+    """Prepares the data set, if that was not done before.
 
-    Where the configuration is evaluated on XTD10, its captions (1 MB) are downloaded if they are
-    not at hand; nothing else ever is.
+    If the configuration has XTD10 as a test set and its captions (1 MB) are missing, they are
+    downloaded; nothing else is ever downloaded.
 
     Returns:
-      Where it is, and how many photos and captions each split holds.
+      The folder of the prepared set, and the number of photos and captions in each split.
 
     Raises:
       ValueError, FileNotFoundError: as `training_photos`.
@@ -75,11 +75,11 @@ def prepare(config: ConfigDict) -> str:
 
 
 def training_photos(config: ConfigDict) -> CaptionedImages:
-    """The training photos, less those of the test sets and, always, those of XTD10.
+    """The training photos, without photos of the test sets and of XTD10 (always excluded).
 
     Raises:
       ValueError: the data set or a split is unknown, or a test photo would be trained on.
-      FileNotFoundError: the data set, or a test set, is not where the configuration says.
+      FileNotFoundError: the data set or a test set is missing from its configured folder.
     """
     run = run_data(config)
     data = run.open()
@@ -107,7 +107,7 @@ def training_photos(config: ConfigDict) -> CaptionedImages:
 
 
 def check_batch_size(config: ConfigDict, captions: int) -> None:
-    """Raises ValueError where a batch is larger than the number of training captions."""
+    """Raises ValueError if a batch is larger than the number of training captions."""
     if config.data.batch_size > captions:
         raise ValueError(
             f"config.data.batch_size is {config.data.batch_size:,}, but the training split "
@@ -131,11 +131,11 @@ def split_photos(config: ConfigDict, name: str) -> CaptionedImages:
 
 
 def prepared_set(config: ConfigDict) -> PreparedSet:
-    """The run's data set; looked for once in a process, as COCO's JSON takes seconds to read.
+    """The run's data set; opened once per process, because COCO's JSON takes seconds to read.
 
     Raises:
-      ValueError: no data set is named, or no folder.
-      FileNotFoundError: it is not there.
+      ValueError: the configuration names no data set, or not its folder.
+      FileNotFoundError: the data set is missing.
     """
     name, folder = config.data.name, config.data.dir
     if not name:
@@ -151,12 +151,12 @@ def prepared_set(config: ConfigDict) -> PreparedSet:
 
 @functools.cache
 def open_data_set(name: str, folder: str, annotations: str, cache: pathlib.Path) -> PreparedSet:
-    """The data set of a name, in a folder; opened once in a process for each cache folder."""
+    """A data set by its name and folder; opened once per process and cache folder."""
     return datasets.find(name).open(folder, annotations)
 
 
 def run_data(config: ConfigDict) -> RunData:
-    """The run's data set as test sets take it: opened only if they ask for it."""
+    """The run's data set for test sets, which open it only if they need it."""
     return RunData(config.data.dir, functools.partial(prepared_set, config))
 
 
@@ -169,14 +169,14 @@ def test_sets(
       config: the run's configuration.
       names: one, or several joined with commas, of: a name of `config.evals`; "xtd10";
         "split:NAME", a split of the run's data set; a folder in XTD10's layout. Empty: all of
-        `config.evals`, and where there are none the split "test".
-      images: the folder that holds their photos, at any depth; empty: as the configuration says.
+        `config.evals`; if there are none, the split "test".
+      images: the folder of their photos, searched at any depth; empty: as the configuration says.
       drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.
 
     Raises:
       FileNotFoundError: a folder, one of its files, or a photo is missing.
-      ValueError: the folder's files do not fit together.
+      ValueError: the folder's files contradict each other.
     """
     chosen = [_named(config, name) for name in _listed(names)] if names else _own(config)
     found = []
@@ -194,7 +194,7 @@ def _own(config: ConfigDict) -> Iterator[tuple[Entry, Options]]:
     evals = config.evals
     if not evals:
         yield _named(config, "split:test")
-    # Multilingual ones first: an export is checked on the first one.
+    # Multilingual sets first, because an export is checked on the first set.
     for name in sorted(evals, key=lambda name: (evals[name].get("type") == "split", name)):
         yield _configured(config, name)
 
@@ -229,5 +229,5 @@ def _named(config: ConfigDict, name: str) -> tuple[Entry, Options]:
 
 
 def _listed(names: str) -> list[str]:
-    """Test sets that are joined with commas; the name of a folder may have one in it."""
+    """Splits names at commas, unless they are one folder whose name contains a comma."""
     return [names] if os.path.isdir(names) else names.split(",")

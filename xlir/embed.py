@@ -1,4 +1,4 @@
-"""(parameters, texts or images) -> embeddings, in batches of few shapes over all devices."""
+"""Embeds texts and images with given parameters, in batches of few shapes over all devices."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ from xlir.models.family import TowerSpec
 PyTree = Any
 SIDES = ("text", "image")
 
-# Inputs that go through a tower, or rows that go through a head, at once on each device.
+# Batch sizes per device: inputs of a tower, tokens, and rows of precomputed features.
 IMAGE_BATCH = 32
 TEXT_BATCH = 128
 TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Which inputs are in a batch, and this process's share of them under a training batch's keys.
+# Pairs: the rows in a batch, and this process's share of it, under a training batch's keys.
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -40,7 +40,7 @@ class Parameters(NamedTuple):
     """The arrays of a dual encoder, as two trees of nested dicts.
 
     Attributes:
-      trained: what training changes, as `TrainState.params` holds it.
+      trained: the parameters that training changes, as in `TrainState.params`.
       frozen: everything else, such as the weights of a frozen tower.
     """
 
@@ -49,7 +49,7 @@ class Parameters(NamedTuple):
 
 
 def split(config: ConfigDict, model: dual_encoder.DualEncoder) -> tuple[nnx.GraphDef, Parameters]:
-    """The structure of a model, and its arrays (of an abstract model: their shapes)."""
+    """The structure of a model, and its arrays (for an abstract model, their shapes)."""
     graph, *states = nnx.split(model, dual_encoder.trainable(config), ...)
     return graph, Parameters(*map(nnx.to_pure_dict, states))
 
@@ -59,7 +59,7 @@ class Inputs:
     """Texts and images whose frozen-tower outputs are cached.
 
     Attributes:
-      name: what a progress bar calls them.
+      name: their name in progress bars.
       texts: all texts.
       images: all images.
       images_fingerprint: identifies the images' content.
@@ -72,18 +72,18 @@ class Inputs:
 
 
 class Embedder:
-    """Computes embeddings with the parameters that each call is given.
+    """Computes embeddings with the parameters passed to each call.
 
-    It holds no arrays of the model, so it does not matter what a training step changes or deletes.
-    Inputs are split over the devices of a mesh. Where these are of several processes, all have to
+    It holds no arrays of the model, so a training step may change or delete the parameters. Inputs
+    are split over the devices of a mesh. If these belong to several processes, all processes must
     make the same calls, and all get all outputs.
 
     Attributes:
       config: the configuration of the model.
       graph: the structure of the model, from `split`.
       tokenizer: texts -> token ids.
-      specs: of both towers.
-      preprocessing: what the image tower expects of pixels.
+      specs: the descriptions of both towers.
+      preprocessing: size and normalization of the pixels that the image tower expects.
       feature_dims: the width of each tower's outputs.
       mesh: the devices.
     """
@@ -111,7 +111,7 @@ class Embedder:
         """Unit-length embeddings of texts or images; dot products are cosines.
 
         Args:
-          parameters: of the model, laid out on the mesh.
+          parameters: the model's parameters, sharded over the mesh.
           side: "text" or "image".
           inputs: texts, or photos in any form that `decode` takes.
 
@@ -125,7 +125,7 @@ class Embedder:
     def embed_features(
         self, parameters: Parameters, side: str, features: Float[np.ndarray, "rows features"]
     ) -> Float[np.ndarray, "rows dim"]:
-        """As `embed`, of a tower's outputs, which were computed before.
+        """As `embed`, from outputs of the tower that were computed before.
 
         Raises:
           ValueError: an embedding is not finite.
@@ -137,7 +137,7 @@ class Embedder:
     def features(
         self, parameters: Parameters, side: str, inputs: Sequence
     ) -> Float[np.ndarray, "inputs features"]:
-        """The outputs of a side's tower, which its head would take.
+        """The outputs of a side's tower, which are the inputs of its head.
 
         Args, Raises: as `embed`.
         """
@@ -145,7 +145,7 @@ class Embedder:
         return self._collect(self._tower[side], parameters, side, self.batches(side, inputs), shape)
 
     def batches(self, side: str, inputs: Sequence) -> Batches:
-        """(rows, batch) pairs of texts or images; all rows once, in any order."""
+        """(rows, batch) pairs of texts or images; every row occurs once, in any order."""
         return self.text_batches(inputs) if side == "text" else self.image_batches(inputs)
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
@@ -175,7 +175,7 @@ class Embedder:
             yield rows, {"image": np.stack([next(pixels) for _ in unique])[places]}
 
     def feature_batches(self, side: str, features: np.ndarray) -> Iterator[tuple[np.ndarray, dict]]:
-        """(rows, batch) pairs of a tower's outputs, which were computed before."""
+        """(rows, batch) pairs of outputs of a tower that were computed before."""
         size = FEATURE_BATCH * self.mesh.size
         for rows, share in _row_batches(len(features), size, self.mesh):
             yield rows, {f"{side}_features": np.asarray(features[share])}
@@ -188,12 +188,12 @@ class Embedder:
     ) -> decoding.Pixels:
         """One photo as the image tower takes it, uint8 [size, size, 3].
 
-        `decoding.decode_each` and `decoding.decode_all` run it in the program's pool of threads.
+        `decoding.decode_each` and `decode_all` call this in the program's pool of threads.
 
         Args:
-          photo: a path, encoded bytes or a PIL image; pixels are returned as they are.
-          name: what an error calls a photo that has no path.
-          generator: draws a random crop and mirroring, as config.image says; None for neither.
+          photo: a path, encoded bytes or a PIL image; decoded pixels are returned unchanged.
+          name: the name in errors of a photo that has no path.
+          generator: draws the random crop and mirroring of config.image; None for neither.
 
         Raises:
           ValueError, FileNotFoundError: as `decoding.decode`.
@@ -210,15 +210,15 @@ class Embedder:
         return decoding.decode(photo, name, read)
 
     def weights(self, parameters: Parameters, part: str) -> dict[str, np.ndarray]:
-        """The weights, whole and by dotted path, of "text_tower", "text_head", "image_tower" ..."""
+        """The whole weights of "text_tower", "text_head", "image_tower" ..., by dotted path."""
         module = getattr(nnx.merge(self.graph, *parameters), part)
         return {name: partition.gather(x) for name, x in pretrained.flatten(module).items()}
 
     def describe_tower(self, parameters: Parameters, side: str) -> dict[str, object]:
         """Everything that a tower's outputs depend on, except the input.
 
-        Features are kept under it. Parameters and the default pooling are therefore named as in the
-        first version, so that features which that version has kept are still found.
+        It is the key of cached features. Parameters and the default pooling therefore have the
+        names of the first version, so that features cached by that version are still found.
         """
         weights, digest = self.weights(parameters, f"{side}_tower"), hashlib.sha256()
         for name, array in sorted(parameter_names.weights_of(1, weights).items()):
@@ -280,8 +280,8 @@ class Embedder:
 def padded_share(rows: Int[np.ndarray, " rows"], mesh: Mesh) -> Int[np.ndarray, " share"]:
     """The rows of a batch that this process reads.
 
-    The batch is padded with its last row, to a power of two on each device, so that few shapes are
-    compiled for.
+    The batch is padded to a power of two per device by repeating its last row, so that few shapes
+    are compiled.
     """
     of_device = -(-len(rows) // mesh.size)
     size = mesh.size << (of_device - 1).bit_length()
@@ -303,13 +303,14 @@ def frozen_features(
     inputs: Inputs,
     folder: pathlib.Path,
 ) -> dict[str, Float[np.ndarray, "rows features"]]:
-    """The outputs of frozen towers by side, from the cache or computed into it.
+    """The outputs of frozen towers by side, read from the cache or computed and cached.
 
     Args:
-      embedder, parameters: what computes them.
-      descriptions: `Embedder.describe_tower` of each side whose outputs are wanted.
+      embedder: computes outputs that are not cached.
+      parameters: the parameters of the towers.
+      descriptions: `Embedder.describe_tower` of each requested side.
       inputs: the texts and images.
-      folder: of the cache.
+      folder: the folder of the cache.
     """
     sources = {
         "text": (inputs.texts, fingerprint({"texts": inputs.texts})),

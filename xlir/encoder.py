@@ -31,7 +31,7 @@ from xlir.models.family import TowerSpec
 
 log = logging.getLogger(__name__)
 
-# In the folder of a tower in a workdir.
+# Files in the folder of each tower of a run.
 WEIGHTS_FILE = "weights.safetensors"
 SPEC_FILE = "tower.json"
 
@@ -40,10 +40,10 @@ class Encoder:
     """A dual encoder: an `Embedder` together with the parameters that it embeds with.
 
     Args, Attributes:
-      embedder: computes the embeddings, on the devices of its mesh. Where these are of several
-        processes, all have to make the same calls.
-      parameters: laid out on that mesh.
-      step: training steps that the parameters have seen.
+      embedder: computes the embeddings on the devices of its mesh. If these belong to several
+        processes, all processes must make the same calls.
+      parameters: the parameters, sharded over that mesh.
+      step: number of training steps after which the parameters were saved.
       config, tokenizer, preprocessing, specs, feature_dims, mesh: those of the embedder.
     """
 
@@ -65,13 +65,13 @@ class Encoder:
         specs: dict[str, TowerSpec],
         mesh: Mesh | None = None,
     ) -> "Encoder":
-        """An encoder of a model that has its weights, which are laid out on the mesh.
+        """An encoder from a model with loaded weights, which are sharded over the mesh.
 
         Args:
           config: the configuration that the model was built from.
-          model: the model, as a rule in the host's memory.
-          tokenizer: of the text tower.
-          specs: of both towers.
+          model: the model, usually in the host's memory.
+          tokenizer: the tokenizer of the text tower.
+          specs: the descriptions of both towers.
           mesh: the devices; default: the first one.
         """
         mesh = mesh or partition.single_device_mesh()
@@ -88,11 +88,11 @@ class Encoder:
 
         Args:
           config: see configs/base.py.
-          texts: what a trimmed vocabulary (`text.trim_vocab`) must be able to split.
-          mesh: the devices to lay it on; default: the first one.
+          texts: texts whose tokens a trimmed vocabulary (`text.trim_vocab`) must keep.
+          mesh: the devices; default: the first one.
 
         Raises:
-          ValueError: the configuration can't be, or names something unknown.
+          ValueError: the configuration is invalid, or names something unknown.
           FileNotFoundError: weights or tokenizer are not installed.
         """
         check_config(config)
@@ -126,19 +126,19 @@ class Encoder:
         """A trained encoder.
 
         Args:
-          workdir: the folder of a training run; nothing else is needed, no network either.
-          checkpoint: "best" (by validation) or "latest". If it is damaged, the next best
-            or the previous one is loaded and logged; `step` tells which one was loaded.
-          weights: "ema", the moving average over training, or "raw"; default: "ema" where the run
-            keeps one.
-          dtype: what to compute in; default: as the configuration says.
-          mesh: the devices to lay it on; default: the first one. It need not be the one that the
-            checkpoint was saved from.
+          workdir: the folder of a training run. Nothing else is needed, not even a network.
+          checkpoint: "best" (by validation) or "latest". If that checkpoint is damaged, the next
+            best or the previous one is loaded, which is logged; `step` is the step of the loaded
+            checkpoint.
+          weights: "ema", the moving average over training, or "raw"; default: "ema" if the run
+            keeps a moving average.
+          dtype: the dtype of the computation; default: as the configuration says.
+          mesh: the devices; default: the first one. It may differ from the mesh of training.
 
         Raises:
-          FileNotFoundError: the folder is not a run's, or holds no checkpoint yet.
-          ValueError: an argument is none of these, the run keeps no moving average, or a file of
-            the run is damaged or of another model.
+          FileNotFoundError: the folder is not the folder of a run, or has no checkpoint yet.
+          ValueError: an argument has another value than these, the run keeps no moving average, or
+            a file of the run is damaged or belongs to another model.
         """
         if checkpoint not in ("best", "latest"):
             raise ValueError(f"checkpoint is {checkpoint!r}; known: best, latest")
@@ -164,16 +164,16 @@ class Encoder:
     def open(
         cls, workdir: pathlib.Path, mesh: Mesh | None = None, config: ConfigDict | None = None
     ) -> "Encoder":
-        """The encoder of a run with its towers as saved and untrained heads.
+        """The encoder of a run, with its saved towers and untrained heads.
 
         Args:
           workdir: the folder of a training run.
           mesh: as of `load`.
-          config: default: the run's own, from which it may differ in what does not change the
-            model's form, such as what it computes in.
+          config: default: the run's own. It may differ from that in fields that do not change the
+            model's structure, such as dtypes.
 
         Raises:
-          FileNotFoundError: the folder is not a run's, or lacks a file.
+          FileNotFoundError: the folder is not the folder of a run, or a file is missing.
           ValueError: a file is damaged.
         """
         config = run_folder.read_config(workdir) if config is None else config
@@ -188,7 +188,7 @@ class Encoder:
                 folder = run_folder.tower_folder(workdir, side)
                 specs[side] = towers.read_spec(side, folder / SPEC_FILE)
                 create = functools.partial(towers.create, specs[side], config[side])
-                # Only shapes: the saved weights would replace random ones at once.
+                # Only shapes, because the saved weights replace random initial ones anyway.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
                 pretrained.load(loaded[side], folder / WEIGHTS_FILE)
             rngs = nnx.Rngs(config.seed)
@@ -206,8 +206,8 @@ class Encoder:
     def save(self, workdir: pathlib.Path) -> None:
         """Writes what training does not change: both towers, the tokenizer and the configuration.
 
-        config.json comes last: a folder that has it is whole. Of several processes the first one
-        writes.
+        config.json is written last, so a folder that has it is complete. With several processes,
+        the first one writes.
         """
         weights = {side: self.weights(f"{side}_tower") for side in SIDES}
         if jax.process_index():
@@ -224,7 +224,7 @@ class Encoder:
         """Unit-length embeddings of texts in any language; dot products are cosines.
 
         Raises:
-          ValueError: an embedding is not finite, as the weights are damaged.
+          ValueError: an embedding is not finite, because the weights are damaged.
         """
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, not one string")
@@ -234,8 +234,8 @@ class Encoder:
         """Unit-length embeddings of images: paths, encoded bytes or PIL images.
 
         Raises:
-          ValueError: an image can't be decoded, is no regular file or too large (the message names
-            it); or its embedding is not finite.
+          ValueError: an image can't be decoded, is not a regular file or is too large (the message
+            names the image), or its embedding is not finite.
           FileNotFoundError: a path does not exist.
         """
         if isinstance(images, Photo) and not isinstance(images, np.ndarray):
@@ -245,11 +245,11 @@ class Encoder:
     def frozen_features(
         self, inputs: Inputs, folder: pathlib.Path, sides: Sequence[str] = SIDES
     ) -> dict[str, Float[np.ndarray, "rows features"]]:
-        """The outputs of frozen towers by side, from the cache in a folder or computed into it.
+        """The outputs of frozen towers by side, read from the cache or computed and cached.
 
         Args:
           inputs: the texts and images.
-          folder: of the cache.
+          folder: the folder of the cache.
           sides: the sides to compute; sides that the configuration does not freeze are skipped.
         """
         frozen = [side for side in sides if self.config[side].frozen]
@@ -257,7 +257,7 @@ class Encoder:
         return embed.frozen_features(self.embedder, self.parameters, descriptions, inputs, folder)
 
     def weights(self, part: str) -> dict[str, np.ndarray]:
-        """The weights, whole and by dotted path, of "text_tower", "text_head", "image_tower" ..."""
+        """The whole weights of "text_tower", "text_head", "image_tower" ..., by dotted path."""
         return self.embedder.weights(self.parameters, part)
 
     @property

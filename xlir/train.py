@@ -40,7 +40,7 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from step to step of a training run.
+    """The parts of a training run that do not change from step to step.
 
     Attributes:
       config: see configs/base.py.
@@ -62,7 +62,7 @@ class Run:
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: bool = False) -> None:
-    """Trains, resuming where a checkpoint is found, and evaluates the best checkpoint at the end.
+    """Trains, or resumes from the latest checkpoint; then evaluates the best checkpoint.
 
     Args:
       config: see configs/base.py.
@@ -71,10 +71,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
 
     Raises:
       FileNotFoundError: data or weights are missing; the message says how to get them.
-      ValueError: the configuration is not usable, or is not the one that `workdir` was started
-        with, or the data are not; another process is training in `workdir`; or the loss or its
-        gradient is not finite.
-      Stopped: a signal, such as one sent before a preemption, ended the run early.
+      ValueError: the configuration is invalid; it or the data differ from those that `workdir`
+        was started with; another process is training in `workdir`; or the loss or its gradient is
+        not finite.
+      Stopped: a signal ended the run early, for example before a preemption.
     """
     check_config(config)
     with run_folder.Lock(workdir):
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
 
 
 def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
-    """Evaluates the best checkpoint on the test sets of `config`; writes results and pictures."""
+    """Evaluates the best checkpoint on the test sets of `config`; writes results and figures."""
     encoder = Encoder.load(workdir, mesh=mesh)
     for test_set in data.test_sets(config):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
@@ -118,11 +118,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
         run_folder.check_seen(workdir)
     with (
         jax.set_mesh(mesh),
-        Termination() as termination,  # until the checkpoint that it asks for is written
+        Termination() as termination,  # outermost: the last checkpoint is written before it ends
         Checkpoints(workdir) as checkpoints,
     ):
         state = _first_state(run, params, checkpoints)
-        del encoder, params  # the state has its own
+        del encoder, params  # the state has its own copies
         written = workdir if jax.process_index() == 0 else None
         with (
             contextlib.closing(MetricLog(written, int(state.step))) as metric_log,
@@ -189,11 +189,12 @@ def batch_reader(
     Args:
       photos: the training photos.
       captions: all captions, photo by photo.
-      embedder: its tokenizer and its preprocessing are used.
-      features: side -> outputs of a frozen tower for all of its inputs, which are then not read.
+      embedder: provides the tokenizer and the preprocessing.
+      features: side -> outputs of a frozen tower for all inputs of that side. The raw inputs of
+        these sides are not read.
     """
     length, seed = embedder.config.text.max_length, embedder.config.seed
-    # Ids may have 64 bits and those of a batch have 32, so photos are numbered anew.
+    # Photo ids may have 64 bits, and ids in a batch have 32: number the photos from 0.
     _, image_id = np.unique(photos.image_ids, return_inverse=True)
     image_id = image_id.astype(np.int32)
 
@@ -219,7 +220,7 @@ def batch_reader(
 
 
 def _first_state(run: Run, params: PyTree, checkpoints: Checkpoints) -> TrainState:
-    """The state of the latest checkpoint, or that before the first step, on the run's mesh."""
+    """The state of the latest checkpoint, or the initial state, on the run's mesh."""
     if not checkpoints.steps():
         return train_step.first_state(run.config, params, run.layout)
     step, items = checkpoints.restore(run.layout.items())
@@ -236,7 +237,7 @@ def _loop(
     termination: Termination,
     profile: Profile,
 ) -> None:
-    """Trains from the state's step to the last; validates and saves at intervals."""
+    """Trains from the state's step to the last step; validates and saves at intervals."""
     config = run.config
     first, metrics = int(state.step), None
     progress = Progress(first, config.steps, config.data.batch_size)
@@ -282,7 +283,7 @@ def _finite(step: int, metrics: dict[str, Array]) -> dict[str, float]:
     """The metrics of a step as numbers.
 
     Raises:
-      ValueError: training has diverged; nothing may be saved.
+      ValueError: training has diverged, so the state must not be saved.
     """
     values = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "gradient_norm"):

@@ -1,4 +1,4 @@
-"""A training step, as pure functions of a configuration and a model's structure."""
+"""The training step and its state, from a configuration and a model's structure."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class TrainState:
     Attributes:
       step: steps taken, an int32.
       params: trainable parameters, a pure tree of arrays.
-      optimizer: Optax's state for them.
-      ema: their exponential moving average, or None.
+      optimizer: Optax's state for `params`.
+      ema: the exponential moving average of `params`, or None.
     """
 
     step: PyTree
@@ -68,7 +68,7 @@ def first_state(config: ConfigDict, params: PyTree, layout: TrainState) -> Train
 
     Args:
       config: see configs/base.py.
-      params: the initial parameters, on the mesh; they stay as they are.
+      params: the initial parameters, on the mesh; they are copied, not donated.
       layout: the state's shapes and shardings, from `compile_step`.
     """
     shardings = jax.tree.map(lambda x: x.sharding, layout)
@@ -78,7 +78,7 @@ def first_state(config: ConfigDict, params: PyTree, layout: TrainState) -> Train
 def compile_step(
     config: ConfigDict, graph: nnx.GraphDef, params: PyTree, mesh: Mesh
 ) -> tuple[TrainState, TrainStep]:
-    """How the state lies on the mesh, and the training step, compiled when it is first called.
+    """The sharding of the state, and the training step, which is compiled on its first call.
 
     Args:
       config: see configs/base.py.
@@ -87,8 +87,8 @@ def compile_step(
       mesh: the devices.
 
     Returns:
-      A tree of shapes with their shardings, and the step, which deletes the state that it is
-      given: the next one takes its memory.
+      The state's shapes with their shardings, and the step. The step deletes the state that it is
+      given, and the next state reuses its memory.
     """
     shapes = jax.eval_shape(lambda params: init_state(config, params), params)
     shardings = partition.shardings(shapes, mesh)
@@ -103,8 +103,8 @@ def compile_step(
 def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
     """The training step of a model, a pure function.
 
-    Everything random in it is drawn from a key folded from the step, and every row of the batch
-    counts in the loss wherever it lies: the numbers do not depend on the mesh.
+    Its random numbers depend only on the seed and the step, and the loss does not depend on which
+    device holds a row: the results do not depend on the mesh.
     """
     transformation = optimizer.build(config)
     objective = losses.build(config.loss)
@@ -141,7 +141,7 @@ def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
 
 
 def _average(decay: float, ema: PyTree | None, params: PyTree, step: Int[Array, ""]):
-    """The next moving average; the decay is lower early on, so the initial values fade."""
+    """The next moving average; a lower decay early in training makes the initial values fade."""
     if ema is None:
         return None
     decay = jnp.minimum(decay, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, who may write to it, and whether a run may go on in it."""
+"""A run's folder: its configuration, its lock, and the checks before a run resumes in it."""
 
 import contextlib
 import fcntl
@@ -25,8 +25,8 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 LOCK_FILE = ".lock"
 
-# Fields that may change while a run goes on, as on another machine or in less memory: what it
-# learns does not depend on them. (With other microbatches dropout draws other masks.)
+# Fields that may change when a run resumes, for example on another machine or with less memory: the
+# trained model does not depend on them. (With other microbatches, dropout draws other masks.)
 FREE = re.compile(
     r"config\.(mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
     r"|.*\.remat)"
@@ -44,11 +44,11 @@ def is_run(workdir: pathlib.Path) -> bool:
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration that a run was started with; newer fields get their defaults.
+    """The configuration that a run was started with; fields added since get their defaults.
 
     Raises:
-      FileNotFoundError: the folder is not a run's.
-      ValueError: the file is damaged, or a field is not what it may be.
+      FileNotFoundError: the folder is not the folder of a run.
+      ValueError: the file is damaged, or a field has an invalid value.
     """
     file, config = workdir / CONFIG_FILE, base.get_config()
     if not file.is_file():
@@ -65,7 +65,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the configuration, and the digests of it and of the towers' files, which are there."""
+    """Writes the configuration, and digests of it and of the towers' files (written before)."""
     content = json.dumps(config.to_dict(), indent=1)
     towers = (tower_folder(workdir, side) for side in ("text", "image"))
     found = (file for folder in towers for file in folder.rglob("*") if file.is_file())
@@ -75,10 +75,11 @@ def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 class Lock(contextlib.AbstractContextManager):
-    """Keeps a second training run out of a folder. The system releases it when the process ends.
+    """Keeps a second training run out of a folder.
 
-    The folder is made if it does not exist. If no run was started in it, it is removed at the end.
-    Of several processes, which all have to enter, the first one holds the lock.
+    The folder is created if it does not exist, and removed at the end if no run was started in it.
+    With several processes, all must enter, and the first one holds the lock. The operating system
+    releases the lock when the process ends.
 
     Raises (on entering):
       ValueError: another process is training in the folder, or it can't be written to.
@@ -94,7 +95,7 @@ class Lock(contextlib.AbstractContextManager):
         return self
 
     def _acquire(self) -> str:
-        """Takes the lock; returns why that is not possible, or nothing."""
+        """Takes the lock; returns the reason if that is not possible, otherwise an empty string."""
         if "\\" in str(self._workdir.absolute()):
             return (
                 f"--workdir={self._workdir}: checkpoints can't be kept where a name has a backslash"
@@ -131,12 +132,12 @@ class Lock(contextlib.AbstractContextManager):
 
 
 def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathlib.Path) -> None:
-    """Refuses to go on with a configuration that would learn something else.
+    """Refuses to resume with a configuration that would train another model.
 
     Raises:
       ValueError: a field that is not in FREE differs; the message names all such fields.
     """
-    # Through JSON, in which a tuple is a list.
+    # Compared as JSON, in which tuples become lists.
     old, new = (json.loads(config.to_json()) for config in (started_with, given))
     if differing := sorted(_differences(old, new)):
         raise ValueError(
@@ -146,7 +147,7 @@ def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathli
 
 
 def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
-    """`config.a.b (old -> new)` for each field that differs and has to be the same."""
+    """`config.a.b (old -> new)` for each field that differs although it must not."""
     found = []
     for name in old.keys() | new.keys():
         before, after = old.get(name, "absent"), new.get(name, "absent")
@@ -158,15 +159,15 @@ def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
 
 
 def check_data(workdir: pathlib.Path, data: dict[str, Any], *, accept_changes: bool) -> None:
-    """Records what a run learns from, `<workdir>/data.json`, or compares it with the record.
+    """Records a run's data in `<workdir>/data.json`, or compares the data with the record.
 
     Args:
       workdir: the run's folder.
-      data: describes the data, as JSON can hold it.
-      accept_changes: record data that differ; the run is compared with them from now on.
+      data: a description of the data, in types that JSON has.
+      accept_changes: if the data differ, replace the record instead of raising an error.
 
     Raises:
-      ValueError: they differ, or the record is damaged.
+      ValueError: the data differ from the record, or the record is damaged.
     """
     file = workdir / DATA_FILE
     try:
@@ -188,14 +189,14 @@ def check_data(workdir: pathlib.Path, data: dict[str, Any], *, accept_changes: b
 
 
 def _describe(data: Any) -> str:
-    """The record of the data in a few words."""
+    """The record of the data as one line."""
     if not isinstance(data, dict):
         return repr(data)
     return ", ".join(f"{name} {value}" for name, value in data.items())
 
 
 def results_folder(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Where results are written; None, and a warning, where they can't be."""
+    """The folder for results; None, with a warning, if it can't be written."""
     folder = workdir / "results"
     try:
         files.make_writable_folder(folder)
@@ -206,9 +207,9 @@ def results_folder(workdir: pathlib.Path) -> pathlib.Path | None:
 
 
 def check_seen(workdir: pathlib.Path) -> None:
-    """Raises ValueError where not all processes see the folder that the first one has written."""
+    """Raises ValueError if a process does not see the folder that the first process wrote."""
     partition.wait_for_all()
-    for _ in range(60):  # seconds that a network file system may take
+    for _ in range(60):  # a network file system may take up to 60 seconds
         if is_run(workdir):
             break
         time.sleep(1)
