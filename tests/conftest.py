@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, real data where it is, and small runs to look at."""
+"""Eight CPU devices for every test, real data if it is there, and small runs to inspect."""
 
 import itertools
 import json
@@ -11,8 +11,8 @@ import sys
 import tempfile
 
 # Tests compile much and compute little: without optimised machine code they take half of the time.
-# What users run is started by `command` below, and has all of it; to test the rest with it as well,
-# set XLA_FLAGS=--xla_backend_optimization_level=3.
+# The fixture `command` below runs the program with full optimisation, as users do. To test
+# everything with it, set XLA_FLAGS=--xla_backend_optimization_level=3.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
@@ -21,9 +21,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes longer than anything else, and tests compile the same programs again and again. So
-# they keep what they compile until the session ends: this process, those that it starts, and the
-# workers of pytest-xdist, which have the variable from the process that starts them.
+# Compiling takes longer than anything else, and tests compile the same programs again and again.
+# Compiled programs are therefore cached until the session ends, for this process, the processes
+# that it starts, and the workers of pytest-xdist, which inherit the variable.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="xlir-tests-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from tests import runs
 from tests.runs import REPOSITORY
 
-# pytest-xdist's name for this process, where it is one of several that run the tests.
+# The name of this process, if it is a worker of pytest-xdist.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
 
@@ -48,10 +48,10 @@ def pytest_collectreport(report):
 
 
 def _list_skipped(report) -> None:
-    """Appends what is skipped to the file that $XLIR_LIST_SKIPPED names.
+    """Appends skipped tests to the file that $XLIR_LIST_SKIPPED names.
 
-    `pytest @FILE` runs it, in an environment that has what was lacking. Workers pass their reports
-    on to the process that started them, which alone writes the file.
+    `pytest @FILE` then runs them in an environment that has what they need. Workers send their
+    reports to the process that started them, and only that process writes the file.
     """
     file = os.environ.get("XLIR_LIST_SKIPPED")
     if file and report.skipped and not WORKER:
@@ -61,7 +61,7 @@ def _list_skipped(report) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of real photos and captions; the test skips where it is absent."""
+    """The folder of real photos and captions; if it is missing, the test is skipped."""
     folder = pathlib.Path(os.environ.get("XLIR_SHARED", REPOSITORY.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"needs real photos and captions in {folder} (set XLIR_SHARED)")
@@ -70,7 +70,7 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory) -> pathlib.Path:
-    """A folder that all workers share, for what is made once (`runs.once`) and then only read."""
+    """A folder that all workers share, for files that are made once (`runs.once`), then read."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if WORKER else folder
 
@@ -91,7 +91,7 @@ def photos(session_folder) -> pathlib.Path:
 
 @pytest.fixture
 def read_only():
-    """An empty folder, and a function after which nobody may write into it."""
+    """An empty folder, and a function that makes the folder and its content read-only."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
 
@@ -102,7 +102,7 @@ def read_only():
             for place in places():
                 place.chmod(0o555 if place.is_dir() else 0o444)
             if not os.getuid():
-                os.seteuid(65534)  # nobody, as root may write everywhere
+                os.seteuid(65534)  # become nobody, because root may write everywhere
 
         yield folder, forbid
         os.seteuid(os.getuid())
@@ -116,7 +116,7 @@ PLACES = {"left": "links", "right": "rechts", "top": "oben", "middle": "Mitte"}
 
 
 def write_photos(folder: pathlib.Path) -> None:
-    """60 JPEGs; the last 20 are the test set, of which 4 also stand in the training split."""
+    """60 JPEGs; the last 20 are the test set, and 4 of these are also in the training split."""
     corners = {"left": (4, 20), "right": (36, 20), "top": (20, 4), "middle": (20, 20)}
     (folder / "images").mkdir(parents=True)
     entries, german = [], {}
@@ -153,7 +153,7 @@ def write_photos(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="session")
 def command(photos):
-    """Runs `python -m xlir.main` as a user would, on one device; returns the finished process."""
+    """Runs `python -m xlir.main` as users do, on one device; returns the finished process."""
 
     def run(
         *arguments: str,
@@ -184,7 +184,7 @@ RUN_MAIN = "from xlir import main; main.leave(main.main())"
 
 @pytest.fixture(scope="session")
 def tiny(photos) -> list[str]:
-    """Flags of a training run of seconds on the small set."""
+    """Flags of a training run on the small set that takes seconds."""
     return [
         "--config=configs/flickr8k.py",
         f"--config.data.dir={photos}",
@@ -209,7 +209,7 @@ def workdir(command, tiny, session_folder, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def toy_config(photos):
-    """A run of seconds with trained toy towers and a moving average."""
+    """A run with trained toy towers and a moving average that takes seconds."""
     from configs import xlmr
 
     config = xlmr.get_config("tiny")
@@ -221,7 +221,7 @@ def toy_config(photos):
 
 @pytest.fixture(scope="session")
 def toy_run(toy_config, session_folder) -> pathlib.Path:
-    """A finished run of `toy_config`, trained in this process; to be copied, not changed."""
+    """A finished run of `toy_config`, trained in this process; tests must not change it."""
     from xlir import train
 
     return runs.once(session_folder / "toy", lambda to: train.train(toy_config, to))
@@ -229,20 +229,20 @@ def toy_run(toy_config, session_folder) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def one_device(photos, session_folder) -> runs.Run:
-    """A run on one device, which those on others are compared with; only to be read."""
+    """A run on one device, to compare other runs with; tests must not change it."""
     return runs.whole_run(session_folder / "one-device", runs.flags_of(photos))
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Exported folders are checked in this process, which saves the import of torch each time."""
+    """Checks exported folders in this process, which saves importing torch each time."""
     from xlir.export import check, verification
 
     def run(folder, format, pairs):
         return check.outputs(format, folder, pairs.texts, pairs.images)
 
     monkeypatch.setattr(verification, "_run", run)
-    # Each folder's modules have the same names.
+    # The modules of all exported folders have the same names.
     before = set(sys.modules), list(sys.path)
     yield
     for name in set(sys.modules) - before[0]:

@@ -1,4 +1,4 @@
-"""Runs that several tests share: how they are started, and what is read of them afterwards."""
+"""Starts runs that several tests share, and reads their output."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 def once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Calls `make(folder)` unless another worker of the tests has; waits for one that is at it.
+    """Calls `make(folder)` once: if another worker has done it or is doing it, waits and returns.
 
-    That the folder was made is kept in a file beside it.
+    A file beside the folder records that the folder was made.
     """
     with open(f"{folder}.lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -39,12 +39,12 @@ def once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.
 
 
 def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs the command line in this process, on one device; returns what a process would.
+    """Runs the command line in this process, on one device; returns it as a finished process.
 
-    It saves the seconds in which a process imports JAX. What kills, replaces modules or reads the
-    output while it comes needs a process: the fixture `command`.
+    This saves the seconds that a new process needs to import JAX. Tests that kill the program,
+    replace modules or read output while it runs need a new process: the fixture `command`.
     """
-    # Not before jaxtyping's checks are in place, which come after conftest.py.
+    # Imported here, because jaxtyping's checks are installed after conftest.py is imported.
     import jax
 
     from xlir import data, main
@@ -53,7 +53,7 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     handler = logging.StreamHandler(err)
     logging.root.addHandler(handler)
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    data.open_data_set.cache_clear()  # as in another process
+    data.open_data_set.cache_clear()  # as in a new process
     try:
         with (
             contextlib.chdir(REPOSITORY),
@@ -79,7 +79,7 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
 
 
 def metrics_of(workdir):
-    """The records of a run without what depends on the clock."""
+    """The records of a run, without values that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = ("examples_per_second", "seconds/")
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
@@ -87,7 +87,7 @@ def metrics_of(workdir):
 
 def checkpoint_of(workdir, step):
     """All arrays of a checkpoint."""
-    import orbax.checkpoint as ocp  # imports JAX, which not all need that read this file
+    import orbax.checkpoint as ocp  # here, because it imports JAX
 
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         names = ("params", "optimizer")
@@ -98,7 +98,7 @@ def checkpoint_of(workdir, step):
 STEPS = 20
 TIMEOUT = 280
 
-# Takes the place of Python in launch.sh: `python -m xlir.main` with something done before.
+# Replaces Python in launch.sh: runs a script, then `python -m xlir.main`.
 PYTHON = """#!{python}
 import logging, os, sys
 sys.path[0] = os.getcwd()
@@ -109,7 +109,7 @@ logging.basicConfig(format="%(message)s", level=logging.WARNING)
 from xlir import main
 main.leave(main.main())
 """
-# Batches are read ahead, so more of them may be recorded than were trained on.
+# Batches are read ahead, so more batches may be recorded than were trained on.
 RECORD = """
 import json, zlib
 import jax
@@ -126,7 +126,7 @@ def read_and_record(self, step):
     return batch
 loader.Batches.__getitem__ = read_and_record
 """
-# Every process calls `write` after each step, as --config.log_every=1, before anything is saved.
+# Every process calls `write` after each step (--config.log_every=1), before anything is saved.
 AFTER_STEP = """
 import os, signal, time
 import jax
@@ -143,7 +143,7 @@ MetricLog.write = act_and_write
 
 @dataclasses.dataclass
 class Ended:
-    """What a command has left.
+    """A command that has ended.
 
     Attributes:
       code: exit code.
@@ -159,15 +159,15 @@ class Ended:
 
 
 def after_step(step: int, action: str, *, process: int = 0, pause: float = 0) -> str:
-    """A script that acts in one process after a step; all then pause after each step."""
+    """A script that acts in one process after a step; from then on, all pause at each step."""
     return AFTER_STEP.format(step=step, process=process, action=action, pause=pause)
 
 
 def terminate(step: int, *, processes: int = 1) -> str:
-    """A script that sends SIGTERM after a step: where there are several processes, to launch.sh."""
+    """A script that sends SIGTERM after a step; with several processes, to launch.sh."""
     if processes == 1:
         return after_step(step, "os.kill(os.getpid(), signal.SIGTERM)")
-    # Which passes it on while steps are taken; not so many that the run would end before.
+    # launch.sh forwards the signal. The pauses keep the run from ending before it arrives.
     return after_step(step, "os.kill(os.getppid(), signal.SIGTERM)", pause=1)
 
 
@@ -179,7 +179,7 @@ def run(
     processes: int = 1,
     devices: int = 1,
 ) -> Ended:
-    """Runs xlir.main in `folder`/run, in processes of so many CPU devices each."""
+    """Runs xlir.main in `folder`/run; `devices` is the number of CPU devices per process."""
     folder.mkdir(exist_ok=True)
     python = folder / f"python-{len(list(folder.glob('python-*')))}"
     python.write_text(PYTHON.format(python=sys.executable, script=script))
@@ -209,7 +209,7 @@ def run(
 
 
 def end_all(folder: pathlib.Path) -> list[str]:
-    """Ends what still runs in a folder; returns its command lines."""
+    """Kills processes whose command lines name a folder; returns these command lines."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -217,7 +217,7 @@ def end_all(folder: pathlib.Path) -> list[str]:
             if any(str(folder) in word for word in words):
                 os.kill(int(path.name), signal.SIGKILL)
                 found.append(" ".join(words))
-        except (OSError, UnicodeDecodeError):  # has ended by itself
+        except (OSError, UnicodeDecodeError):  # it has ended by itself
             continue
     return found
 
@@ -230,7 +230,7 @@ def curve_of(workdir: pathlib.Path, name: str) -> np.ndarray:
 
 
 def assert_same_curves(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    """The metrics of two runs at each step, and their evaluations."""
+    """Asserts that two runs have the same metrics at each step, and the same evaluations."""
     for name, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-4), ("learning_rate", 0)):
         got, wanted = (curve_of(folder, name) for folder in (workdir, expected))
         print(f"{name} within {np.max(np.abs(got - wanted) / np.maximum(wanted, 1e-9)):.1e}")
@@ -243,9 +243,9 @@ def assert_same_curves(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 
 def batches_of(folder: pathlib.Path, first: int, last: int, processes: int = 1) -> list[list]:
-    """Rows of the batches of some steps, of all processes: [place, image id, checksum].
+    """Rows of the batches of some steps, over all processes: [place, image id, checksum].
 
-    The records are taken away, so that those of another leg of the run follow.
+    The records are deleted, so that the next part of the run starts a new file.
     """
     batches = [[] for _ in range(first, last)]
     for process in range(processes):
@@ -259,7 +259,7 @@ def batches_of(folder: pathlib.Path, first: int, last: int, processes: int = 1) 
 
 
 def flags_of(photos: pathlib.Path) -> list[str]:
-    """Of a run of toy towers, both trained, with augmentation and dropout."""
+    """Flags of a run with toy towers, both trained, with augmentation and dropout."""
     return [
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
@@ -281,7 +281,7 @@ class Run:
 
 
 def whole_run(folder: pathlib.Path, flags: list[str], **where: int) -> Run:
-    """A run in `folder`, or the one that another worker of the tests has left there."""
+    """A run in `folder`, trained unless another worker has already done it."""
 
     def train(folder: pathlib.Path) -> list[list]:
         ended = run(folder, flags, script=RECORD.format(folder=folder), **where)
@@ -292,7 +292,7 @@ def whole_run(folder: pathlib.Path, flags: list[str], **where: int) -> Run:
 
 
 def run_once(folder: pathlib.Path, train: Callable[[pathlib.Path], list[list]]) -> Run:
-    """The run that `train` leaves in `folder`; it returns the batches."""
+    """The run that `train` writes to `folder`, done once; `train` returns the run's batches."""
 
     def write(folder: pathlib.Path) -> None:
         folder.mkdir()
