@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, that damage is noticed, and what is used where one is damaged."""
+"""Checkpoints: which are kept, how damage is detected, and which checkpoint is used then."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ def items(step: int) -> dict:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Checkpoints of steps 1, 2 and 3, the first of which is the best."""
+    """Checkpoints of steps 1, 2 and 3; step 1 is the best."""
     with Checkpoints(tmp_path) as checkpoints:
         for step, score in ((1, 0.9), (2, 0.5), (3, 0.6)):
             checkpoints.save(step, items(step), score)
@@ -41,7 +41,7 @@ def restore(workdir, **options) -> tuple[int, dict]:
 @pytest.mark.parametrize(
     ("scores", "kept"),
     [
-        ((0.1, 0.2, 0.3, 0.4), [3, 4]),  # the last one is the best, and not alone
+        ((0.1, 0.2, 0.3, 0.4), [3, 4]),  # the last one is the best, and one more is kept
         ((0.9, 0.2, 0.3, 0.4), [1, 3, 4]),
         ((0.1, 0.9, 0.3, None), [2, 3, 4]),
         ((None, 0.0, None, None), [2, 3, 4]),  # the only one that was validated
@@ -111,7 +111,7 @@ def test_the_newest_whole_checkpoint_is_used(damage, saved, caplog):
     said = [record.getMessage() for record in caplog.records if record.name == "xlir.checkpoint"]
     assert said[0].startswith("checkpoint 3 is damaged (")
     assert said[1:] == ["using the checkpoint of step 2"]
-    assert (saved / "checkpoints" / "3").is_dir()  # nothing is moved where it is only read
+    assert (saved / "checkpoints" / "3").is_dir()  # in read-only mode, nothing is moved
 
 
 @pytest.mark.parametrize("damage", [cut, empty, cut_record])
@@ -161,7 +161,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(saved, caplog):
 
 
 def test_checkpoints_of_the_version_before_digests(saved):
-    """Their score is in Orbax's metrics, and they have no digests."""
+    """Their scores are in Orbax's metrics, and they have no digests."""
     for step, score in ((1, 0.9), (2, 0.5), (3, 0.6)):
         folder = saved / "checkpoints" / str(step)
         shutil.rmtree(folder / "record")
@@ -210,7 +210,7 @@ def test_every_change_of_one_element_changes_the_digest(dtype):
 
 
 def test_training_resumes_from_the_older_checkpoint(toy_config, toy_run, tmp_path, caplog):
-    """As after a loss of power: the last checkpoint is there, and is zeros."""
+    """As after a power failure, the last checkpoint exists but is full of zeros."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     zero(run / "checkpoints" / "6")
     with caplog.at_level(logging.INFO):
@@ -230,13 +230,13 @@ def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
     other = xlir.Encoder.load(run).step
     assert other != best
     assert f"using the checkpoint of step {other}" in caplog.text
-    shutil.rmtree(run / "checkpoints" / str(other) / "ema")  # not: the weights without average
+    shutil.rmtree(run / "checkpoints" / str(other) / "ema")  # no fallback to raw weights
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be restored"):
         xlir.Encoder.load(run)
 
 
 def test_a_tokenizer_of_another_model(toy_run, tmp_path):
-    """It is noticed by its digest; without digests, where it has tokens beyond the table."""
+    """Its digest differs; without digests, it has more tokens than the embedding has rows."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     file = run / "text_tower" / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -252,7 +252,7 @@ def test_a_tokenizer_of_another_model(toy_run, tmp_path):
 
 
 def test_a_command_says_it_without_a_traceback(workdir, command, tmp_path):
-    """Reads of the damaged checkpoint that are still under way end unheard."""
+    """Pending reads of the damaged checkpoint fail without output."""
     run = shutil.copytree(workdir, tmp_path / "run")
     best = xlir.Encoder.load(run).step
     for file in (run / "checkpoints" / str(best)).rglob("d/*"):

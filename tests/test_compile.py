@@ -1,4 +1,4 @@
-"""The verbs that work from shapes alone: `shardings`, and `compile` for TPUs that are not there."""
+"""The verbs that need only shapes: `shardings`, and `compile` (without a TPU)."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ def test_shardings_prints_the_table(command):
 
 
 def test_an_abstract_batch_is_what_training_reads():
-    """Frozen towers' features, raw input of others."""
+    """The batch has features of frozen towers, and raw inputs of other towers."""
     keys = {
         "tiny": {"text_ids", "text_mask", "image", "image_id"},
         "lit": {"text_ids", "text_mask", "image_features", "image_id"},
@@ -34,7 +34,7 @@ def test_an_abstract_batch_is_what_training_reads():
 
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_flops_of_a_step_against_the_towers_arithmetic(fsdp):
-    """Six operations a parameter and token (forward, and twice that backward) and attention's."""
+    """Six operations per parameter and token (two forward, four backward), plus attention."""
     config = xlmr.get_config()
     config.text.remat = config.image.remat = False
     config.data.batch_size, config.data.microbatches = 64, 1
@@ -44,7 +44,7 @@ def test_flops_of_a_step_against_the_towers_arithmetic(fsdp):
     attention = 12 * 2 * 768 * 64 * (64**2 + 197**2)
     patches, heads, logits = 64 * 196 * 768**2, 2 * 64 * 768 * 512, 64 * 64 * 512
     products = 12 * layer * tokens + attention + heads + logits
-    # The pixels need no gradient, and attention is computed again for the backward pass.
+    # Pixels need no gradient, and the backward pass computes attention again.
     expected = 6 * products + 4 * patches + 2 * attention
     assert cost.flops(traced.jaxpr) == pytest.approx(expected, rel=0.005)
 
@@ -95,7 +95,7 @@ def test_refusals(flags, message):
 
 
 def test_a_step_is_compiled_for_a_tpu(command):
-    """With chunked loss and parameters in parts, as on a real mesh."""
+    """With a chunked loss and sharded parameters, as on a real mesh."""
     pytest.importorskip("libtpu")
     flags = ["--config.data.batch_size=64", "--config.mesh.fsdp=4", "--config.loss.chunk=16"]
     process = command("compile", "--config=configs/xlmr.py:tiny", "--topology=v5e:2x4", *flags)
@@ -106,7 +106,7 @@ def test_a_step_is_compiled_for_a_tpu(command):
 
 
 def test_what_does_not_fit_a_tpu_is_exit_code_1(command):
-    """More than the compiler would take, as heads of 8 billion parameters do."""
+    """Heads with 8 billion parameters make the compiler give up."""
     pytest.importorskip("libtpu")
     flags = ["--config=configs/xlmr.py:frozen", "--config.embedding_dim=2000000"]
     process = command("compile", *flags, "--topology=v5e:2x4", check=False)

@@ -70,7 +70,7 @@ PRODUCT = 2 * 8 * 16 * 16
         (lambda x, w: lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), (x, w), 2),
         (jax.value_and_grad(lambda w, x: (x @ w).sum()), (w, x), 2),
         (jax.value_and_grad(stack(layer)), (weights, x), 5 * 3),
-        # What is not kept is computed again.
+        # Rematerialised operations count again.
         (jax.value_and_grad(stack(jax.checkpoint(layer))), (weights, x), 5 * 4),
     ],
 )
@@ -101,7 +101,7 @@ def test_flops_of_shard_map_are_those_of_all_devices():
     specs = {"in_specs": (P("data"), P(None, "fsdp")), "out_specs": P("data", "fsdp")}
     sharded = jax.shard_map(jnp.matmul, mesh=grid(jax.devices()), **specs)
     assert flops(sharded, x, w) == PRODUCT
-    # Over "data" alone, what one device sees is still whole along "fsdp".
+    # Manual over "data" only: the body still sees whole arrays along "fsdp".
     partly = jax.shard_map(
         jnp.matmul,
         mesh=grid(jax.devices()),
@@ -114,11 +114,11 @@ def test_flops_of_shard_map_are_those_of_all_devices():
 
 # --- Network ---
 
-ROWS = 8 * 64 * 4  # bytes of a device's block
+ROWS = 8 * 64 * 4  # bytes of one device's block
 
 
 def in_blocks(body):
-    """`body` on a device's [8, 64] block, in groups of 4 along "fsdp"."""
+    """`body` on each device's [8, 64] block, in groups of 4 along "fsdp"."""
     options = {"in_specs": P("data", "fsdp"), "out_specs": P("data", "fsdp"), "check_vma": False}
     function = jax.shard_map(body, mesh=grid(jax.devices()), **options)
     return collectives(compiled(function, shape(16, 256)).as_text())
@@ -198,8 +198,8 @@ def test_replica_groups_and_types(groups, size, array, bytes_each):
     assert collectives(text) == {"all-reduce": (1, pytest.approx(received))}
 
 
-# As libtpu 0.0.42 prints it for v5e, cut down: an all-gather that runs beside a product, piece by
-# piece; an all-reduce fused with the slicing of its result; a loop without a count of its trips.
+# As libtpu 0.0.42 prints it for v5e, shortened: an all-gather interleaved with a matrix product; an
+# all-reduce fused with the slicing of its result; a loop without a trip count.
 TPU = module("""
     %start (p0: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
       %p0 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
@@ -296,7 +296,7 @@ def test_collectives_in_a_tpu_executable():
 
 
 def test_hbm_bytes_in_a_tpu_executable():
-    # Each trip: a layer's weight sliced (read, written) and used; the gathered input written and
+    # Each trip slices a layer's weight (read, write) and uses it; the gathered input is written and
     # read again. VMEM holds the rest; the first block is fetched from HBM, the last put there.
     in_loop = (2 * FULL + FULL) + (FULL + FULL)
     assert cost.hbm_bytes(TPU) == pytest.approx(TRIPS * in_loop + 2 * BLOCK, rel=1e-4)
@@ -343,14 +343,14 @@ big, wide = shape(512, 256), shape(256, 1024)
     ],
 )
 def test_hbm_bytes_agree_with_xla_without_loops(function, arguments):
-    """Within a tenth: XLA counts the same there, but for scalars."""
+    """They agree within a tenth: without loops, XLA counts the same except scalars."""
     executable = compiled(function, *arguments)
     expected = executable.cost_analysis()["bytes accessed"]
     assert cost.hbm_bytes(executable.as_text()) == pytest.approx(expected, rel=0.1)
 
 
 def test_hbm_bytes_of_a_scan_are_those_of_its_trips():
-    """Weights are read once, a layer at a time; XLA's own analysis counts one trip."""
+    """All weights are read, one layer per trip; XLA's own analysis counts only one trip."""
     executable = compiled(stack(layer), shape(10, 256, 256), big)
     activations, weight = 4 * 512 * 256, 4 * 256 * 256
     # A trip reads weight and input and writes the product; tanh reads and writes it.
@@ -386,11 +386,11 @@ def test_chips_are_plausible(name):
     assert chip.network < chip.bandwidth < chip.flops
 
 
-# --- A TPU's compiler, where it is installed ---
+# --- The TPU's compiler, if it is installed ---
 
 
 def test_compiled_for_a_tpu(monkeypatch):
-    """Layers whose weights are gathered one by one, on v5e:2x4, against counting by hand."""
+    """Layers that gather their weights one by one on v5e:2x4, compared with manual counts."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -417,14 +417,14 @@ def test_compiled_for_a_tpu(monkeypatch):
 
     product = 2 * batch * dim * dim
     assert cost.flops(traced.jaxpr) == depth * 4 * product
-    # Loops once: a product forward, three backward.
+    # Loops count once: one product forward, three backward.
     assert executable.cost_analysis()["flops"] < 1.2 * 4 * product / 8
 
     found = cost.collectives(text)
-    # Forward and backward each gather every layer's weight.
+    # Forward and backward pass each gather every layer's weight.
     assert found["all-gather"].count == 2 * depth
     assert found["all-gather"].bytes == 2 * depth * weight * 3 / 4
-    # Gradients are summed over 8 chips, as an all-reduce or scattered; and the loss.
+    # Gradients are summed over 8 chips by all-reduce or reduce-scatter, and so is the loss.
     summed = (
         found["all-reduce"].bytes + 2 * found.get("reduce-scatter", cost.Collective(0, 0.0)).bytes
     )

@@ -1,4 +1,4 @@
-"""Random damage to the files of a run: it is noticed, or no number changes."""
+"""Random damage to the files of a run is detected, or changes no number."""
 
 import collections
 import json
@@ -21,12 +21,12 @@ from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog
 
 TEXTS = ["A red circle, left.", "Kreis, rot", "빨간 원", ""]
-# Written for people to look at, and never read again.
+# Written for people only, and never read again.
 NOT_READ = ("tensorboard", "profile", ".lock")
 
 
 def choose(run, rng: random.Random):
-    """A file that is read again: of one of the folders, or of the items of the last checkpoint."""
+    """A random file that is read again, of one of the folders or the last checkpoint's items."""
     groups = collections.defaultdict(list)
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         first, *others = path.relative_to(run).parts
@@ -38,7 +38,7 @@ def choose(run, rng: random.Random):
 
 
 def read_all(run, learned_from: dict) -> dict:
-    """All that loading, resuming and exporting take from a run's folder."""
+    """Everything that loading, resuming and exporting read from a run's folder."""
     workdir.check_data(run, learned_from, accept_changes=False)
     encoder = Encoder.load(run)
     layout, _ = train_step.compile_step(
@@ -60,7 +60,7 @@ def read_all(run, learned_from: dict) -> dict:
 
 
 def damage(file, rng: random.Random) -> str:
-    """Flips bits of one byte, or cuts the file; says what was done."""
+    """Flips bits of one byte, or truncates the file; returns a description."""
     content = bytearray(file.read_bytes())
     place = rng.randrange(len(content))
     if rng.random() < 0.5:
@@ -79,11 +79,11 @@ def same(one, other) -> bool:
 
 @pytest.mark.slow
 def test_damage_is_noticed_or_without_effect(toy_run, tmp_path, caplog):
-    """200 files, cut or with one byte changed, each in a run that is whole otherwise."""
+    """200 times, one file is truncated or has one byte changed in an otherwise intact run."""
     rng, noticed, silent, unnoticed = random.Random(0), 0, [], []
     learned_from = json.loads((toy_run / "data.json").read_text())
     whole = read_all(shutil.copytree(toy_run, tmp_path / "whole"), learned_from)
-    steps = {}  # what each checkpoint holds
+    steps = {}  # step -> the content of its checkpoint
     for step in (2, 4, 6):
         one = shutil.copytree(toy_run, tmp_path / f"only-{step}")
         for other in {2, 4, 6} - {step}:
@@ -121,9 +121,9 @@ def test_damage_is_noticed_or_without_effect(toy_run, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_kill_at_random_moments(photos, tmp_path):
-    """30 times kill -9, from the preparation of the data to the evaluation: the same digits after.
+    """30 times kill -9, anywhere from preparing the data to evaluation; the results stay the same.
 
-    Each has a cache of its own, so that data and features are prepared in the run that is killed.
+    Each trial has its own cache, so that the killed run prepares its data and features itself.
     """
     rng = random.Random(0)
 
@@ -146,7 +146,7 @@ def test_kill_at_random_moments(photos, tmp_path):
         (results,) = (run / "results").glob("*.json")
         return metrics_of(run), json.loads(results.read_text()), checkpoint_of(run, 20)
 
-    for name in ("first", "straight"):  # the second one finds what the first has compiled
+    for name in ("first", "straight"):  # later runs reuse what the first one compiled
         (tmp_path / name).mkdir()
         began = time.monotonic()
         whole = start(name)

@@ -1,7 +1,7 @@
-"""Random damage to caches and prepared sets, and kill -9 at random moments of making them.
+"""Random damage to caches and prepared sets, and kill -9 at random moments of their creation.
 
-Each trial has a seed of its own. What is damaged has to be noticed (one line, or computed anew), or
-without effect on any number.
+Each trial has its own seed. Damage must be reported in one line, repaired by computing again, or
+change no number.
 """
 
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 def spoil(file: pathlib.Path, trial: int) -> bool:
-    """Changes one byte, or cuts the file, at a random place; says whether it was cut."""
+    """Changes one byte or truncates the file at a random position; returns whether it truncated."""
     chance, data = random.Random(f"{file.name} {trial}"), bytearray(file.read_bytes())
     place = chance.randrange(len(data))
     data[place] ^= chance.randrange(1, 256)
@@ -56,7 +56,7 @@ def test_a_damaged_feature_cache(whole, tmp_path, suffix):
         cut = spoil(file, trial)
         calls = []
         np.testing.assert_array_equal(build(place, calls, block=200), EXPECTED)
-        # A byte is in one block's rows, or in two lines where it ends the first.
+        # One byte damages one block, or two if it is the line end between their lines.
         assert cut or len(calls) <= 2, "what is intact is kept"
         computed += bool(calls)
         np.testing.assert_array_equal(build(place, calls := [], block=200), EXPECTED)
@@ -79,7 +79,7 @@ def test_damaged_feature_caches_of_processes_that_compute_together(whole, tmp_pa
 
 
 def content_of(folder: pathlib.Path) -> tuple:
-    """All that is read of a set."""
+    """Everything that is read from a prepared set."""
     splits = [read(folder, split) for split in ("train", "val")]
     return [
         (
@@ -115,7 +115,7 @@ def test_a_damaged_set(folder, prepared, name):
             assert "\n" not in line
         (prepared / name).write_bytes(whole)
     print(f"{name}: {TRIALS} of {TRIALS}, noticed {noticed}")
-    # Most of a small shard is padding, and of the digests only some are of a split that is read.
+    # Most of a small shard is padding, and only some of the digests are of splits that are read.
     assert noticed > TRIALS * (0.2 if name == test_records.SHARD else 0.9)
     assert content_of(folder) == expected
 
@@ -147,7 +147,7 @@ def test_damaged_rows_of_a_set_that_tfds_prepared(tfds_data_dir, cache):
         assert content() == expected
 
 
-# One process imports, and others that it forks are killed: imports take longer than the work.
+# One process imports modules and forks the processes to kill, because imports are slow.
 KILL_AT_RANDOM = """
 import hashlib, json, os, pathlib, random, shutil, signal, sys, time
 sys.path.insert(0, os.getcwd())

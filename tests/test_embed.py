@@ -1,4 +1,4 @@
-"""Embedding with parameters that are handed over, and the pool that decodes photos."""
+"""Embedding with parameters passed to each call, and the pool that decodes photos."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ TEXTS = ["A red circle, left.", "Quadrat, grün, Mitte", "빨간 원", ""]
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    """Toy towers, both trained, and a large learning rate."""
+    """Toy towers, both trainable, with a large learning rate."""
     config = xlmr.get_config("tiny")
     config.optimizer.update(learning_rate=0.05, warmup_steps=0, ema=0.5)
     return Encoder.create(config)
@@ -31,7 +31,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def states(encoder) -> list[train_step.TrainState]:
-    """The states after one and after three steps, of which each deletes the one before."""
+    """The states after one step and after three steps; each step deletes the previous state."""
     config, (params, frozen) = encoder.config, encoder.parameters
     layout, step = train_step.compile_step(config, encoder.embedder.graph, params, encoder.mesh)
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def retrieval_set(pictures) -> RetrievalSet:
 def test_an_encoder_keeps_its_parameters_while_a_state_of_them_is_trained(
     encoder, pictures, request
 ):
-    """A training step deletes the arrays of its state, and no others."""
+    """A training step deletes the arrays of its state, but no others."""
     before = encoder.encode_text(TEXTS), encoder.encode_image(pictures)
     request.getfixturevalue("states")
     np.testing.assert_array_equal(encoder.encode_text(TEXTS), before[0])
@@ -70,7 +70,7 @@ def test_an_encoder_keeps_its_parameters_while_a_state_of_them_is_trained(
 def test_one_evaluator_takes_the_parameters_of_any_state(
     part, encoder, states, pictures, tmp_path, caplog
 ):
-    """It is compiled once for all of them."""
+    """The evaluator is compiled once for all states."""
     fresh = Encoder(
         embed.Embedder(
             *(encoder.config, encoder.embedder.graph, encoder.tokenizer),

@@ -1,4 +1,4 @@
-"""The Python API on a finished run: what goes in, what comes out, and what is refused."""
+"""The Python API on a finished run: valid inputs, outputs, and errors."""
 
 import io
 import json
@@ -53,13 +53,13 @@ def encoder(workdir):
 
 @pytest.fixture(scope="module")
 def precise(workdir):
-    """Without bfloat16, whose rounding turns the last digit of a float32 into its third."""
+    """Computes in float32, because bfloat16 keeps only about three digits."""
     return xlir.Encoder.load(workdir, dtype="float32")
 
 
 @pytest.fixture
 def run_copy(workdir, tmp_path):
-    """A copy of the run, to be damaged."""
+    """A copy of the run that a test may damage."""
     return shutil.copytree(workdir, tmp_path / "copy")
 
 
@@ -98,10 +98,10 @@ def test_path_bytes_and_pil_image_agree(encoder, photos):
 
 
 def test_pil_image_keeps_orientation_and_may_be_cmyk(encoder, photos):
-    """Compared as pixels: colour conversion and JPEG cost a few levels."""
+    """Compares pixels, because colour conversion and JPEG change them by a few levels."""
     image = Image.open(photo(photos, 1))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # must be rotated by 90 degrees
     turned, cmyk = io.BytesIO(), io.BytesIO()
     image.save(turned, "JPEG", exif=exif, quality=95)
     image.convert("CMYK").save(cmyk, "JPEG", quality=95)
@@ -147,7 +147,7 @@ def test_an_image_that_would_take_too_much_memory_is_named(encoder, tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_damaged_weights_are_noticed_in_every_embedding(workdir, photos, value):
-    """Of the heads, which are all that is trained here, and of the towers."""
+    """Damages weights of the heads (only these are trained here) and of the towers."""
     images = [photo(photos)]
     whole = xlir.Encoder.load(workdir)
     trained, frozen = whole.parameters
@@ -218,7 +218,7 @@ def test_checkpoint_of_another_shape_is_named(run_copy):
 
 
 def test_damaged_files_of_a_run_are_named(run_copy):
-    """With digests, and as in a run of a version that kept none."""
+    """With digests, and without, as in runs of a version that saved no digests."""
     weights = run_copy / "image_tower" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
@@ -234,7 +234,7 @@ def test_damaged_files_of_a_run_are_named(run_copy):
 
 
 def test_a_workdir_needs_nothing_else(workdir, encoder, photos, tmp_path):
-    """In another folder, without the packages of weights and without the configurations."""
+    """Loads it from another folder, without the packages of weights and the configurations."""
     out = tmp_path / "embeddings.npz"
     process = subprocess.run(
         [sys.executable, "-c", SELF_CONTAINED, str(workdir), str(photo(photos)), str(out)],

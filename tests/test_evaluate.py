@@ -29,7 +29,7 @@ def retrieval_set(*languages, image_of=range(12)):
 
 @pytest.fixture
 def three_languages():
-    """English finds every image, German a quarter of them, and French takes each for the next."""
+    """English captions find all images, German a quarter; French captions find the next image."""
     images = np.eye(12, dtype=np.float32)
     german = np.roll(images, 1, axis=0)
     german[:3] = images[:3]
@@ -93,27 +93,27 @@ def test_an_embedding_that_is_not_finite_raises(side):
 
 
 def test_several_captions_an_image():
-    """Each caption is a query for its image; an image finds itself through its best caption."""
+    """Each caption is a query for its image; for an image, its best caption counts."""
     images = np.eye(3, dtype=np.float32)
     text = images[[0, 0, 1, 2, 2]]
-    text[1] = images[2]  # the second caption of image 0 reads like image 2
+    text[1] = images[2]  # the second caption of image 0 is similar to image 2
     results = evaluate.retrieval(
         retrieval_set("en", image_of=[0, 0, 1, 2, 2]), {"en": text}, images, step=0
     )
     english = results["languages"]["en"]
     assert (english["queries"], results["images"]) == (5, 3)
     assert english["text_to_image"]["R@1"] == pytest.approx(4 / 5)
-    # Two captions of image 2 and one other score the same: the other is first in a third of orders.
+    # Two captions of image 2 tie with another caption, which is first in a third of the orders.
     assert english["image_to_text"]["R@1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
 def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
-    """It stays among the answers."""
+    """The image remains a candidate."""
     images = np.eye(4, dtype=np.float32)
     data = retrieval_set("en", "de", image_of=range(4))
     data.image_of["de"] = np.array([0, 1, 3])
     data.captions["de"] = data.captions["de"][:3]
-    # The third German caption finds the image without one, then its own.
+    # The third German caption finds the image without a caption first, then its own.
     german = np.stack([images[0], images[1], images[2] + 0.9 * images[3]])
     results = evaluate.retrieval(data, {"en": images, "de": german}, images, step=0)
     german = results["languages"]["de"]
@@ -124,10 +124,10 @@ def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
 
 
 def test_folds_are_searched_alone_and_averaged():
-    """Each query finds an image of the other fold first: nothing, searched together."""
+    """Each query ranks an image of the other fold first, so a joint search finds none."""
     images = np.eye(6, dtype=np.float32)
     text = 0.5 * np.repeat(images, 2, axis=0) + np.repeat(np.roll(images, 3, axis=0), 2, axis=0)
-    text[0] += 0.7 * images[1]  # but for one query, which finds another in its own
+    text[0] += 0.7 * images[1]  # except one query: another image of its own fold
     data = dataclasses.replace(
         retrieval_set("en", image_of=np.repeat(np.arange(6), 2)), folds=("folded", 2)
     )
@@ -169,7 +169,7 @@ def test_pictures_of_a_set_smaller_than_a_row(photos, tmp_path):
 
 
 def test_the_rank_in_a_picture_counts_ties(photos, tmp_path, monkeypatch):
-    """Of twelve equal images the right one is at place 6.5 in the mean, as in the metrics."""
+    """Among twelve equal images, the expected rank is 6.5, as in the metrics."""
     monkeypatch.setattr(figures.pyplot, "close", lambda figure: None)
     same, data = np.ones((12, 3), np.float32), retrieval_set("de")
     pictures = [photos / "images" / "00.jpg"] * 12
@@ -188,7 +188,7 @@ def test_the_rank_in_a_picture_counts_ties(photos, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def odd_test_set(photos, tmp_path_factory):
-    """XTD10's layout and names, with CRLF and byte order marks."""
+    """A test set with XTD10's layout and names, CRLF line ends and byte order marks."""
     folder = tmp_path_factory.mktemp("sets") / "odd"
     folder.mkdir()
     source = photos / "multilingual_test"
@@ -223,7 +223,7 @@ def test_eval_of_another_test_set(workdir, photos, odd_test_set, cache):
             assert 300 < image.height < 3000
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10
 
-    # The towers' outputs are cached: nothing is computed, and the results are the same.
+    # The towers' outputs are read from the cache, and the results are the same.
     assert "odd images: 100%" in first.stderr
     before = sorted(os.listdir(cache / "features"))
     second = run_main(*arguments)

@@ -1,6 +1,6 @@
-"""What happens to a run when a process, a machine or a disk fails, and that nothing saved is lost.
+"""What happens to a run when a process, a machine or a disk fails. Nothing saved is lost.
 
-Real processes, of which one does the damage to itself or to the others, after a given step.
+The tests run real processes; after a given step, one of them causes the fault.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from tests.runs import (
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
 
-# Seconds until all processes have ended, from when one of them failed.
+# Seconds within which all processes must end after one of them has failed.
 SOON = 60
 
-# What comes before the damage: the last checkpoint is whole, and the clock starts.
+# Runs before the fault: waits until the last checkpoint is complete, and records the time.
 SAVED = "wait_for_checkpoint(10)"
 DAMAGE = """
 import os, pathlib, signal, time
@@ -51,7 +51,7 @@ def fill_disk(free):
         while size > 0:
             size -= file.write(bytes(min(size, 1 << 20)))
 """
-# Parameters that are no numbers, as a step that diverged leaves them.
+# Sets parameters to NaN, as a diverged step does.
 POISON = """
 import jax
 from xlir import train_step
@@ -64,7 +64,7 @@ def compile_poisoned(*arguments, compile_step=train_step.compile_step):
     return layout, poisoned
 train_step.compile_step = compile_poisoned
 """
-# Orbax writes a checkpoint under another name, then renames first its parts, then all of it.
+# Orbax writes a checkpoint under another name, then renames its parts, then its folder.
 DIE_IN_SAVE = """
 import sys
 def die(event, arguments):
@@ -80,10 +80,10 @@ class Fault:
     """A fault of one of two processes.
 
     Attributes:
-      script: what brings it about.
-      codes: exit codes that launch.sh may end with.
-      line: what has to be said.
-      resumes: the steps from which the run may go on.
+      script: causes the fault.
+      codes: valid exit codes of launch.sh.
+      line: the required message.
+      resumes: the steps from which the run may resume.
     """
 
     script: str
@@ -95,8 +95,8 @@ class Fault:
 def killed(process: int) -> Fault:
     action = f"{SAVED}; os.kill(os.getpid(), signal.SIGKILL)"
     line = f"launch.sh: process {process} ended with exit code 137"
-    # 1, 134: the other one noticed at once, and launch.sh saw it first. JAX ends it with SIGABRT
-    # where its coordination service notices before a collective does.
+    # 1 and 134 are exit codes of the other process, if it fails at once and launch.sh sees that
+    # first. JAX ends it with SIGABRT if its coordination service notices before a collective does.
     return Fault(after_step(13, action, process=process), {137, 1, 134}, line)
 
 
@@ -133,7 +133,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAULTS][1:]
 
 
 def damaged(folder: pathlib.Path, flags: list[str], script: str, **where: int) -> Ended:
-    """A run that is meant to fail, and does so soon after the damage."""
+    """Runs a script that must fail, and checks that it ends soon after the fault."""
     ended = run(folder, flags, script=DAMAGE.format(folder=str(folder)) + script, **where)
     seconds = ended.end - float((folder / "damage").read_text())
     print(f"over {seconds:.1f} s after the damage, exit code {ended.code}\n{ended.err}")
@@ -153,7 +153,7 @@ def uninterrupted(one_device) -> pathlib.Path:
 
 
 def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    """All metrics of two runs, and all arrays of their last checkpoints."""
+    """Compares all metrics of two runs, and all arrays of their last checkpoints."""
     assert metrics_of(workdir) == metrics_of(expected)
     checkpoints = [checkpoint_of(folder, STEPS) for folder in (workdir, expected)]
     jax.tree.map(np.testing.assert_array_equal, *checkpoints)
@@ -161,7 +161,7 @@ def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", [next(iter(FAULTS)), *SLOW])
 def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
-    """Both end soon and say why; resumed, the run gives the numbers of one never interrupted."""
+    """Both processes end soon and say why; the resumed run equals an uninterrupted one."""
     fault = FAULTS[name]
     ended = damaged(tmp_path, flags, fault.script, processes=2)
     assert ended.code in fault.codes
@@ -172,7 +172,7 @@ def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
     (line,) = (line for line in resumed.err.splitlines() if line.startswith("resuming from step "))
     assert int(line.split()[-1]) in fault.resumes
     assert_same_curves(tmp_path / "run", uninterrupted)
-    # Loaded onto one device, what two processes have saved.
+    # Loads onto one device what two processes saved.
     trained = [
         Encoder.load(folder).parameters.trained for folder in (tmp_path / "run", uninterrupted)
     ]
@@ -181,7 +181,7 @@ def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
 
 
 def test_sigterm_loses_nothing(flags, uninterrupted, tmp_path):
-    """Between two checkpoints; the resumed run is bit for bit the one never interrupted."""
+    """SIGTERM between two checkpoints; the resumed run equals an uninterrupted one bit for bit."""
     ended = run(tmp_path, flags, script=terminate(13))
     assert ended.code == 128 + signal.SIGTERM
     said = "stopped by SIGTERM after step 13, which is saved"
@@ -196,7 +196,7 @@ def test_sigterm_loses_nothing(flags, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_on_the_checkpoint_that_is_whole(flags, uninterrupted, tmp_path):
-    """The last one is damaged, so that reading it fails, and the one before is used by both."""
+    """Reading the last checkpoint fails, so both processes use the previous one."""
     shutil.copytree(uninterrupted, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints" / str(STEPS) / "params").rglob("*"):
         if file.is_file():
@@ -212,7 +212,7 @@ def test_two_processes_agree_on_the_checkpoint_that_is_whole(flags, uninterrupte
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
 def test_other_signals_are_as_sigterm(name, flags, uninterrupted, tmp_path):
-    """A lost connection, and a batch system's warning."""
+    """SIGHUP after a lost connection, and SIGUSR1 as a batch system's warning."""
     ended = run(tmp_path, flags, script=after_step(13, f"os.kill(os.getpid(), signal.{name})"))
     assert ended.code == 128 + signal.SIGTERM
     assert f"stopped by {name} after step 13, which is saved" in ended.err.splitlines()[-1]
@@ -231,7 +231,7 @@ def test_a_lost_connection_of_one_of_two_processes(flags, uninterrupted, tmp_pat
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk at the place of the workdir."""
+    """A small disk, mounted as the workdir."""
     folder = tmp_path / "run"
     folder.mkdir()
     if not shutil.which("mount"):
@@ -244,7 +244,7 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-# A checkpoint takes 400 kB; a record of the metrics some hundred bytes.
+# A checkpoint takes 400 kB, a record of metrics a few hundred bytes.
 @pytest.mark.parametrize(
     ("free", "processes"),
     [
@@ -254,7 +254,7 @@ def disk(tmp_path):
     ],
 )
 def test_full_disk(free, processes, flags, uninterrupted, disk, tmp_path):
-    """One line, the last checkpoint stays, and with more space the same command goes on."""
+    """Prints one line and keeps the last checkpoint; with more space, the command resumes."""
     script = after_step(13, f"fill_disk({free})")
     ended = damaged(tmp_path, flags, script, processes=processes)
     assert ended.code == 1

@@ -1,4 +1,4 @@
-"""Gradients from microbatches against those of the whole batch, on one device and on a mesh."""
+"""Compares gradients from microbatches and from whole batches, on one device and a mesh."""
 
 import functools
 
@@ -37,7 +37,7 @@ def build_objective(name):
 
 
 def functions(encoder, name, dropout=False):
-    """`embed` and `loss` of an objective, as the training step makes them."""
+    """`embed` and `loss` of an objective, as in the training step."""
     objective = build_objective(name)
 
     def embed(params, rows, key):
@@ -54,7 +54,7 @@ def functions(encoder, name, dropout=False):
 
 @functools.cache
 def compiled(encoder, name, microbatches, **options):
-    """Compiling towers takes seconds: tests share the function of each kind."""
+    """Compiling towers takes seconds, so tests share the compiled functions."""
     return value_and_gradient(*functions(encoder, name, **options), microbatches)
 
 
@@ -79,7 +79,7 @@ def assert_equal(ours, expected):
 
 
 def without_towers(name):
-    """`embed` and `loss` of an objective for two linear maps, which compile at once."""
+    """`embed` and `loss` of an objective for two linear maps, which compile quickly."""
     objective = build_objective(name)
 
     def embed(params, rows, key):
@@ -106,7 +106,7 @@ OBJECTIVES = ["infonce", "sigmoid", "triplet", "patr", "m3l"]
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_microbatches_give_the_whole_batchs_gradient(parts, name):
-    """Negatives are those of the whole batch, which the loss would show if they were not."""
+    """The loss would differ if negatives did not come from the whole batch."""
     *_, batch = parts
     embed, loss, params = without_towers(name)
     key = jax.random.key(0)
@@ -117,7 +117,7 @@ def test_microbatches_give_the_whole_batchs_gradient(parts, name):
     assert abs(of_part - whole[0]) > 1e-2 * abs(whole[0])
 
 
-# Towers know nothing of the objective: one stands for all.
+# Towers do not depend on the objective, so one objective is enough.
 @pytest.mark.parametrize(
     "name",
     [OBJECTIVES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES[1:])],
@@ -140,7 +140,7 @@ def test_microbatches_on_a_mesh(parts):
 
 
 def test_dropout_is_the_same_in_both_passes(parts):
-    """The gradient is that of the loss that was returned: a step along it changes it as it says."""
+    """The gradient belongs to the returned loss: a finite difference along it confirms this."""
     encoder, params, batch = parts
     run = compiled(encoder, "infonce", 4, dropout=True)
     key = jax.random.key(3)

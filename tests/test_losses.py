@@ -25,7 +25,7 @@ def config(name: str, metric: str = "euclidean", push_apart: float = 0.0) -> Con
 
 
 def batch(rows: int = 12, dim: int = 16, seed: int = 0, unit: bool = True):
-    """Correlated pairs; every third photo stands in two rows."""
+    """Correlated pairs; every third photo is in two rows."""
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(rows, dim))
     text = image + 1.5 * rng.normal(size=(rows, dim))
@@ -115,7 +115,7 @@ def test_value_and_gradient_match_the_reference(name, metric, push_apart):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_captions_of_one_photo_do_not_repel(name):
-    """With the photo of rows 0 and 1 shared, moving one does not change the other's terms."""
+    """Rows 0 and 1 show one photo: moving one row does not change the other row's terms."""
     options = config(name, push_apart=0.5)
     text, image, _ = (jnp.asarray(x, jnp.float32) for x in batch(rows=2))
     image_id = jnp.zeros(2, jnp.int32)
@@ -138,7 +138,7 @@ def test_gradient_is_finite_where_everything_coincides(name):
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
 def test_infonce_of_a_solved_batch_is_not_negative(scale, chunk):
-    """Each pair far apart from all others: what is left is rounding, and cross-entropy has none."""
+    """All pairs are far apart, so the loss is near zero; rounding must not make it negative."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     value = jax.jit(jax.value_and_grad(losses.infonce, argnums=3), static_argnames="chunk")
     lowest = math.inf

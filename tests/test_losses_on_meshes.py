@@ -1,4 +1,4 @@
-"""Every objective on meshes of eight devices against one device; what the chunked forms hold."""
+"""Every objective on meshes of eight devices against one device; memory of chunked losses."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ DENSE = [
     for name in (*PAIRWISE, "triplet", "patr", "m3l")
     for push_apart in (0.0, 0.3)
 ]
-# On eight devices of four rows: one image of each, three (which leaves one), and all.
+# On eight devices with four rows: one image of each, three (with one left over), and all.
 CHUNKED = [(name, 0.0, chunk) for name in PAIRWISE for chunk in (8, 20, 100)]
 
 
@@ -30,7 +30,7 @@ def mesh_of(shape: tuple[int, int]) -> Mesh:
 
 
 def batch(rows: int = ROWS, scale: float = 12.0):
-    """Arguments of an objective; photos have one row, two near or far apart, or eight."""
+    """Arguments of an objective; a photo has one row, two (near or far apart), or eight."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(rows, DIM))
     text = image + 1.5 * rng.normal(size=(rows, DIM))
@@ -49,7 +49,7 @@ def batch(rows: int = ROWS, scale: float = 12.0):
 
 
 def value_and_gradients(name: str, push_apart: float, chunk: int):
-    """Compiled: the value, and the gradients by text, image, scale and bias."""
+    """The compiled value and gradients with respect to text, image, scale and bias."""
     options = base.get_config().loss
     options.name, options.push_apart, options.chunk = name, push_apart, chunk
     options.margin, options.rho = 0.7, 3.0
@@ -62,7 +62,7 @@ def on_one_device(name: str, push_apart: float):
 
 
 def on_mesh(mesh: Mesh, args):
-    """The batch's rows over all devices, scale and bias on each."""
+    """Shards the batch's rows over all devices, and copies scale and bias to each."""
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     copies = NamedSharding(mesh, PartitionSpec())
     return [jax.device_put(x, rows if np.ndim(x) else copies) for x in args]
@@ -76,8 +76,8 @@ def assert_equal(ours, expected):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5 * largest)
 
 
-# The dense forms know nothing of a mesh, XLA splits their sums: a mesh of one axis and one of two
-# stand for all. The chunked ones loop over both axes.
+# Dense losses do not depend on the mesh, because XLA splits their sums: one mesh with one axis and
+# one with two axes are enough. Chunked losses loop over both axes.
 CASES = [
     pytest.param(
         *(*case, shape),
@@ -107,7 +107,7 @@ def test_chunks_equal_the_whole(name, chunk):
 
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_each_device_counts_the_negatives_of_all(chunk):
-    """What the tests above would not show if both sides forgot the others' rows."""
+    """The tests above would pass if both sides ignored the rows of other devices."""
     whole = on_one_device("infonce", 0.0)[0]
     args = batch()
     part = value_and_gradients("infonce", 0.0, chunk)(*(x[:4] for x in args[:3]), *args[3:])[0]
@@ -117,7 +117,7 @@ def test_each_device_counts_the_negatives_of_all(chunk):
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_chunks_where_the_logits_are_small_or_large(name, scale):
-    """100 is the largest scale in training; its exponentials overflow float32."""
+    """At scale 100, the largest in training, exponentials overflow float32."""
     args = batch(scale=scale)
     mesh = mesh_of((4, 2))
     expected = value_and_gradients(name, 0.0, 0)(*args)
@@ -129,7 +129,7 @@ def test_chunks_where_the_logits_are_small_or_large(name, scale):
 @pytest.mark.parametrize("photos", [1, 2])
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_a_batch_of_few_photos(name, photos):
-    """Most chunks are masked for whole rows, and for all the rows of a device."""
+    """In most chunks, whole rows are masked, or all rows of a device."""
     text, image, image_id, *rest = batch()
     args = (text, image, (image_id * photos // ROWS).astype(np.int32), *rest)
     expected = value_and_gradients(name, 0.0, 0)(*args)
@@ -137,7 +137,7 @@ def test_a_batch_of_few_photos(name, photos):
     with jax.set_mesh(mesh):
         sharded = value_and_gradients(name, 0.0, 4)(*on_mesh(mesh, args))
     for ours in (value_and_gradients(name, 0.0, 4)(*args), sharded):
-        # Of infonce over one photo nothing is left: zero, but for rounding.
+        # With only one photo, infonce is zero except for rounding.
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, expected
         )
@@ -159,7 +159,7 @@ def test_infonce_of_a_solved_batch_is_not_negative(chunk):
 
 
 def temporary(name: str, chunk: int, rows: int):
-    """Bytes that value and gradients need for a while, and the compiled program."""
+    """Bytes of temporary memory for value and gradients, and the compiled program."""
     args = [jnp.zeros(x.shape, x.dtype) for x in batch(rows)]
     compiled = value_and_gradients(name, 0.0, chunk).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
@@ -178,7 +178,7 @@ def test_chunks_hold_no_square_matrix(name):
 
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_only_images_travel(name):
-    """A chunk of them and all ids are gathered; no text, and nothing of the size of all images."""
+    """Only a chunk of images and all ids are gathered; no texts, and never all images."""
     mesh = mesh_of((4, 2))
     with jax.set_mesh(mesh):
         args = on_mesh(mesh, batch())
@@ -187,7 +187,7 @@ def test_only_images_travel(name):
     shapes = {kind: set() for _, kind in found}
     for result, kind in found:
         shapes[kind] |= set(re.findall(r"\w+\[[\d,]*\]", result))
-    # A chunk is one image of each device, joined along one mesh axis and then along the other.
+    # A chunk is one image per device, gathered along one mesh axis and then along the other.
     floats = {shape for shape in shapes["all-gather"] if shape.startswith("f32")}
     assert floats == {f"f32[2,{DIM}]", f"f32[8,{DIM}]"}
     assert shapes["reduce-scatter"] == {f"f32[2,{DIM}]", f"f32[1,{DIM}]"}

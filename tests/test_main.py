@@ -1,4 +1,4 @@
-"""The command line: help, errors that a user can mend in one line, and COCO from end to end."""
+"""The command line: help, one-line errors that a user can fix, and COCO from end to end."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY, RUN_MAIN
 from tests.runs import run_main
 from xlir import commands, data, main
 
-# Whatever imports JAX after this fails.
+# Makes every later import of JAX fail.
 NO_JAX = "import sys; sys.modules['jax'] = None"
 FAIL = """
 from xlir.commands import train
@@ -35,7 +35,7 @@ PROCESS = ["--coordinator=localhost:1"]
 
 
 def refusal(process, code):
-    """The one line on stderr of a command that failed."""
+    """The only line on stderr of a command that failed."""
     assert process.returncode == code, process.stdout + process.stderr
     (line,) = process.stderr.splitlines()
     assert line.startswith("xlir: ")
@@ -166,7 +166,7 @@ train.run = lambda values: print("a line\\n" * 100_000)
 
 @pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART]])
 def test_a_reader_that_has_seen_enough_is_no_error(arguments):
-    """As of `tag ... | head`; the exit code is that of other programs in a shell."""
+    """As in `tag ... | head`; the exit code is the same as for other programs."""
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
@@ -200,7 +200,7 @@ train.run = endless
     [(NO_JAX, ["--help"], 0), (NO_JAX, ["--help"], 1), (NO_JAX + ENDLESS, [QUICKSTART], 1)],
 )
 def test_when_nobody_reads_any_more_the_end_is_quiet(script, arguments, lines):
-    """As `| head` does it, before anything was printed, after all was, and amidst."""
+    """The reader closes the pipe before, after and during the output, as `| head` does."""
     words = [sys.executable, "-c", f"{script}\n{RUN_MAIN}", *arguments]
     process = subprocess.Popen(
         words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -215,7 +215,7 @@ def test_when_nobody_reads_any_more_the_end_is_quiet(script, arguments, lines):
 
 
 def test_another_broken_pipe_is_told(command):
-    """A connection's, not that of what is printed."""
+    """The broken pipe is a network connection, not the output."""
     script = FAIL.format(error="BrokenPipeError(32, 'Broken pipe')")
     assert "Broken pipe" in refusal(command(QUICKSTART, script=script, check=False), code=1)
 
@@ -248,7 +248,7 @@ def test_compiled_programs_are_kept_for_this_user_alone(command, photos, workdir
     assert not (cache / "compiled").exists(), "those of CPUs are not kept"
     flags = [f"--config.data.dir={photos}", "--config.steps=1", f"--workdir={tmp_path / 'run'}"]
     environment = {"XLIR_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # none was compiled before
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # nothing was compiled before
     command("--config=configs/xlmr.py:tiny", *flags, script=ACCELERATED, **environment)
     assert (tmp_path / "compiled").stat().st_mode & 0o777 == 0o700
     kept = [file.name for file in (tmp_path / "compiled").iterdir()]
@@ -267,7 +267,7 @@ def run(monkeypatch, capsys):
     """Runs the command line in this process; returns the exit code and stderr's lines."""
 
     def run(*arguments):
-        # As in a process of its own.
+        # As in a new process.
         data.open_data_set.cache_clear()
         monkeypatch.setattr("sys.argv", ["xlir", *arguments])
         code = main.main()
@@ -289,7 +289,7 @@ def test_a_captions_set_without_a_folder(run, tmp_path):
 
 
 def test_a_start_that_failed_leaves_no_run_behind(run, tiny, tmp_path):
-    """Or the corrected command would be refused: its configuration is another."""
+    """Otherwise the corrected command would be refused, because its configuration differs."""
     folder, missing = tmp_path / "run", tmp_path / "missing"
     code, (line,) = run(*tiny, f"--workdir={folder}", f"--config.data.dir={missing}")
     assert code == 1
@@ -309,7 +309,7 @@ def test_eval_with_a_missing_photo(run, workdir, photos, tmp_path):
 
 
 def test_prepare_needs_no_jax_and_says_what_is_there(command, tiny):
-    """And a second time it prepares nothing."""
+    """The second time, it prepares nothing."""
     arguments = ["prepare", *tiny[:2]]
     process = command(*arguments, script=NO_JAX)
     first, *splits = process.stdout.splitlines()
@@ -342,7 +342,7 @@ def test_missing_data_and_weights_are_said_with_sizes_and_commands(command, tmp_
 
 @pytest.fixture
 def packed_coco(shared, tmp_path):
-    """The photos as COCO's archives, and the captions as Karpathy's."""
+    """Photos in COCO's archives, and captions in Karpathy's JSON."""
     folder = tmp_path / "coco"
     folder.mkdir()
     source = shared / "coco_mini"
@@ -428,7 +428,7 @@ def test_faults_of_coco_are_one_line_each_and_leave_earlier_work(
 
 
 def test_xtd10_in_eleven_languages_in_one_command(one_device, shared, tmp_path):
-    """Stand-in photos under XTD10's names, and toy towers."""
+    """Uses substitute photos with XTD10's names, and toy towers."""
     names = (shared / "xtd10" / "XTD10" / "test_image_names.txt").read_text().split()
     for number, name in enumerate(names):
         colour = (number % 10 * 25, number // 10 % 10 * 25, number // 100 * 25)

@@ -1,4 +1,4 @@
-"""Ranks and metrics against scikit-learn, SciPy and CLIP_benchmark, and for broken encoders."""
+"""Compares ranks and metrics with scikit-learn, SciPy, CLIP_benchmark; collapsed encoders."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def first_ranks(scores, positive, order):
 
 
 def random_relevance(rng, shape):
-    """A third of all pairs; at least one a query."""
+    """About a third of all pairs are positive, and at least one per query."""
     positive = rng.random(shape) < 1 / 3
     positive[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = True
     return positive
@@ -37,7 +37,7 @@ def random_relevance(rng, shape):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ties_count_as_the_mean_over_all_orders(seed):
-    """Several positives, some of them tied with each other: all 720 orders of six candidates."""
+    """Several positives, some tied with each other, in all 720 orders of six candidates."""
     rng = np.random.default_rng(seed)
     orders = np.array(list(itertools.permutations(range(6))))
     scores, positive = rng.integers(0, 3, (8, 6)).astype(float), random_relevance(rng, (8, 6))
@@ -53,15 +53,15 @@ def test_ties_count_as_the_mean_over_all_orders(seed):
     assert ranks.mean_reciprocal_rank() == pytest.approx((1 / first).mean(), abs=1e-12)
     assert ranks.median_rank() == pytest.approx(np.median(first.mean(axis=1)), abs=1e-12)
     for row, (score, right) in enumerate(zip(scores, positive, strict=True)):
-        # How far down the reversed list scikit-learn has to go for all positives.
+        # The depth in the reversed list at which scikit-learn has covered all positives.
         depth = coverage_error(right[orders], rankdata(-score[orders], "ordinal", axis=1))
         assert ranks.expected_rank()[row] == pytest.approx(7 - depth, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_count_as_the_mean_over_random_orders(seed, monkeypatch):
-    """From embeddings, with groups of many candidates: 400 shuffles, four standard errors."""
-    monkeypatch.setattr(metrics, "CHUNK", 7)  # several chunks, the last one short
+    """Embeddings with large tied groups: within four standard errors of 400 shuffles."""
+    monkeypatch.setattr(metrics, "CHUNK", 7)  # several chunks; the last one is shorter
     rng = np.random.default_rng(seed)
     # Signs in 6 dimensions: seven different cosines.
     queries, candidates = (rng.choice([-1.0, 1.0], size=(count, 6)) for count in (30, 150))
@@ -94,7 +94,7 @@ def cosines(queries, candidates):
 
 
 def test_recall_is_clip_benchmarks_without_ties():
-    """Five captions a photo, both directions."""
+    """Five captions per photo, in both directions."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")
     reference = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
     images, texts, image_of = captioned_photos(np.random.default_rng(0))
@@ -118,7 +118,7 @@ def test_metrics_are_scikit_learns_without_ties():
     for k in (1, 5, 10):
         expected = top_k_accuracy_score(image_of, scores, k=k, labels=ids)
         assert forward.recall_at(k) == pytest.approx(expected, abs=1e-12)
-    # With one positive a query, this is the reciprocal rank.
+    # With one positive per query, this is the reciprocal rank.
     expected = label_ranking_average_precision_score(positive, scores)
     assert forward.mean_reciprocal_rank() == pytest.approx(expected, abs=1e-12)
     backward = metrics.retrieval_ranks(images, texts, ids, image_of)
@@ -129,9 +129,10 @@ def test_metrics_are_scikit_learns_without_ties():
 @pytest.mark.parametrize("noise", [0, 1e-7])
 @pytest.mark.parametrize(("photos", "dim"), [(200, 7), (899, 512), (1000, 1280)])
 def test_a_collapsed_encoder_scores_chance(photos, dim, noise):
-    """Not 1.0, as strict comparison would give, and in whatever order sums are rounded.
+    """It does not score 1.0, as with strict comparison, whatever the order of summation.
 
-    Chance of a photo's five captions: 1 less the probability that k drawn ones are all of others.
+    Chance with five captions per photo: 1 minus the probability that all k drawn captions belong to
+    other photos.
     """
     rng = np.random.default_rng(dim)
     points, image_of = rng.normal(size=(2, dim)), np.repeat(np.arange(photos), 5)
@@ -151,7 +152,7 @@ def test_a_collapsed_encoder_scores_chance(photos, dim, noise):
 
 
 def test_ties_stop_at_rounding_errors():
-    """Cosines 2e-6 apart are told apart, 1e-7 apart are equal; two of three photos here."""
+    """Cosines that differ by 1e-7 are tied (two of the photos), and by 2e-6 are not (the third)."""
     angle = np.arccos([0.5, 0.5 + 1e-7, 0.5 + 2e-6])
     images, text = np.stack([np.cos(angle), np.sin(angle)], axis=1), np.array([[1.0, 0.0]])
     for right, rank in ((0, 2.5), (1, 2.5), (2, 1)):

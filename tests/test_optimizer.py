@@ -1,4 +1,4 @@
-"""Schedules, per-tower rates, and that what is frozen costs nothing."""
+"""Schedules, learning rates by tower, and no optimizer state for frozen towers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How parameters, optimizer state and batches lie on meshes."""
+"""How parameters, optimizer state and batches are sharded over meshes."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_how_every_config_lies_on_eight_devices(name):
-    """A change shows in review. To accept it: XLIR_WRITE_GOLDEN=1 pytest tests/test_partition.py"""
+    """To accept a change, run XLIR_WRITE_GOLDEN=1 pytest tests/test_partition.py and review."""
     table = compile.sharding_table(CONFIGS[name](), 8) + "\n"
     file = GOLDEN / f"{name}.txt"
     if os.environ.get("XLIR_WRITE_GOLDEN"):
@@ -44,7 +44,7 @@ def bytes_of(tree, of=lambda x: x.shape):
 
 @pytest.mark.parametrize("name", ["xlmr-base", "xlmr-large", "flickr8k", "muse-m3l"])
 def test_eight_devices_hold_an_eighth_each(name):
-    """Of parameters and optimizer state, and no more than two percent more."""
+    """Each device holds an eighth of parameters and optimizer state, plus at most two percent."""
     config = CONFIGS[name]()
     config.mesh.data, config.mesh.fsdp = 1, 8
     graph, parameters, _ = compile.abstract(config)
@@ -55,7 +55,7 @@ def test_eight_devices_hold_an_eighth_each(name):
 
 
 def test_a_real_run_holds_what_the_table_says():
-    """Devices' own memory, after a step, with every array of the state laid out as planned."""
+    """Measures the devices' memory after a step, and compares every array's sharding."""
     config = xlmr.get_config("tiny")
     config.mesh.data, config.mesh.fsdp = 2, 4
     mesh = partition.create_mesh(config.mesh)
@@ -85,7 +85,7 @@ def test_a_real_run_holds_what_the_table_says():
     ("path", "shape", "expected"),
     [
         ("text_tower.layers.stacked.mlp.fc1.kernel", (12, 768, 3072), (None, None, "fsdp")),
-        # The last axis does not divide, the one before does; the first one of a stack never counts.
+        # The last axis does not divide, the one before does; a stack's first axis is never used.
         ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 768, 1001), (None, "fsdp")),
         ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 767, 1001), ()),
         ("text_tower.embedding", (250002, 768), (None, "fsdp")),
@@ -128,7 +128,7 @@ def test_meshes_that_do_not_fit(data, fsdp):
 
 
 class Device:
-    """A device of a multi-slice TPU, as far as laying out a mesh is concerned."""
+    """A fake device of a multi-slice TPU, with the attributes that creating a mesh needs."""
 
     device_kind = "TPU v5 lite"
 
@@ -191,7 +191,7 @@ def test_a_global_batch_keeps_its_rows_in_order_and_none_twice(fsdp):
 
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 def test_embeddings_do_not_depend_on_the_mesh(fsdp, one):
-    """Evaluation is split over all devices; numbers of inputs that do not divide included."""
+    """Inputs are split over all devices, even if their number does not divide."""
     config = xlmr.get_config("tiny")
     texts = [f"caption {'and ' * (i % 5)}{i}" for i in range(37)]
     images = [np.full((32, 32, 3), 6 * i, np.uint8) for i in range(21)]
@@ -205,7 +205,7 @@ def test_embeddings_do_not_depend_on_the_mesh(fsdp, one):
 
 
 def test_weights_go_to_the_devices_in_parts():
-    """No device is ever sent more than its part of an array that is split."""
+    """Each device receives only its shard of a sharded array."""
     config = xlmr.get_config("tiny")
     mesh = partition.create_mesh({"data": 1, "fsdp": 8})
     encoder = xlir.Encoder.create(config, mesh=mesh)
@@ -223,7 +223,7 @@ WITHOUT_TPU = {
 
 @pytest.mark.parametrize("script", WITHOUT_TPU.values(), ids=WITHOUT_TPU)
 def test_libtpu_says_nothing_where_there_is_no_tpu(script):
-    """Where `jax[tpu]` is installed to compile for TPUs, and JAX is free to choose."""
+    """`jax[tpu]` is installed to compile for TPUs, and JAX may choose the platform."""
     pytest.importorskip("libtpu")
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     process = subprocess.run(
@@ -240,7 +240,7 @@ def test_libtpu_says_nothing_where_there_is_no_tpu(script):
     ("platforms", "device_files", "passed_over"),
     [
         (None, {}, True),
-        ("tpu,cpu", {}, False),  # chosen, by the user or by JAX, which has seen a TPU
+        ("tpu,cpu", {}, False),  # chosen by the user, or by JAX because it found a TPU
         (None, {"/dev/accel*": ["/dev/accel0"]}, False),
         (None, {"/dev/vfio/[0-9]*": ["/dev/vfio/0"]}, False),
     ],

@@ -1,4 +1,4 @@
-"""One loss curve and one order of batches on 1 device, on 8, in 2 processes, and across them."""
+"""Equal losses and batches on 1 device, 8 devices, 2 processes, and across all of these."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ def two_processes(flags, session_folder) -> Run:
 
 @pytest.fixture(scope="session")
 def interrupted(flags, session_folder) -> Run:
-    """Stopped by SIGTERM on one device, then in two processes of four; ended on eight devices."""
+    """Stopped on one device, then in two processes with four each; finished on eight devices."""
     return run_once(session_folder / "interrupted", lambda folder: train_in_legs(folder, flags))
 
 
@@ -72,7 +72,7 @@ def train_in_legs(folder: pathlib.Path, flags: list[str]) -> list[list]:
     return batches + batches_of(folder, step, STEPS)
 
 
-# Of the two whole runs the interrupted one has the parts.
+# The interrupted run combines the parts of the other two runs.
 MESHES = [
     pytest.param("eight_devices", marks=pytest.mark.slow),
     pytest.param("two_processes", marks=pytest.mark.slow),
@@ -87,7 +87,7 @@ def test_the_same_numbers_everywhere(where, one_device, request):
 
 @pytest.mark.parametrize("where", MESHES)
 def test_the_same_batches_everywhere(where, one_device, request):
-    """Photos, captions and what augmentation has made of them; no row is read twice."""
+    """Photos, captions and their augmentation are the same; no row is read twice."""
     assert all([row[0] for row in rows] == list(range(16)) for rows in one_device.batches)
     assert len({tuple(row[1] for row in rows) for rows in one_device.batches}) == STEPS
     assert request.getfixturevalue(where).batches == one_device.batches
@@ -106,7 +106,7 @@ def test_the_same_results_written_once(where, one_device, request):
     assert other.out.count(f"written: {files[1]}") == 1
 
 
-# The devices that a checkpoint was saved from -> those that it is loaded onto.
+# The devices from which a checkpoint was saved, and those onto which it is loaded.
 MOVES = [
     pytest.param("eight_devices", 1, marks=pytest.mark.slow),
     ("one_device", 8),
@@ -118,7 +118,7 @@ MOVES = [
 
 @pytest.mark.parametrize(("where", "devices"), MOVES)
 def test_checkpoints_restore_onto_other_devices(where, devices, one_device, request):
-    """Each device gets its part, and photos and captions their embeddings."""
+    """Each device gets its shard, and the embeddings are the same."""
     workdir = request.getfixturevalue(where).workdir
     mesh = partition.create_mesh({"data": 1, "fsdp": devices}, jax.devices()[:devices])
     encoder = Encoder.load(workdir, mesh=mesh)
@@ -132,7 +132,7 @@ def test_checkpoints_restore_onto_other_devices(where, devices, one_device, requ
 
 @pytest.mark.slow
 def test_evaluation_on_other_devices(eight_devices, tmp_path):
-    """`eval` of a run that was split over more devices than there are."""
+    """`eval` of a run that was trained on more devices than this machine has."""
     folder = tmp_path / "copy"
     shutil.copytree(eight_devices.workdir, folder / "run")
     (file,) = (folder / "run" / "results").glob("*.json")

@@ -1,4 +1,4 @@
-"""The embeddings that a run keeps for tagging: read as they were written, or made anew."""
+"""The embeddings that a run stores for tagging: read unchanged, or computed again."""
 
 import logging
 import random
@@ -20,14 +20,14 @@ def encoder(workdir):
 
 @pytest.fixture
 def run(workdir, encoder, tmp_path):
-    """A copy of a run without the reference photos that other tests may have kept, its encoder."""
+    """A copy of a run without reference photos that other tests may have stored; its encoder."""
     without = shutil.ignore_patterns("tagging")
     return shutil.copytree(workdir, tmp_path / "run", ignore=without), encoder
 
 
 @pytest.fixture
 def kept(tmp_path):
-    """Embeddings, and the file that they are kept in."""
+    """Embeddings, and the file that stores them."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(rows, DIM)).astype(np.float32) for rows in (60, 20)]
     units = [array / np.linalg.norm(array, axis=1, keepdims=True) for array in arrays]
@@ -111,7 +111,7 @@ def test_other_arrays_are_refused(kept, caplog, change):
 
 
 def test_random_damage_is_noticed_or_without_effect(kept, caplog):
-    """400 times one byte changed, or a cut; a wrong array with a right CRC has a wrong digest."""
+    """400 changed bytes or truncations; a wrong array with a valid CRC has a wrong digest."""
     found, file = kept
     whole, noticed = file.read_bytes(), 0
     for trial in range(400):

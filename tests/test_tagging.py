@@ -1,4 +1,4 @@
-"""The tagger against brute force, and the verbs `tag` and `eval --task=tagging`."""
+"""Compares the tagger with brute force; tests `tag` and `eval --task=tagging`."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ def unit(rng, *shape):
 
 
 class FakeEncoder(encoder.Encoder):
-    """Embeds each text at random, the same text always alike."""
+    """Embeds each text at a random point, which is always the same for the same text."""
 
     def __init__(self):
         pass
@@ -87,7 +87,7 @@ def test_french_prompts_elide():
 
 
 def many_tags(count):
-    """A vocabulary with as many tags, of one English name each."""
+    """A vocabulary of `count` tags with one English name each."""
     rows = [(f"tag {number}",) for number in range(count)]
     return vocabularies.Vocabulary("many", [first for first, *_ in rows], {"en": rows})
 
@@ -99,7 +99,7 @@ def test_a_percentile_means_the_same_share_of_held_out_pairs(
 ):
     tagger = tagging.Tagger(FakeEncoder(), vocabulary, language, reference)
     above = tagger.prominences(reference.held_out) >= tagger.prominence_at(percentile)
-    # It is a mean of quantiles, and of 800 pairs only.
+    # The threshold is a mean of quantiles, from only 800 pairs.
     assert above.mean() == pytest.approx(1 - percentile, abs=0.01)
     tags = tagger.tag(reference.held_out, threshold=percentile)
     assert sum(map(len, tags)) == above.sum()
@@ -142,7 +142,7 @@ def test_prominences_are_from_the_best_of_the_image_and_keep_the_order_in_it(ref
     assert (np.argsort(scores) == np.argsort(prominences)).all()
     best = np.sort(prominences)[:, -tagging.BEST_TAGS :]
     np.testing.assert_allclose(best.mean(axis=1), 0, atol=1e-6)
-    # They differ from scores by a number of each image.
+    # For each image, prominences differ from scores by a constant.
     np.testing.assert_allclose(np.diff(scores, axis=1), np.diff(prominences, axis=1), atol=1e-6)
 
 
@@ -177,7 +177,7 @@ def test_images_are_found_once_in_order(tmp_path):
 
 
 class CountingEncoder(encoder.Encoder):
-    """Takes the number that is a file's name for its pixels; every seventh is broken."""
+    """Decodes a file to pixels with the number in its name; every seventh file is broken."""
 
     mesh = types.SimpleNamespace(size=1)
 
@@ -202,7 +202,7 @@ def test_batches_skip_what_is_broken_and_keep_the_order():
         seen += files
     assert seen == [number for number in numbers if int(number.name) % 7 != 3]
     assert len(skipped) == 14
-    # The last batch is filled up: one shape is compiled for.
+    # The last batch is padded, so only one shape is compiled.
     assert set(fake.sizes) == {embed.IMAGE_BATCH}
     fake = CountingEncoder()
     assert len(list(tagging.embed_files(fake, numbers[1:3], skipped.append))) == 1
@@ -211,7 +211,7 @@ def test_batches_skip_what_is_broken_and_keep_the_order():
 
 @pytest.fixture(scope="module")
 def tagged(workdir, photos_folder, tmp_path_factory):
-    """A run's copy and what `tag` printed and wrote, of a folder with broken files in it."""
+    """A copy of a run, and the output of `tag` for a folder that contains broken files."""
     folder = tmp_path_factory.mktemp("tag")
     shutil.copytree(workdir, folder / "run")
     (folder / "shapes.tsv").write_text(SHAPES)
@@ -262,7 +262,7 @@ def test_tag_reports_each_broken_image_and_their_number(tagged):
 
 @pytest.fixture(scope="module")
 def odd(photos_folder, tmp_path_factory) -> pathlib.Path:
-    """A folder of a good photo, whose name is not UTF-8, and of what hangs or fills the memory."""
+    """A folder with two good photos that have odd names, and files that hang or fill memory."""
     folder = tmp_path_factory.mktemp("odd")
     names = [b"caf\xe9 \xf0.jpg", "line\nend \x1b[2J größe.jpg".encode()]
     for name in names:
@@ -335,7 +335,7 @@ def test_a_record_is_json_of_any_name():
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder where nothing can be written, for root neither."""
+    """A folder in which nobody can write, not even root."""
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o555)
     if os.geteuid():
@@ -369,7 +369,7 @@ def test_where_tag_writes_is_looked_at_before_any_work(
 
 
 def test_tag_needs_nothing_but_the_run_and_may_print_lines(tagged, tmp_path):
-    """The reference photos are kept in the run's folder: the data set may be gone."""
+    """The run's folder holds the reference photos, so the data set may be missing."""
     folder, _ = tagged
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
@@ -439,7 +439,7 @@ def test_eval_of_tags_from_captions(tagged):
     assert set(results["languages"]) == {"en", "de"}
     english = results["languages"]["en"]
     assert english["mAP"] > 0.4  # chance: a third, a fifth
-    # Five tags in all: the percentile where a photo has five lets all pass.
+    # There are five tags in all, so all pass at the percentile where a photo has five.
     assert (
         english["predicted_tags"]["one_percentile"]
         == english["predicted_tags"]["one_loose_percentile"]
@@ -485,7 +485,7 @@ def test_what_is_true_of_emoji_is_their_own_name():
 
 @pytest.mark.parametrize("noise", [0, 1e-7])
 def test_a_collapsed_encoder_tags_at_chance(vocabulary, noise):
-    """Photos of several tags, of four; the expectation is that of scores that are exactly equal."""
+    """Photos have several of four tags; the result equals that of exactly equal scores."""
     rng = np.random.default_rng(0)
     point = unit(rng, 1, 64)
 
@@ -527,7 +527,7 @@ def test_what_is_true_of_coco_is_its_instances_where_they_are(shared, tmp_path):
     content = {
         "images": [{"id": int(image_id)} for image_id in chosen.photos.image_ids],
         "categories": [{"id": number, "name": tag} for number, tag in enumerate(tags, 1)],
-        # One object in each photo.
+        # Each photo shows one object.
         "annotations": [
             {"image_id": int(image_id), "category_id": 1 + int(image_id) % 80}
             for image_id in chosen.photos.image_ids

@@ -1,4 +1,4 @@
-"""What tagging has to reach, on runs of the published configurations; minutes each."""
+"""Required tagging results of the published configurations; each test takes minutes."""
 
 import json
 
@@ -18,7 +18,7 @@ def evaluated(command, run, *flags):
 
 
 def check_calibration(results):
-    """With one percentile for all languages the number of tags differs by 15% at most."""
+    """With one percentile for all languages, the number of tags differs by at most 15%."""
     assert evaluate_tagging.spread(results, "one_percentile") <= 0.15
     assert evaluate_tagging.spread(results, "one_percentile") < evaluate_tagging.spread(
         results, "one_cosine"

@@ -1,4 +1,4 @@
-"""Tagging metrics against scikit-learn, over all orders of tied scores, and for broken taggers."""
+"""Compares tagging metrics with scikit-learn over all orders of ties; collapsed taggers."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from xlir import metrics
 
 
 def orders(scores):
-    """All orders by falling score; tied ones in each of their orders."""
+    """All orders by descending score, with ties in every possible order."""
     groups = [
         [place for place, one in enumerate(scores) if one == score]
         for score in sorted(set(scores), reverse=True)
@@ -22,7 +22,7 @@ def orders(scores):
 
 
 def mean_average_precision_score(scores, positive):
-    """The mean of scikit-learn's over all orders of tied photos."""
+    """The mean of scikit-learn's score over all orders of tied photos."""
     falling = -np.arange(len(scores))
     return np.mean(
         [average_precision_score(positive[order], falling) for order in orders(scores.tolist())]
@@ -30,7 +30,7 @@ def mean_average_precision_score(scores, positive):
 
 
 def reference_tagging(scores, positive, k):
-    """Each metric from expected counts: what holds in the mean over all orders of tied tags."""
+    """Each metric computed from mean counts over all orders of tied tags."""
     told, right, hits = np.zeros(scores.shape[1]), np.zeros(scores.shape[1]), []
     for score, true in zip(scores, positive, strict=True):
         chosen = np.zeros((0, len(score)), bool)
@@ -58,7 +58,7 @@ def reference_tagging(scores, positive, k):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
 def test_matches_all_orders_of_tied_scores(seed, k):
-    """Photos have several tags, and tags tie with each other."""
+    """Photos have several tags, and some tags are tied."""
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 3, size=(6, 5)).astype(float)
     positive = rng.random((6, 5)) < 0.5
@@ -89,7 +89,7 @@ def test_metrics_are_scikit_learns_without_ties():
     + [(1_000_000, *one) for one in ((1, 0), (1e-6, 0.5))],
 )
 def test_average_precision_of_many_photos_is_scikit_learns(photos, scale, shift):
-    """Scores of deviation 0.003 lie about 1e-7 to 1e-8 apart; none are equal."""
+    """Scores with standard deviation 0.003 differ by about 1e-7 to 1e-8; none are equal."""
     rng = np.random.default_rng(photos)
     positive = rng.random(photos) < 0.1
     scores = 0.003 * (rng.normal(size=photos) + 0.1 * positive)
@@ -100,7 +100,7 @@ def test_average_precision_of_many_photos_is_scikit_learns(photos, scale, shift)
 
 
 def test_cosines_of_many_photos_keep_their_average_precision_when_rounded():
-    """Dozens of photos share each rounded cosine here."""
+    """Each rounded cosine is shared by dozens of photos."""
     rng = np.random.default_rng(3)
     positive = rng.random((120_000, 1)) < 0.1
     cosines = 0.3 + 0.003 * (rng.normal(size=positive.shape) + positive)
@@ -109,7 +109,7 @@ def test_cosines_of_many_photos_keep_their_average_precision_when_rounded():
 
 
 def test_average_precision_with_large_ties_is_the_mean_over_random_orders():
-    """Eleven different scores of 2,000 photos: 300 shuffles, four standard errors."""
+    """2,000 photos with eleven scores: within four standard errors of 300 shuffles."""
     rng = np.random.default_rng(4)
     positive = rng.random(2000) < 0.1
     scores = np.round(rng.random(2000) + 0.2 * positive, 1)
@@ -136,7 +136,7 @@ def test_average_precision_by_hand():
     positive = np.array([True, False, True, False])
     found = metrics.average_precision(np.array([0.9, 0.8, 0.7, 0.1]), positive)
     assert found == pytest.approx((1 + 2 / 3) / 2)
-    # The last two tied: the second positive is third or fourth.
+    # The last two are tied: the second positive is third or fourth.
     found = metrics.average_precision(np.array([0.9, 0.8, 0.1, 0.1]), positive)
     assert found == pytest.approx((1 + (2 / 3 + 2 / 4) / 2) / 2)
     assert metrics.average_precision(np.array([0.1, 0.2, 0.3, 0.4]), positive[::-1]) == (
@@ -150,23 +150,23 @@ def test_metrics_by_hand():
     found = metrics.tagging(scores, positive, k=2, hits=(1, 2))
     assert found["precision@2"] == pytest.approx(2 / 4)
     assert found["micro_F1@2"] == pytest.approx(2 * 2 / (4 + 3))
-    # The first tag: 1 right of 1 told, 2 there; the second: 1 of 2, 1 there; the third is nowhere.
+    # Tag 1: 1 of 1 predictions right, 2 true; tag 2: 1 of 2 right, 1 true; tag 3 is never true.
     assert found["macro_F1@2"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert (found["hit@1"], found["hit@2"]) == (0.5, 1.0)
-    # The second tag: both photos tied, one of them right.
+    # Tag 2: both photos are tied, and one of them is right.
     assert found["mAP"] == pytest.approx((1 + (1 + 1 / 2) / 2) / 2)
 
 
 @pytest.mark.parametrize("noise", [0, 1e-8])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_tagger_whose_scores_are_all_equal_scores_chance(noise, dtype):
-    """Whatever rounding does to cosines, and whatever the order of tags and photos."""
+    """It scores chance whatever the rounding of cosines and the order of tags and photos."""
     rng = np.random.default_rng(0)
     positive = rng.random((300, 40)) < 0.1
     scores = metrics.rounded((0.5 + noise * rng.normal(size=positive.shape)).astype(dtype))
     found = metrics.tagging(scores, positive, k=5)
     assert found["precision@5"] == pytest.approx(positive.mean())
-    # Of a photo's tags, the first k drawn hold none with this probability.
+    # The probability that the first k random tags include none of the photo's tags.
     counts = [int(count) for count in positive.sum(axis=1) if count]
     for k in (1, 10):
         missed = [math.comb(40 - count, k) / math.comb(40, k) for count in counts]

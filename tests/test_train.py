@@ -1,4 +1,4 @@
-"""Training: resuming bit for bit, one step on any mesh, refusals, and what a run leaves behind."""
+"""Training: bit-for-bit resumption, equal steps on all meshes, refusals, and a run's files."""
 
 import json
 import math
@@ -37,7 +37,7 @@ checkpoint.Checkpoints.save = save_and_die
 
 @pytest.mark.parametrize("wait", ["self._manager.wait_until_finished()", "pass"])
 def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, tiny, tmp_path):
-    """kill -9 right after a checkpoint, and in the middle of writing one."""
+    """kill -9 right after a checkpoint is saved, and while one is being written."""
     interrupted = tmp_path / "run"
     flags = [*tiny, f"--workdir={interrupted}"]
     killed = command(*flags, script=KILL.format(wait=wait), check=False)
@@ -54,7 +54,7 @@ def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, ti
     "image_tower", ["toy-vit", pytest.param("toy-resnet", marks=pytest.mark.slow)]
 )
 def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path, monkeypatch):
-    """Both towers trained from microbatches, with dropout and augmentation: the same numbers."""
+    """Trains both towers with microbatches, dropout and augmentation; resumes to equal numbers."""
     flags = [
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
@@ -85,7 +85,7 @@ def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path, monkey
 def test_a_run_resumes_from_a_checkpoint_between_validations(
     toy_config, toy_run, tmp_path, monkeypatch, caplog
 ):
-    """Bit for bit, and the best checkpoint is chosen among those that were validated."""
+    """It resumes bit for bit, and the best checkpoint is one of the validated checkpoints."""
     config, run = toy_config.copy_and_resolve_references(), tmp_path / "run"
     config.save_every = 1
     save = Checkpoints.save
@@ -101,7 +101,7 @@ def test_a_run_resumes_from_a_checkpoint_between_validations(
     monkeypatch.undo()
     assert Encoder.load(run, checkpoint="latest").step == 3
     assert Encoder.load(run).step == 2
-    config.save_every = 5  # may change, as it does not change what is learned
+    config.save_every = 5  # may change, because it does not affect the trained model
     with caplog.at_level("INFO"):
         train.train(config, run)
     assert "resuming from step 3" in caplog.text
@@ -142,12 +142,12 @@ def test_what_a_run_leaves_behind(workdir):
     kinds = {name.split(".", 1)[-1] for name in files if name.startswith("results/")}
     assert kinds == {"json", "recall.png", "queries.png", "results/SHA256SUMS"}
     assert any(name.startswith("tensorboard/events") for name in files)
-    # Frozen towers are in no checkpoint: heads and their optimizer state are small.
+    # Checkpoints do not contain frozen towers; heads and their optimizer state are small.
     assert sum(p.stat().st_size for p in (workdir / "checkpoints").rglob("*")) < 3_000_000
 
 
 def test_where_the_time_goes(workdir):
-    """What a step waits for data, the rest of it, and what validation and saving took."""
+    """Records the time waiting for data, the rest of a step, validation and saving."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "seconds/step" in record]
     assert len(steps) == 8
@@ -170,7 +170,7 @@ def test_a_trace_of_chosen_steps(tiny, tmp_path):
 
 def test_test_photos_are_kept_out_of_training(tiny, tmp_path):
     process = run_main(*tiny, f"--workdir={tmp_path}", "--config.steps=2")
-    # 38 photos of split train, 4 of which are in the test set.
+    # The split train has 38 photos, and 4 of them are in the test set.
     assert "34 training photos with 68 captions; 4 photos of the test set removed" in (
         process.stderr
     )
@@ -190,7 +190,7 @@ def test_another_configuration_is_refused_with_the_fields(workdir, tiny):
 
 
 def test_a_run_goes_on_where_only_the_machine_differs(workdir, tiny):
-    """Mesh, microbatches, rematerialisation, logging: what is learned does not depend on them."""
+    """Mesh, microbatches, rematerialisation and logging do not affect the trained model."""
     flags = ["--config.mesh.data=1", "--config.log_every=7", "--config.text.remat=True"]
     process = run_main(*tiny, *flags, f"--workdir={workdir}", "--config.profile.steps=(1,2)")
     assert "resuming from step 40" in process.stderr
@@ -238,7 +238,7 @@ loader.iterate = signalled
 
 
 def test_sigterm_ends_a_run_at_once_before_its_first_step(command, tiny, tmp_path):
-    """Reading a large batch and compiling take minutes, and there is nothing to save."""
+    """Reading a large batch and compiling may take minutes, and there is nothing to save yet."""
     flags = [*tiny, f"--workdir={tmp_path / 'run'}"]
     process = command(*flags, script=SIGNAL_IN_FIRST_BATCH, check=False)
     assert process.returncode == -signal.SIGTERM, process.stderr
@@ -248,7 +248,7 @@ def test_sigterm_ends_a_run_at_once_before_its_first_step(command, tiny, tmp_pat
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_step_on_eight_devices_equals_one(frozen, workdir):
-    """Parameters after three steps, dropout included; frozen and fine-tuned towers."""
+    """Compares parameters after three steps with dropout, for frozen and fine-tuned towers."""
     config = read_config(workdir)
     config.text.frozen = frozen
     config.head_dtype = "float32"
@@ -298,7 +298,7 @@ def take_steps(config: ConfigDict, workdir, batch, mesh):
 
 @pytest.fixture(scope="module")
 def without_heads():
-    """An encoder of which only the temperature and the bias are trained, and its step."""
+    """An encoder in which only temperature and bias are trained, and its training step."""
 
     def create(temperature: float, learning_rate: float = 0.05):
         config = base.get_config()
@@ -315,7 +315,7 @@ def without_heads():
 
 
 def pairs_of(noise: float) -> dict[str, np.ndarray]:
-    """Features of pairs, the closer the less the noise."""
+    """Features of pairs; with less noise, the features of a pair are more similar."""
     rng = np.random.default_rng(0)
     text = rng.normal(size=(16, 32)).astype(np.float32)
     image = text + noise * rng.normal(size=text.shape).astype(np.float32)
@@ -329,7 +329,7 @@ def pairs_of(noise: float) -> dict[str, np.ndarray]:
     [(0.01, 3.0, "falls"), (math.exp(-4.6052), 3.0, "falls"), (0.04, 0.9, "rises")],
 )
 def test_the_temperature_is_learned_up_to_its_bound(temperature, noise, expected, without_heads):
-    """The scale falls from the bound where pairs are hard to tell; elsewhere it ends there."""
+    """From the bound, the scale falls if pairs are hard to tell apart; otherwise it stays there."""
     encoder, state, step = without_heads(temperature, 0.05 if expected == "falls" else 0.2)
     scales, frozen = [encoder.scale], encoder.parameters.frozen
     for _ in range(24):
@@ -350,7 +350,7 @@ def test_the_temperature_is_learned_up_to_its_bound(temperature, noise, expected
 
 
 def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
-    """Runs of before the parameter was clipped: 100 as loaded, and it can still fall."""
+    """In runs from before clipping, the scale is 100 when loaded, and training can lower it."""
     encoder, state, step = without_heads(0.01)
     beyond = {**state.params, "log_scale": jax.numpy.float32(5.5)}
     frozen = encoder.parameters.frozen
@@ -365,7 +365,7 @@ def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
 
 
 def test_photos_are_told_apart_whatever_their_ids(photos, without_heads):
-    """Ids of 64 bits; two rows of one id are one photo."""
+    """Ids have 64 bits; two rows with the same id show the same photo."""
     encoder, *_ = without_heads(0.01)
     training = CaptionedImages(captions.prepare(photos), "train")
     training.image_ids[:6] = 5, 2**32 + 5, 2**32 - 1, -1, 5, 2**63 - 1

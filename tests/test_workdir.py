@@ -1,4 +1,4 @@
-"""A run's folder: one writer, the same data, and places that can't be written to."""
+"""A run's folder: its lock, its record of the data, and folders that can't be written."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ with Lock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_training_run_is_refused_until_the_first_has_ended(tmp_path):
-    """Also by kill -9, which leaves the file and no lock."""
+    """kill -9 also releases the lock, although the lock file remains."""
     run = tmp_path / "run"
     command = [sys.executable, "-c", HOLD, str(run)]
     first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -54,7 +54,7 @@ def test_a_folder_in_which_no_run_was_started_is_removed(tmp_path):
 
 
 def test_training_takes_the_lock_first(toy_config, tmp_path):
-    """Before data and weights are looked for, which take minutes."""
+    """The lock is taken before data and weights are searched for, which takes minutes."""
     config = toy_config.copy_and_resolve_references()
     config.data.dir = str(tmp_path / "nothing")
     with workdir.Lock(tmp_path / "run"), pytest.raises(ValueError, match="is in use"):
@@ -76,12 +76,12 @@ def test_places_that_cannot_be_used_are_refused(name, message, tmp_path):
 
 
 def test_changed_data_are_refused_or_accepted(toy_config, toy_run, tmp_path, caplog):
-    """Photos that are gone would be trained without, against what resuming promises."""
+    """Without the check, a run would resume without photos that have been removed."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     data = shutil.copytree(toy_config.data.dir, tmp_path / "data")
     config = toy_config.copy_and_resolve_references()
     config.data.dir = str(data)
-    # The same data in another place are the same.
+    # The same data in another folder are accepted.
     saved = json.loads((run / "config.json").read_text())
     saved["data"]["dir"] = str(data)
     (run / "config.json").write_text(json.dumps(saved))
@@ -89,14 +89,14 @@ def test_changed_data_are_refused_or_accepted(toy_config, toy_run, tmp_path, cap
     train.train(config, run)
     for number in range(5):
         (data / "images" / f"{number:02d}.jpg").unlink()
-    prepared.open_data_set.cache_clear()  # as in another process
+    prepared.open_data_set.cache_clear()  # as in a new process
     with pytest.raises(ValueError, match=r"photos 33, .*before: photos 38, ") as info:
         train.train(config, run)
     assert len(str(info.value).splitlines()) == 1
     assert "--accept_changed_data" in str(info.value)
     with caplog.at_level(logging.INFO):
         train.train(config, run, accept_changed_data=True)
-        train.train(config, run)  # they are the run's own now
+        train.train(config, run)  # the new data are recorded now
     assert "resuming from step 6" in caplog.text
 
 
@@ -150,7 +150,7 @@ def test_a_half_written_record_of_a_step_that_was_saved(half, damaged, tmp_path,
 
 
 def test_results_are_shown_where_they_cannot_be_kept(toy_run, tmp_path, capsys, caplog):
-    """A file in the folder's place, as tests run as root, who may write anywhere."""
+    """A file blocks the folder, because tests run as root, who may write anywhere."""
     encoder = Encoder.load(toy_run)
     (chosen,) = prepared.test_sets(encoder.config)
     (tmp_path / "results").write_text("")
