@@ -128,7 +128,7 @@ def _random_box(
             left = generator.uniform(0, width - across)
             top = generator.uniform(0, height - down)
             return left, top, left + across, top + down
-    return 0, 0, width, height
+    return 0.0, 0.0, float(width), float(height)
 
 
 def _upright_rgb(

@@ -382,6 +382,8 @@ def test_earlier_fields_of_test_sets_are_those_of_evals(tmp_path, monkeypatch):
     assert upgrade(upgrade(fields)) == upgrade(fields)
     comma = upgrade({"data": {"dir": "set", "test_set": "a,b"}})["evals"]
     assert comma == {"a_b": base.test_set(captions="a,b").to_dict()}
+    same_name = upgrade({"data": {"dir": "set", "test_set": "a/t,b/t,c/t"}})["evals"]
+    assert [one["captions"] for one in same_name.values()] == ["a/t", "b/t", "c/t"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"data": 3}, {"data": {}, "evals": 3}, {"evals": {"a": 1}}])

@@ -286,9 +286,8 @@ def check_config(config: ConfigDict | Mapping) -> None:
 def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a run's config.json from any version to the current fields.
 
-    Earlier versions had, instead of `evals`, data.test_set (a list of test sets), data.test_images
-    (one folder of photos for all of them), data.xtd10 and data.drop_junk. Only missing fields of
-    test sets are filled in, and no field is checked.
+    Earlier versions had data.test_set (a list), data.test_images (one folder of photos for all),
+    data.xtd10 and data.drop_junk instead of `evals`. No field is checked.
     """
     fields = copy.deepcopy(dict(fields))
     data = fields.get("data")
@@ -319,8 +318,9 @@ def _evals_of(old: Mapping[str, str], folder: str, drop_junk: bool) -> dict[str,
             label, test_set = folder, own if name == "xtd10" else {"captions": name}
             test_set |= {"images": images, "drop_junk": drop_junk}
         label = re.sub(r"[^\w-]", "_", label)
-        # Two folders may have the same name.
-        evals[label + "_" * (label in evals)] = test_set
+        while label in evals:  # several folders may have the same name
+            label += "_"
+        evals[label] = test_set
     return evals
 
 
