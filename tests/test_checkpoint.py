@@ -246,7 +246,7 @@ def test_a_tokenizer_of_another_model(toy_run, tmp_path):
         xlir.Encoder.load(run)
     (run / "SHA256SUMS").unlink()
     with pytest.raises(
-        ValueError, match="the tokenizer has 360 tokens, and the tower an embedding"
+        ValueError, match="the tokenizer has 360 tokens, but the tower's embedding has"
     ):
         xlir.Encoder.load(run)
 

@@ -68,7 +68,7 @@ def test_the_verdict_leaves_a_tenth_of_the_memory():
     fuller = dataclasses.replace(REPORT, temporaries=12 * 2**30)
     assert fuller.needed < fuller.chip.hbm
     assert not fuller.fits
-    assert "it does not fit: 6% of the memory is to spare, 10% is asked for" in str(fuller)
+    assert "it does not fit: 6% of the memory is free, 10% is required" in str(fuller)
 
 
 def test_the_report_names_what_takes_the_time():
@@ -76,7 +76,7 @@ def test_the_report_names_what_takes_the_time():
     assert "8 chips, mesh data=2, fsdp=4; batch 1,024, 128 a chip" in text
     times = re.findall(r"(\d+\.\d) ms", text)
     assert times == ["100.0", "100.0", "10.0"]
-    assert "a step: 0.100 s if all overlaps, 0.210 s if nothing does" in text
+    assert "a step: 0.100 s if everything overlaps, 0.210 s if nothing does" in text
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_default_workdir_is_named_after_the_configuration(config, workdir, comma
 @pytest.mark.parametrize("arguments", [["shardings", QUICKSTART], ["eval", "--workdir=x"]])
 def test_devices_that_are_absent(platform, arguments, command):
     line = refusal(command(*arguments, check=False, JAX_PLATFORMS=platform), code=1)
-    assert f"JAX_PLATFORMS={platform}: JAX finds no such devices here, but " in line
+    assert f"JAX_PLATFORMS={platform}: JAX finds no such devices here, only " in line
     assert "cpu" in line
 
 

@@ -108,7 +108,7 @@ def test_what_can_not_be_split_is_said(caplog):
     with caplog.at_level("INFO"):
         partition.shardings(tree, mesh)
     assert caplog.messages == [
-        "1 arrays (4.0 MB) are whole on every device, as no axis divides by 8: table"
+        "1 arrays (4.0 MB) are whole on every device, because no axis divides by 8: table"
     ]
 
 

@@ -79,7 +79,7 @@ def test_where_they_cannot_be_kept_they_are_used(run, caplog):
     found = reference_photos.reference(encoder, folder)
     np.testing.assert_allclose(np.linalg.norm(found.training, axis=1), 1, rtol=1e-5)
     (line,) = warnings(caplog)
-    assert "the embeddings are not kept" in line
+    assert "the embeddings are not saved" in line
 
 
 def test_a_file_of_an_earlier_version_is_read(kept):

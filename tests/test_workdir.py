@@ -102,7 +102,7 @@ def test_changed_data_are_refused_or_accepted(toy_config, toy_run, tmp_path, cap
 
 def test_a_damaged_description_of_the_data_is_named(tmp_path):
     (tmp_path / "data.json").write_text("{")
-    with pytest.raises(ValueError, match=r"data\.json is damaged: .* Delete it to go on"):
+    with pytest.raises(ValueError, match=r"data\.json is damaged: .* Delete it to resume"):
         workdir.check_data(tmp_path, {"photos": 1}, accept_changes=False)
 
 
@@ -156,4 +156,4 @@ def test_results_are_shown_where_they_cannot_be_kept(toy_run, tmp_path, capsys, 
     (tmp_path / "results").write_text("")
     evaluate.report(encoder, chosen, tmp_path, tmp_path / "cache")
     assert "text to image" in capsys.readouterr().out
-    assert "results are shown and not kept: can't write to" in caplog.text
+    assert "results are shown but not saved: can't write to" in caplog.text

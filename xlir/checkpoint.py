@@ -108,14 +108,14 @@ class Checkpoints(contextlib.AbstractContextManager):
             if not partition.agree_minimum(not fault):
                 damaged[step] = fault or "another process can't read it"
             elif differing := self._differing(step, items):
-                damaged[step] = f"{differing[0]} is not what was saved"
+                damaged[step] = f"{differing[0]} differs from what was saved"
             else:
                 self._set_aside(damaged, step)
                 return step, parameter_names.tree_of_today(items, self._names(step))
         reasons = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
         raise ValueError(
-            f"no checkpoint in {self.folder} can be restored. They are damaged, or of another "
-            f"model than the one that config.json describes ({reasons}). Restore them from a copy, "
+            f"no checkpoint in {self.folder} can be restored. They are damaged, or belong to "
+            f"another model than config.json describes ({reasons}). Restore them from a copy, "
             "or start in a new --workdir"
         )
 

@@ -206,11 +206,11 @@ class Report:
         ]
         slow, fast = (self.batch_size / seconds for seconds in (times.serial, times.overlapped))
         lines += [
-            f"  a step: {times.overlapped:.3f} s if all overlaps, {times.serial:.3f} s if nothing "
-            f"does: {slow:,.0f} to {fast:,.0f} examples/s at most",
+            f"  a step: {times.overlapped:.3f} s if everything overlaps, {times.serial:.3f} s if "
+            f"nothing does: {slow:,.0f} to {fast:,.0f} examples/s at most",
             "",
             f"it {'fits' if self.fits else 'does not fit'}: {100 * spare:.0f}% of the memory "
-            f"{'is' if spare > 0 else 'would be'} to spare, {100 * SPARE:.0f}% is asked for",
+            f"{'is' if spare > 0 else 'would be'} free, {100 * SPARE:.0f}% is required",
         ]
         return "\n".join(lines)
 
@@ -240,7 +240,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     config = _as_on_tpu(config)
     mesh = partition.create_mesh(config.mesh, devices)
     traced = trace(config, mesh)
-    log.info("compiling a step for %d chips; it takes a minute or three", len(devices))
+    log.info("compiling a step for %d chips; this takes one to three minutes", len(devices))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

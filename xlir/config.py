@@ -112,7 +112,7 @@ class Text:
         return isinstance(value, str) and "\0" not in value and (self.may_be_empty or value != "")
 
     def __str__(self) -> str:
-        return "it must be a text" + ("" if self.may_be_empty else ", and not an empty one")
+        return "it must be a string" + ("" if self.may_be_empty else " that is not empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Widths:
         return isinstance(value, (tuple, list)) and all(width in each for width in value)
 
     def __str__(self) -> str:
-        return f"it must be integers from {self.least:,} to {WIDEST:,}, as (1024,)"
+        return f"it must be integers from {self.least:,} to {WIDEST:,}, such as (1024,)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Steps:
         return all(step in self._step for step in value) and value[0] <= value[1]
 
     def __str__(self) -> str:
-        return "it must be two steps, the first and the last, as (10, 12), or (0, 0) for none"
+        return "it must be the first and the last step, such as (10, 12), or (0, 0) for none"
 
 
 def _tower(*poolings: str) -> dict[str, Allowed]:
@@ -376,24 +376,24 @@ def _conflicts(config: Mapping) -> Iterator[str]:
     """Messages about fields that are valid by themselves, but not together."""
     mesh, loss, text, image = (config[group] for group in ("mesh", "loss", "text", "image"))
     if mesh["data"] == mesh["fsdp"] == -1:
-        yield "config.mesh.data and config.mesh.fsdp are both -1; one may be (all that are left)"
+        yield "config.mesh.data and config.mesh.fsdp are both -1; only one may be"
     for name, test_set in config["evals"].items():
         if test_set.get("type", "folder") == "folder" and not test_set.get("captions"):
             yield f"config.evals.{name}.captions is empty; it must be the folder of its captions"
     if loss["chunk"] and (loss["name"] not in CHUNKED_LOSSES or loss["push_apart"]):
         needs = loss["name"] if loss["name"] not in CHUNKED_LOSSES else "push_apart"
         yield (
-            f"config.loss.chunk={loss['chunk']} goes with {' and '.join(CHUNKED_LOSSES)} alone: "
-            f"{needs} looks for its hardest negative in the whole batch"
+            f"config.loss.chunk={loss['chunk']} works only with {' and '.join(CHUNKED_LOSSES)}: "
+            f"{needs} searches the whole batch for its hardest negative"
         )
     if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
         yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
     if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"]):
-        yield "config.text.prefix and trim_vocab are not for mUSE"
+        yield "config.text.prefix and trim_vocab do not apply to mUSE"
     if image["frozen"] and (image["min_area"] or image["mirror"]):
         yield (
             "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
-            "a frozen one's outputs are computed once"
+            "the outputs of a frozen tower are computed only once"
         )
     for side, options in (("text", text), ("image", image)):
         if options["head"] == "center" and not options["frozen"]:

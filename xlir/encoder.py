@@ -198,8 +198,8 @@ class Encoder:
         rows = specs["text"].config.get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, and the tower an "
-                f"embedding of {rows}; it is the tokenizer of another model"
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the tower's "
+                f"embedding has {rows} rows; the tokenizer belongs to another model"
             )
         return cls.from_model(config, model, tokenizer, specs, mesh)
 

@@ -149,7 +149,7 @@ def _drop_after(file: pathlib.Path, step: int) -> None:
         copy = file.with_name(f"{file.name}.damaged")
         write_whole(copy, content)
         log.warning(
-            "%s: %d damaged records dropped, the first in line %d; the file as it was is %s",
+            "%s: %d damaged records dropped, the first in line %d; the original is kept as %s",
             *(file, len(damaged), damaged[0], copy.name),
         )
     write_whole(file, b"".join(kept))

@@ -79,7 +79,7 @@ def check_platforms() -> None:
         _pass_over_absent_tpu()
         there = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ValueError(
-            f"JAX_PLATFORMS={asked}: JAX finds no such devices here, but {there}; set "
+            f"JAX_PLATFORMS={asked}: JAX finds no such devices here, only {there}; set "
             "JAX_PLATFORMS to these, or unset it"
         ) from error
 
@@ -149,7 +149,7 @@ def mesh_shape(options: Sizes, devices: int) -> tuple[int, int]:
     known = math.prod(size for size in sizes if size != -1)
     asked = ", ".join(f"config.mesh.{axis}={options[axis]}" for axis in AXES)
     if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes:
-        raise ValueError(f"{asked}: numbers of devices, of which one may be -1 (all that are left)")
+        raise ValueError(f"{asked}: each must be a positive number; one may be -1 (the rest)")
     shape = tuple(devices // known if size == -1 else size for size in sizes)
     if math.prod(shape) != devices:
         raise ValueError(f"{asked} does not fit the {devices} devices")
@@ -209,7 +209,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     result = jax.tree.map_with_path(sharding, tree)
     if unsplit:
         log.info(
-            "%d arrays (%.1f MB) are whole on every device, as no axis divides by %d: %s",
+            "%d arrays (%.1f MB) are whole on every device, because no axis divides by %d: %s",
             *(len(unsplit), sum(unsplit.values()) / 1e6, mesh.shape["fsdp"], ", ".join(unsplit)),
         )
     return result

@@ -62,7 +62,7 @@ def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
         try:
             _write(found, file)
         except OSError as error:
-            log.warning("%s can't be written, the embeddings are not kept: %s", file, error)
+            log.warning("%s can't be written, so the embeddings are not saved: %s", file, error)
     return found
 
 
@@ -89,7 +89,7 @@ def _read(file: pathlib.Path, dim: int) -> Reference | None:
             # Files of earlier versions have only the CRC of a zip archive, which NumPy checks.
             digest = arrays["sha256"].item() if "sha256" in arrays else _digest(found)
         if digest != _digest(found):
-            raise ValueError("its digest is another")
+            raise ValueError("its digest does not match")
         for array in (found.training, found.held_out):
             if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != dim:
                 raise ValueError(f"it holds {array.dtype} {array.shape}, not vectors of {dim}")
@@ -100,7 +100,7 @@ def _read(file: pathlib.Path, dim: int) -> Reference | None:
     # Damaged bytes raise many types of errors in the readers of zip archives and arrays.
     except Exception as error:
         fault = str(error).splitlines() or [type(error).__name__]
-        log.warning("%s is damaged (%s): it is made anew", file, fault[0])
+        log.warning("%s is damaged (%s): it is computed again", file, fault[0])
         return None
 
 

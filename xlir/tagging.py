@@ -145,7 +145,7 @@ class Tagger:
           ValueError: there are no held-out photos, or the percentile is not between 0 and 1.
         """
         if self._curve is None:
-            raise ValueError("a threshold needs the run's data set, which is not at hand")
+            raise ValueError("a threshold needs the run's data set, which is missing")
         if not 0 <= percentile <= 1:
             raise ValueError(f"the threshold is {percentile}; it must be between 0 and 1")
         return float(np.interp(percentile, *self._curve))

@@ -61,7 +61,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         check_config(config)
         return config
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{file} is damaged, or of another version: {error}") from error
+        raise ValueError(f"{file} is damaged or from another version: {error}") from error
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -98,7 +98,7 @@ class Lock(contextlib.AbstractContextManager):
         """Takes the lock; returns the reason if that is not possible, otherwise an empty string."""
         if "\\" in str(self._workdir.absolute()):
             return (
-                f"--workdir={self._workdir}: checkpoints can't be kept where a name has a backslash"
+                f"--workdir={self._workdir}: checkpoints can't be saved if the path has a backslash"
             )
         try:
             files.make_writable_folder(self._workdir)
@@ -115,7 +115,7 @@ class Lock(contextlib.AbstractContextManager):
                 "training in it. Wait until it has ended, or choose another --workdir"
             )
         except OSError as error:
-            log.warning("%s: no locks here (%s); train in it only once", self._workdir, error)
+            log.warning("%s: no file locks here (%s); train in it only once", self._workdir, error)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()
@@ -174,15 +174,15 @@ def check_data(workdir: pathlib.Path, data: dict[str, Any], *, accept_changes: b
         before = json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
         raise ValueError(
-            f"{file} is damaged: {error}. Delete it to go on without comparing the data"
+            f"{file} is damaged: {error}. Delete it to resume without comparing the data"
         ) from error
     if before == data:
         return
     if before is not None and not accept_changes:
         raise ValueError(
-            f"the data are not those that {workdir} was started with: {_describe(data)}; before: "
-            f"{_describe(before)}. Restore the data to resume, start in a new --workdir, or go on "
-            "with other data by --accept_changed_data"
+            f"the data differ from those that {workdir} was started with: {_describe(data)}; "
+            f"before: {_describe(before)}. Restore the data to resume, start in a new --workdir, "
+            "or resume with the new data by --accept_changed_data"
         )
     if jax.process_index() == 0:
         files.write_whole(file, json.dumps(data, indent=1))
@@ -202,7 +202,7 @@ def results_folder(workdir: pathlib.Path) -> pathlib.Path | None:
         files.make_writable_folder(folder)
         return folder
     except OSError as error:
-        log.warning("results are shown and not kept: %s", error)
+        log.warning("results are shown but not saved: %s", error)
         return None
 
 
@@ -214,4 +214,4 @@ def check_seen(workdir: pathlib.Path) -> None:
             break
         time.sleep(1)
     if not partition.agree_minimum(is_run(workdir)):
-        raise ValueError(f"--workdir={workdir} has to be a folder that all processes see")
+        raise ValueError(f"--workdir={workdir} must be a folder that all processes see")

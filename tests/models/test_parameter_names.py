@@ -110,6 +110,8 @@ def test_damage_of_a_checkpoint_is_noticed(items, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_read", damaged)
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match=r"\['mlp'\]\['inner'\]\['bias'\] is not what was saved"),
+        pytest.raises(
+            ValueError, match=r"\['mlp'\]\['inner'\]\['bias'\] differs from what was sav"
+        ),
     ):
         checkpoints.restore(jax.tree.map(jnp.zeros_like, items))
