@@ -1,8 +1,8 @@
-"""Published dual encoders of PyTorch: from their files to a run's folder, to be evaluated here.
+"""Imports published PyTorch dual encoders into a run's folder, so that xlir can evaluate them.
 
-Two layouts are known. M-CLIP (Carlsson et al. 2022) is a folder of a multilingual text encoder,
-whose images are encoded by a CLIP model in a folder of its own. open_clip's models (Ilharco et al.
-2021) with a text encoder of Hugging Face's are both sides in one folder.
+Two layouts are supported. M-CLIP (Carlsson et al. 2022) is a folder with a multilingual text
+encoder; its image encoder is a CLIP model in another folder. An open_clip model (Ilharco et al.
+2021) with a text encoder from Hugging Face has both sides in one folder.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
-# What a config.json may say (model_type) of a folder that is not open_clip's.
+# Supported values of model_type in a config.json, for folders that are not open_clip's.
 HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": (*clip.CLIP.other_names, clip.CLIP.name)}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Where its config says nothing.
+# Context length if the config has none.
 OPEN_CLIP_LENGTH = 77
-# What an open_clip model's vision_cfg may say: what is used, what only training uses, and values
-# that change nothing. Whatever else it says is refused.
+# Fields of an open_clip model's vision_cfg: those that are used, those that only training uses, and
+# values that have no effect. Any other field that is set is refused.
 VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
 TRAINING_FIELDS = ("patch_dropout", "output_tokens")
 VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
@@ -49,7 +49,7 @@ Weights = dict[str, np.ndarray]
 
 
 class Published(NamedTuple):
-    """A folder's content; `layout` is "open_clip" or the model_type of its config.json."""
+    """The content of a folder; `layout` is "open_clip" or the model_type in config.json."""
 
     folder: pathlib.Path
     layout: str
@@ -59,12 +59,12 @@ class Published(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of a model under our names.
+    """One side of a model.
 
     Attributes:
       options: fields of config.text or config.image.
-      spec: of the tower.
-      tower, head: weights.
+      spec: the tower's specification.
+      tower, head: weights, under xlir's names.
       dim: width of the embeddings.
     """
 
@@ -76,40 +76,40 @@ class Side:
 
 
 def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
-    """Makes a run's folder, with a checkpoint of step 0, out of a published model.
+    """Writes a published model as a run's folder with a checkpoint of step 0.
 
     Args:
       text: the folder of the text encoder: M-CLIP's or open_clip's.
       image: the folder of the image encoder: CLIP's in Hugging Face's layout or open_clip's. May
-        be the same.
-      workdir: the folder to make. It appears when it is whole.
+        be the same as `text`.
+      workdir: the folder to create. It appears only once it is complete.
 
     Raises:
       FileNotFoundError: a folder or one of its files is missing.
-      FileExistsError: the workdir holds something.
+      FileExistsError: the workdir exists and is not an empty folder.
       ValueError: the layout is unknown, a file is damaged, or parts do not fit together.
     """
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
-        raise FileExistsError(f"{workdir} is there already: name a new folder with --workdir")
+        raise FileExistsError(f"{workdir} already exists: choose a new folder with --workdir")
     of_text = _read("text", text)
     of_image = of_text if image == text else _read("image", image)
     _check_layout("text", of_text)
     _check_layout("image", of_image)
-    with _blamed_on(of_text):
+    with _errors_name(of_text):
         text_side, tokenizer = _text_side(of_text)
-    with _blamed_on(of_image):
+    with _errors_name(of_image):
         image_side = _image_side(of_image)
     if text_side.dim != image_side.dim:
         raise ValueError(
             f"{of_text.folder} embeds texts in {text_side.dim} dimensions and {of_image.folder} "
-            f"images in {image_side.dim}: they are not of one model"
+            f"images in {image_side.dim}: they are not from the same model"
         )
     config = base.get_config()
     config.embedding_dim = text_side.dim
     config.text.update(text_side.options, tower=text)
     config.image.update(image_side.options, tower=image)
     _set_scale(config, of_image.weights | of_text.weights)
-    with _blamed_on(of_image):
+    with _errors_name(of_image):
         check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
     specs = {"text": text_side.spec, "image": image_side.spec}
@@ -121,7 +121,7 @@ def _read(flag: str, name: str) -> Published:
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--{flag}: there is no folder {folder}; hf download ID --local-dir FOLDER gets one"
+            f"--{flag}: there is no folder {folder}; download it: hf download ID --local-dir FOLDER"
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
         config, files = pretrained.read_json(folder / OPEN_CLIP_CONFIG), OPEN_CLIP_WEIGHTS
@@ -145,8 +145,8 @@ def _check_layout(flag: str, published: Published) -> None:
 
 
 @contextlib.contextmanager
-def _blamed_on(published: Published) -> Iterator[None]:
-    """Errors name the folder."""
+def _errors_name(published: Published) -> Iterator[None]:
+    """Adds the folder to messages of errors."""
     try:
         yield
     except KeyError as error:
@@ -166,7 +166,7 @@ def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
 
 def _m_clip_text(published: Published) -> Side:
     weights = dict(published.weights)
-    kernel, bias = _taken(weights, "LinearTransformation.weight", "LinearTransformation.bias")
+    kernel, bias = _pop(weights, "LinearTransformation.weight", "LinearTransformation.bias")
     return _transformer(
         read_field(published.config, "modelBase", Text(may_be_empty=False)),
         {name.removeprefix("transformer."): array for name, array in weights.items()},
@@ -180,10 +180,10 @@ def _open_clip_text(published: Published) -> Side:
     model = read_field(published.config, "model_cfg", Group())
     text = read_field(model, "text_cfg", Group())
     if not text.get("hf_model_name"):
-        raise ValueError("its texts are encoded by CLIP's own encoder; known: Hugging Face's")
+        raise ValueError("its text encoder is CLIP's own; only Hugging Face's are supported")
     supported = {
         "hf_pooler_type": (None, "mean_pooler"),
-        "pooler_type": (None, "mean_pooler"),  # the same, before
+        "pooler_type": (None, "mean_pooler"),  # earlier name of hf_pooler_type
         "tokenizer_mode": (None, ""),
         "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}),
     }
@@ -196,7 +196,7 @@ def _open_clip_text(published: Published) -> Side:
         if not name.startswith(("visual.", "logit_"))
     }
     if "text.proj.0.weight" in weights:
-        first, last = _taken(weights, "text.proj.0.weight", "text.proj.2.weight")
+        first, last = _pop(weights, "text.proj.0.weight", "text.proj.2.weight")
         options = {"head": "plain_mlp", "hidden": (len(first),)}
         head = {"input.kernel": first.T, "layers.0.kernel": last.T}
     elif "text.proj.weight" in weights:
@@ -215,14 +215,14 @@ def _open_clip_text(published: Published) -> Side:
 def _transformer(
     name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
 ) -> Side:
-    """The text side whose tower was trained from a published model, and has its architecture."""
+    """The text side, whose tower has the architecture of the published model `name`."""
     known = registry.architectures("text")
     architecture = known.get(name) or known.get(f"FacebookAI/{name}")
     if architecture is None:
         try:
             architecture = pretrained.read_config(pretrained.checkpoint_folder(name))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"needs the config.json of {name}: {error}") from error
+            raise FileNotFoundError(f"import needs the config.json of {name}: {error}") from error
     family = registry.family_of("text", architecture)
     family.check(architecture)
     positions = family.longest_text(architecture)
@@ -244,7 +244,7 @@ def _image_side(published: Published) -> Side:
     else:
         config = published.config
         preprocessing = Preprocessing.from_config(pretrained.read_preprocessing(published.folder))
-    (projection,) = _taken(weights, "visual_projection.weight")
+    (projection,) = _pop(weights, "visual_projection.weight")
     return Side(
         options={"head": "linear"},
         spec=TowerSpec(clip.CLIP, config, preprocessing=preprocessing),
@@ -255,7 +255,7 @@ def _image_side(published: Published) -> Side:
 
 
 def _vision_config(published: Published) -> dict[str, Any]:
-    """An open_clip model's image tower as the config.json of a CLIP vision model."""
+    """Describes an open_clip model's image tower as the config.json of a CLIP vision model."""
     model = read_field(published.config, "model_cfg", Group())
     vision = read_field(model, "vision_cfg", Group())
     for field, value in vision.items():
@@ -263,7 +263,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
         if value and not known:
             raise ValueError(f"an image tower with vision_cfg.{field} {value!r} is not supported")
     if isinstance(vision.get("layers"), list):
-        raise ValueError("a ResNet for an image tower (vision_cfg.layers) is not supported")
+        raise ValueError("a ResNet image tower (vision_cfg.layers is a list) is not supported")
     size, width = vision.get("image_size", 224), read_field(vision, "width", WIDTH)
     size = size[0] if isinstance(size, list) and size[:1] * 2 == size else size
     read_field({"image_size": size}, "image_size", Whole(1, LARGEST_IMAGE))
@@ -281,7 +281,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
 
 
 def _preprocessing(config: Mapping, size: int) -> Preprocessing:
-    """That of open_clip's evaluation: the model's own size, whatever preprocess_cfg says."""
+    """Preprocessing as in open_clip's evaluation; ignores the size in preprocess_cfg."""
     given = config.get("preprocess_cfg") or {}
     if given:
         read_field(config, "preprocess_cfg", Group())
@@ -314,7 +314,7 @@ _OPEN_CLIP_NAMES = {
 
 
 def _hugging_face_names(weights: Weights) -> Weights:
-    """open_clip's tensors of the image side under the names of a CLIP model of Hugging Face's."""
+    """An open_clip model's image tensors under the names of a Hugging Face CLIP model."""
     renamed = {}
     for name, array in weights.items():
         if not name.startswith("visual."):
@@ -335,7 +335,7 @@ def _hugging_face_names(weights: Weights) -> Weights:
 
 
 def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
-    """The temperature, and the bias of a model that was trained with the sigmoid loss."""
+    """Sets the temperature, and the bias of a model that was trained with the sigmoid loss."""
     if "logit_scale" in weights:
         config.loss.temperature = math.exp(-weights["logit_scale"].astype(np.float64).item())
     if "logit_bias" in weights:
@@ -345,12 +345,12 @@ def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
 def _model(
     config: ConfigDict, sides: Mapping[str, Side], published: tuple[Published, Published]
 ) -> dual_encoder.DualEncoder:
-    """The model with all of its weights, each used once."""
+    """Builds the model; every published weight must be used."""
     loaded = {}
     with partition.on_host():
         for side, folder in zip(SIDES, published, strict=True):
             spec, options = sides[side].spec, config[side]
-            with _blamed_on(folder):
+            with _errors_name(folder):
                 loaded[side] = nnx.eval_shape(
                     lambda s=spec, o=options: towers.create(s, o, rngs=nnx.Rngs(0))
                 )
@@ -358,7 +358,7 @@ def _model(
         rngs = nnx.Rngs(config.seed)
         model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         for side, folder in zip(SIDES, published, strict=True):
-            with _blamed_on(folder):
+            with _errors_name(folder):
                 _merge(getattr(model, f"{side}_head"), sides[side].head)
     return model
 
@@ -368,7 +368,7 @@ def _merge(module: nnx.Module, weights: Weights) -> None:
 
 
 def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
-    """Writes the folder beside its place and moves it there: it is whole, or not there."""
+    """Writes a temporary folder and renames it, so that the workdir is never incomplete."""
     workdir = workdir.resolve()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
@@ -379,8 +379,8 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
         unfinished.rename(workdir)
 
 
-def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
-    """Takes tensors out of a checkpoint."""
+def _pop(weights: Weights, *names: str) -> list[np.ndarray]:
+    """Removes tensors from a checkpoint and returns them."""
     if missing := [name for name in names if name not in weights]:
         raise ValueError(f"its weights lack {', '.join(missing)}")
     return [weights.pop(name) for name in names]

@@ -1,10 +1,10 @@
 """Export to PyTorch and ONNX.
 
-Each format is a folder that needs neither this package nor JAX. It appears under its name once it
-has been loaded afresh and has given the run's own embeddings for real captions and photos.
+An exported folder needs neither xlir nor JAX. It gets its final name only after a new process has
+loaded it and reproduced the run's embeddings of real captions and photos.
 
-Of a very large JPEG they are not quite the run's: for training and evaluation it is decoded at a
-fraction of its size, which other libraries don't do.
+Embeddings of very large JPEGs differ slightly from the run's, because xlir decodes such files at a
+fraction of their size, and other libraries don't.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 
 class Format(NamedTuple):
-    """A format.
+    """An export format.
 
     Attributes:
       write: writes an encoder into an empty folder.
-      unfit: what of an encoder the format can't hold; empty where it can.
-      needs: packages of the extra `export` that loading it takes.
+      unfit: returns why the format can't hold an encoder; empty if it can.
+      needs: packages of the extra `export` that writing or checking the format imports.
     """
 
     write: Callable[[Encoder, pathlib.Path], None]
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...]
 
 
-# In the order in which they are preferred where none is asked for.
+# Without --format, the first that can hold the model is used.
 FORMATS = {
     "sentence-transformers": Format(
         huggingface.write_sentence_transformers,
@@ -59,9 +59,9 @@ FORMATS = {
 
 @contextlib.contextmanager
 def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside the target, as a rename can't cross file systems; gone afterwards."""
+    """A temporary folder next to the target, because a rename can't cross file systems."""
     if os.path.lexists(to):
-        raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
+        raise FileExistsError(f"--to={to} already exists: choose another folder or remove it")
     folder = to.absolute().parent / f".{to.name}.partial-{secrets.token_hex(4)}"
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -73,12 +73,12 @@ def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
-            with contextlib.suppress(OSError):  # it holds what was exported
+            with contextlib.suppress(OSError):  # not empty: it holds the exported folder
                 parent.rmdir()
 
 
-def _fitting(encoder: Encoder) -> str:
-    """The format to take where none is asked for."""
+def _default_format(encoder: Encoder) -> str:
+    """The format to use if none is given."""
     return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
 
 
@@ -95,36 +95,37 @@ def export(
 
     Args:
       workdir: the run's folder.
-      to: the folder to write, which must not be there.
-      format: a key of `FORMATS`; default: sentence-transformers where it can hold the model, else
+      to: the folder to write, which must not exist.
+      format: a key of `FORMATS`; default: sentence-transformers if it can hold the model, else
         torch.
-      weights: "ema" or "raw"; default: the moving average where the run keeps one.
-      test_set, images: what it is checked on, as of `data.test_sets`, of which the first counts;
-        default: the run's own.
+      weights: "ema" or "raw"; default: the moving average if the run keeps one.
+      test_set, images: the test set for the check, as in `data.test_sets`, of which only the first
+        is used; default: the run's own.
 
     Raises:
-      FileExistsError: `to` is there already.
-      ValueError: the format can't hold the model, or what was written gives something else.
+      FileExistsError: `to` already exists.
+      ValueError: the format can't hold the model, or the exported model's outputs differ.
       FileNotFoundError: the run, its test set or a package is missing.
     """
     if format and format not in FORMATS:
         raise ValueError(f"--format={format} is not known; known: {', '.join(FORMATS)}")
     with _beside(to) as folder:
         encoder = Encoder.load(workdir, weights=weights, dtype="float32")
-        format = format or _fitting(encoder)
+        format = format or _default_format(encoder)
         if reason := FORMATS[format].unfit(encoder):
             others = [name for name, other in FORMATS.items() if not other.unfit(encoder)]
             raise ValueError(
-                f"--format={format} can't hold this model: {reason}. What can: {', '.join(others)}"
+                f"--format={format} can't hold this model: {reason}. "
+                f"Use one of: {', '.join(others)}"
             )
         verification.check_packages(FORMATS[format].needs)
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         raw = weights == "raw" and encoder.config.optimizer.ema > 0
-        # Of a run's average; those of the weights themselves are not known.
+        # A run evaluates its moving average, so there are no results for the raw weights.
         results = [] if raw else result_files.read(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)
-        log.info("checking it in a process of its own")
+        log.info("checking the folder in a separate process")
         report = verification.verify(encoder, folder, format, examples)
         card.write(encoder, results, folder, format, report)
         folder.rename(to)

@@ -1,4 +1,4 @@
-"""A run's encoder as plain numbers: what `pytorch/` builds its modules from, and their weights."""
+"""The configuration and weights from which `pytorch/` builds its copy of a run's encoder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from xlir.models.transformer import STACK
 
 
 class HeadLayer(NamedTuple):
-    """A layer of a head: "norm", "dense" or "gelu".
+    """A layer of a head.
 
     Attributes:
-      weight: of a norm [features], of a dense layer [dim, features].
+      kind: "norm", "dense" or "gelu".
+      weight: [features] for a norm, [dim, features] for a dense layer, else None.
       bias: [dim], or None.
     """
 
@@ -25,7 +26,7 @@ class HeadLayer(NamedTuple):
 
 
 def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
-    """The layers of a side's head; all of them are stock layers of PyTorch."""
+    """The layers of a side's head, all of which exist in PyTorch."""
     kind, weights = encoder.config[side].head, encoder.weights(f"{side}_head")
     if kind == "none":
         return []
@@ -45,7 +46,7 @@ def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
 
 
 def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights by our names, for inputs as the run has them."""
+    """A tower's weights under xlir's names, resized to the run's input size."""
     spec = encoder.specs[side]
     return spec.family.used_weights(spec, encoder.weights(f"{side}_tower"))
 
@@ -68,14 +69,14 @@ def describe(encoder: Encoder) -> dict:
 
 
 def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """All weights under the names of `pytorch/`, each in its shape there.
+    """All weights, with the names and shapes of the modules in `pytorch/`.
 
     Args:
-      encoder: the run's.
-      shapes: of the PyTorch model's parameters and buffers, by name.
+      encoder: the run's encoder.
+      shapes: the shape of each parameter and buffer of the PyTorch model, by name.
 
     Raises:
-      ValueError: the two do not have the same weights.
+      ValueError: names or shapes of weights differ from the PyTorch model's.
     """
     renamed: dict[str, np.ndarray] = {}
     for side in SIDES:
@@ -99,7 +100,7 @@ def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> di
 def _fitted(
     name: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, np.ndarray]:
-    """A weight's name and layout in PyTorch: outputs first, then inputs, then positions."""
+    """A weight's name and layout in PyTorch: outputs, inputs, then positions in the kernel."""
     path, _, leaf = name.rpartition(".")
     if name in shapes:
         return name, value
@@ -108,7 +109,7 @@ def _fitted(
     elif leaf == "embedding":
         name = f"{name}.weight"
     if leaf == "kernel" and name in shapes:
-        if value.ndim == 3 and len(shapes[name]) == 4:  # of each channel by itself
+        if value.ndim == 3 and len(shapes[name]) == 4:  # depthwise
             value = value[..., None, :]
         value = np.moveaxis(value, (-1, -2), (0, 1)).reshape(shapes[name])
     return name, value

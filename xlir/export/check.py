@@ -1,7 +1,7 @@
-"""Loads an exported folder afresh and runs it, in a process of its own without JAX.
+"""Loads an exported folder and runs it, in a separate process without JAX.
 
-python check.py FORMAT FOLDER INPUTS OUTPUT: INPUTS holds texts.json and images/, OUTPUT is a .npz
-file for token ids, pixels (0 to 255), the towers' features and the embeddings.
+python check.py FORMAT FOLDER INPUTS OUTPUT: INPUTS holds texts.json and images/. The script writes
+token ids, pixels (0 to 255), the towers' features and the embeddings to OUTPUT, a .npz file.
 """
 
 import importlib
@@ -14,12 +14,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-# Imports of them fail, as where they are not installed.
+# Importing these packages fails in this process, as if they were not installed.
 ABSENT = ("jax", "jaxlib", "flax", "xlir", "input_pipeline", "configs")
 
 
 def run_torch(folder, texts, images):
-    """Plain PyTorch."""
+    """Runs a folder of the format torch."""
     import torch
 
     sys.path.insert(0, str(folder))
@@ -35,7 +35,7 @@ def run_torch(folder, texts, images):
 
 
 def run_onnx(folder, texts, images):
-    """ONNX Runtime."""
+    """Runs a folder of the format onnx, with ONNX Runtime."""
     import onnxruntime
 
     sys.path.insert(0, str(folder))
@@ -57,12 +57,12 @@ def run_onnx(folder, texts, images):
 
 
 def run_sentence_transformers(folder, texts, images):
-    """SentenceTransformer, of stock modules only."""
+    """Runs a SentenceTransformer, which needs only the library's own modules."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    images = [opened(image) for image in images]
+    images = [decoded(image) for image in images]
     prefix = model.prompts.get(model.default_prompt_name or "", "")
     routes = json.loads((folder / "router_config.json").read_text(encoding="utf8"))["structure"]
     features, seen = [], {}
@@ -72,17 +72,17 @@ def run_sentence_transformers(folder, texts, images):
         x = {**x, "modality": side}
         with torch.inference_mode():
             for name, module in zip(routes[side], modules, strict=True):
-                if name.endswith(("_LayerNorm", "_Dense")):  # of the head
+                if name.endswith(("_LayerNorm", "_Dense")):  # the head begins here
                     break
                 x = module(x)
         features.append(x["sentence_embedding"].numpy())
     embeddings = model.encode(texts, modality="text"), model.encode(images)
     processor = model[0].sub_modules["image"][0].processor
-    return unpadded(seen["text"]), levels(seen["image"], processor), features, embeddings
+    return unpadded(seen["text"]), denormalized(seen["image"], processor), features, embeddings
 
 
 def run_transformers(folder, texts, images):
-    """VisionTextDualEncoderModel."""
+    """Runs a VisionTextDualEncoderModel."""
     import torch
     import transformers
 
@@ -90,28 +90,28 @@ def run_transformers(folder, texts, images):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    image = processor([opened(image) for image in images], return_tensors="pt")
+    image = processor([decoded(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
         out = model(**text, pixel_values=image["pixel_values"])
     features = out.text_model_output.pooler_output, out.vision_model_output.pooler_output
     embeddings = out.text_embeds, out.image_embeds
-    return unpadded(text), levels(image, processor), features, embeddings
+    return unpadded(text), denormalized(image, processor), features, embeddings
 
 
-def opened(data):
-    """An upright image in 8-bit RGB, over white where it is transparent."""
+def decoded(data):
+    """Decodes an image to upright 8-bit RGB; transparent parts become white."""
     inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
     return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
 
 
 def unpadded(batch):
-    """The ids of each text."""
+    """The token ids of each text, without padding."""
     pairs = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
     return [ids[mask != 0] for ids, mask in pairs]
 
 
-def levels(batch, processor):
-    """A processor's pixels, [batch, size, size, 3], from 0 to 255."""
+def denormalized(batch, processor):
+    """Undoes a processor's normalisation: pixels from 0 to 255, [batch, size, size, 3]."""
     pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
     return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255
 
@@ -125,7 +125,7 @@ RUN = {
 
 
 def outputs(format, folder, texts, images):
-    """What a folder gives for texts and encoded images, stage by stage."""
+    """A folder's outputs for texts and encoded images, at every stage."""
     tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
     return {
         "tokens": np.concatenate(tokens),
@@ -139,7 +139,7 @@ def outputs(format, folder, texts, images):
 
 
 def main():
-    """Runs the folder on the inputs."""
+    """Runs the folder on the inputs and writes its outputs."""
     format, folder, inputs, output = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
     sys.modules.update(dict.fromkeys(ABSENT))
     texts = json.loads((inputs / "texts.json").read_text(encoding="utf8"))

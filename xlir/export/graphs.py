@@ -11,13 +11,13 @@ from torch import nn
 
 from xlir.export.pytorch import DualEncoder
 
-# Weights of more bytes lie beside the graph: protocol buffers end at 2 GiB.
+# Weights of more bytes go into a separate file, as a protocol buffer holds at most 2 GiB.
 LARGE = 2**31 - 2**24
 TEXT_AXES = {0: "batch", 1: "length"}
 
 
 class _Side(nn.Module):
-    """One side; the graph has the tower's features beside the embeddings."""
+    """One side of the model; outputs the embeddings and the tower's features."""
 
     def __init__(self, model: DualEncoder, side: str):
         super().__init__()
@@ -29,7 +29,7 @@ class _Side(nn.Module):
 
 
 class TextSide(_Side):
-    """Token ids and a mask, 0 where a row is padding."""
+    """The text side: token ids and a mask, which is 0 for padding."""
 
     def forward(self, input_ids, attention_mask):
         """int64 [batch, length] both, to [batch, dim] and [batch, features]."""
@@ -37,7 +37,7 @@ class TextSide(_Side):
 
 
 class ImageSide(_Side):
-    """RGB pixels."""
+    """The image side: RGB pixels."""
 
     def forward(self, pixels):
         """uint8 [batch, size, size, 3] to [batch, dim] and [batch, features]."""
@@ -50,15 +50,15 @@ def write(
     """Writes text.onnx and image.onnx.
 
     Args:
-      config: as of `architecture.describe`.
-      weights: as of `architecture.torch_weights`.
-      folder: where they go.
-      opset: version of the operators.
+      config: from `architecture.describe`.
+      weights: from `architecture.torch_weights`.
+      folder: the folder to write to.
+      opset: the version of ONNX's operators.
     """
     model = DualEncoder(config)
     model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     size = config["preprocessing"]["size"]
-    # Two tensors: inputs that are the same object become one.
+    # Two separate tensors, because the exporter merges inputs that are the same object.
     ids, mask = torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
     pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     text = {"input_ids": ids, "attention_mask": mask}
@@ -76,7 +76,7 @@ def _trace(
     opset: int,
 ) -> None:
     dims = {axis: torch.export.Dim(name) for axis, name in axes.items()}
-    # What it says is for those who write models, not for those who use them.
+    # The exporter's warnings concern the modules' code, not xlir's users.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

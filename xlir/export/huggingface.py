@@ -1,6 +1,6 @@
-"""Towers as checkpoints in Hugging Face's layout, and what is put together from two of them.
+"""The formats sentence-transformers and transformers: two towers in Hugging Face's layout.
 
-Everything is written as JSON and safetensors: what reads it has to be there for the check only.
+Only JSON and safetensors files are written, so these libraries are needed for the check only.
 """
 
 import json
@@ -15,9 +15,9 @@ from xlir.encoder import Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 
-# sentence-transformers' modules, by what they are here.
+# Where sentence-transformers defines its modules.
 _MODULES = "sentence_transformers.base.modules"
-# A dense layer of a tower, and not of a head.
+# Name of a dense layer that belongs to a tower, not to a head.
 TOWER_DENSE = "TowerDense"
 TYPES = {
     "Router": f"{_MODULES}.router.Router",
@@ -28,8 +28,8 @@ TYPES = {
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
-# What a checkpoint's config.json may say besides of the model that it was, or of its code.
-_NOT_OURS = (
+# Fields of a checkpoint's config.json that describe the original model or code; not exported.
+_DROPPED_FIELDS = (
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -44,40 +44,40 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def unfit_for_sentence_transformers(encoder: Encoder) -> str:
-    """What of an encoder sentence-transformers can't hold; empty where it can."""
+    """Why sentence-transformers can't hold an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec = encoder.specs[side]
         if not spec.family.outputs:
-            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
         elif spec.pooling not in spec.family.outputs:
-            reasons.append(f"its mean over {spec.family.name} takes the class token in")
+            reasons.append(f"the format's mean over {spec.family.name} includes the class token")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
-    """What of an encoder VisionTextDualEncoderModel can't hold; empty where it can."""
+    """Why VisionTextDualEncoderModel can't hold an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec, head = encoder.specs[side], encoder.config[side].head
         known = spec.family.dual_encoder_pooling
         if not known:
-            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
         elif spec.pooling != known:
-            reasons.append(f"its {side} pooling is {known!r}, not {spec.pooling!r}")
+            reasons.append(f"the format's {side} pooling is {known!r}, not {spec.pooling!r}")
         if head != "linear":
-            reasons.append(f"its {side} head is a matrix without bias, not {head!r}")
+            reasons.append(f"the format's {side} head is a matrix without bias, not {head!r}")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
 def _unfit_preprocessing(encoder: Encoder) -> list[str]:
     if encoder.preprocessing.crop == "center_rounded":
-        return ["transformers' image processors cut odd margins otherwise than torchvision"]
+        return ["transformers' image processors round odd margins differently than torchvision"]
     return []
 
 
 def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """A Router with a route for each side, then normalisation."""
+    """Writes a Router with a route for each side, followed by normalisation."""
     types: dict[str, str] = {}
     routes: dict[str, list[str]] = {}
     for side in SIDES:
@@ -115,7 +115,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            # It is for images' captions as for queries: every text gets it.
+            # Every text gets the prefix, captions as well as queries.
             "prompts": {"text": prefix} if prefix else {},
             "default_prompt_name": "text" if prefix else None,
             "similarity_fn_name": "cosine",
@@ -124,7 +124,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """A VisionTextDualEncoderModel with its processor."""
+    """Writes a VisionTextDualEncoderModel with its processor."""
     weights = {}
     for side, name in (("text", "text"), ("image", "vision")):
         tower = _published(encoder, side)
@@ -150,7 +150,7 @@ def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
-    """The modules of one route: their types, and what writes each into its folder."""
+    """The modules of one route: each one's type and a function that writes its folder."""
     spec = encoder.specs[side]
     output, pooling = spec.family.outputs[spec.pooling]
     dense = _tower_dense(encoder, side)
@@ -177,7 +177,7 @@ def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
 
 
 def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
-    """The dense layers that end a text tower, with the names of their activations."""
+    """The dense layers at the end of a text tower, with the names of their activations."""
     weights, layers = encoder.weights(f"{side}_tower"), []
     for index, layer in enumerate(encoder.specs[side].dense):
         kernel, bias = (weights.get(f"dense.{index}.{part}") for part in ("kernel", "bias"))
@@ -188,7 +188,7 @@ def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
 def _write_tower(
     encoder: Encoder, side: str, folder: pathlib.Path, output: str, pooling: str | None
 ) -> None:
-    """A checkpoint, with what makes it a module of sentence-transformers."""
+    """Writes a tower's checkpoint as a module of sentence-transformers."""
     _json(folder / "config.json", _config(encoder, side))
     pretrained.save(_published(encoder, side), folder / WEIGHTS_FILE)
     modality = "text"
@@ -198,7 +198,7 @@ def _write_tower(
     else:
         modality = "image"
         _json(folder / "preprocessor_config.json", _image_processor(encoder))
-        # As in training; torchvision's resize differs in the last bit.
+        # PIL as in training, because torchvision's resize differs in the last bit.
         options["processor_kwargs"] = {"backend": "pil"}
     if encoder.specs[side].family.pooler_is_optional and output != "pooler_output":
         options["model_kwargs"] = {"add_pooling_layer": False}
@@ -237,22 +237,22 @@ def _write_dense(folder: pathlib.Path, layer: HeadLayer, activation: str) -> Non
 
 
 def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights by the names of `transformers`."""
+    """A tower's weights under the names of `transformers`."""
     weights = tower_weights(encoder, side)
     weights = {name: x for name, x in weights.items() if not name.startswith("dense.")}
     return encoder.specs[side].family.restore(weights, _config(encoder, side))
 
 
 def _config(encoder: Encoder, side: str) -> dict[str, Any]:
-    """The config.json of a tower: the checkpoint's that it began as, and what has changed."""
+    """A tower's config.json: its original checkpoint's, with updated fields."""
     spec = encoder.specs[side]
     config = spec.family.hub_config(spec, pad_id=_pad_token(encoder)[1])
-    config = {name: x for name, x in config.items() if name not in _NOT_OURS}
+    config = {name: x for name, x in config.items() if name not in _DROPPED_FIELDS}
     return config | {"dtype": "float32"}
 
 
 def _image_processor(encoder: Encoder) -> dict[str, Any]:
-    """The preprocessor_config.json that does what a run's preprocessing does."""
+    """The preprocessor_config.json that reproduces a run's preprocessing."""
     options = encoder.preprocessing
     size, resize, squash = options.size, options.resize, options.crop == "squash"
     processor: dict[str, Any] = {
@@ -279,9 +279,9 @@ def _image_processor(encoder: Encoder) -> dict[str, Any]:
 
 
 def _pad_token(encoder: Encoder) -> tuple[str, int]:
-    """The padding token and its id; of a tokenizer without one another special token.
+    """The padding token and its id, or another special token if the tokenizer has none.
 
-    Masked positions have no effect, whatever stands there.
+    The choice has no effect, because padding is masked.
     """
     special = encoder.tokenizer.special_tokens()
     chosen = next((token for token in PAD_TOKENS if token in special), next(iter(special)))

@@ -1,4 +1,4 @@
-"""The formats whose model code is `pytorch/`: plain PyTorch, and ONNX, which is traced from it."""
+"""The formats torch and onnx. ONNX graphs are traced from the PyTorch modules in `pytorch/`."""
 
 import json
 import pathlib
@@ -11,13 +11,13 @@ from xlir.export import architecture
 from xlir.models import pretrained
 
 SOURCES = pathlib.Path(__file__).parent
-# What the package is called in an exported folder.
+# Name of the package in an exported folder.
 PACKAGE = "dual_encoder"
 OPSET = 20
 
 
 def write_torch(encoder: Encoder, folder: pathlib.Path) -> None:
-    """Modules as source code, weights, tokenizer, preprocessing and an example."""
+    """Writes the modules' source code, weights, tokenizer, preprocessing and an example."""
     shutil.copytree(
         SOURCES / "pytorch", folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -26,7 +26,7 @@ def write_torch(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_onnx(encoder: Encoder, folder: pathlib.Path) -> None:
-    """A graph for each side, tokenizer, preprocessing and an example without PyTorch."""
+    """Writes a graph for each side, tokenizer, preprocessing and an example without PyTorch."""
     from xlir.export import graphs
 
     config, weights = _described(encoder, folder, "onnx_folder.py")
@@ -37,7 +37,7 @@ def write_onnx(encoder: Encoder, folder: pathlib.Path) -> None:
 def _described(
     encoder: Encoder, folder: pathlib.Path, example: str
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Writes what both formats have; returns the description and the weights."""
+    """Writes the files that both formats share; returns the configuration and the weights."""
     import torch
 
     from xlir.export.pytorch import DualEncoder

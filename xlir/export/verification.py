@@ -1,4 +1,4 @@
-"""Does an exported folder give what the run gives? Real captions and photos through both."""
+"""Compares an exported folder's outputs with the run's, on real captions and photos."""
 
 import dataclasses
 import importlib.util
@@ -27,10 +27,10 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Largest difference of an embedding's coordinates, which are of vectors of length one, and of a
-# tower's features, relative to the largest. In float32 it is 1e-6 at most.
+# Largest allowed difference of a coordinate of a unit-length embedding, and of a tower's feature
+# relative to the largest feature. In float32, observed differences are at most 1e-6.
 TOLERANCE, TOWER_TOLERANCE = 1e-5, 1e-4
-# Largest difference of a pixel, in levels of 255.
+# Largest allowed difference of a pixel value, which is from 0 to 255.
 PIXEL_TOLERANCE = 0.01
 IMAGES, TEXTS = 32, 64
 RECALL_AT = (1, 5, 10)
@@ -38,14 +38,14 @@ RECALL_AT = (1, 5, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Captions and their photos, and texts and images that are hard to read.
+    """Inputs of the check: captions with their photos, and edge cases.
 
     Attributes:
-      name: the test set that they are of.
-      languages: of the captions.
-      texts: captions, then others.
+      name: the test set of the captions and photos.
+      languages: the captions' languages.
+      texts: captions, then edge cases.
       image_of: the row of each caption's photo.
-      images: encoded photos, then others.
+      images: encoded photos, then edge cases.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Examples:
 
     @property
     def photos(self) -> int:
-        """How many of the images are photos of captions."""
+        """The number of images that have captions."""
         return int(self.image_of.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How far an exported model is from the run's.
+    """Differences between the outputs of an exported model and the run's.
 
     Attributes:
-      examples: what went through both.
-      tokens: texts whose token ids differ.
-      pixels: the largest difference of a pixel, in levels of 255.
-      towers: largest difference of the towers' features over their largest value, by side.
+      examples: the inputs.
+      tokens: the number of texts whose token ids differ.
+      pixels: the largest difference of a pixel value, which is from 0 to 255.
+      towers: largest difference of the towers' features, divided by the largest feature, by side.
       embeddings: largest difference of the embeddings, by side.
-      cosine: the smallest cosine of an embedding with its counterpart, by side.
-      recall: Recall@K, text to image, of the run's and of the exported embeddings.
+      cosine: the smallest cosine between an embedding and its counterpart, by side.
+      recall: text-to-image Recall@K of the run's embeddings and of the exported model's.
     """
 
     examples: Examples
@@ -88,60 +88,59 @@ class Report:
         lines = [
             f"checked on {len(self.examples.image_of)} captions in "
             f"{', '.join(self.examples.languages)} and {self.examples.photos} photos of "
-            f"{self.examples.name}, and on texts and images that are hard to read:",
+            f"{self.examples.name}, and on edge cases:",
             f"  tokens      {len(self.examples.texts) - self.tokens} of "
             f"{len(self.examples.texts)} texts equal",
-            f"  pixels      differ by {self.pixels:.1g} levels of 255 at most",
+            f"  pixels      largest difference {self.pixels:.1g} of 255",
         ]
         for side in SIDES:
             lines.append(
-                f"  {side:<6}      tower {self.towers[side]:.1e}, embedding "
-                f"{self.embeddings[side]:.1e} at most, cosine {self.cosine[side]:.7f} at least"
+                f"  {side:<6}      largest difference: tower {self.towers[side]:.1e}, embedding "
+                f"{self.embeddings[side]:.1e}; smallest cosine {self.cosine[side]:.7f}"
             )
-        return "\n".join([*lines, f"  Recall@{at} {ours}, exported {theirs}"])
+        return "\n".join([*lines, f"  Recall@{at} run {ours}, exported {theirs}"])
 
     def first_difference(self) -> str:
-        """The first stage that differs, from raw input to Recall@K; empty where none does."""
+        """The first stage that differs, from raw input to Recall@K; empty if none does."""
         if self.tokens:
             return f"the tokens of {self.tokens} texts"
         if self.pixels > PIXEL_TOLERANCE:
-            return f"pixels (by {self.pixels:.3g} levels of 255 at most)"
+            return f"the pixels (by up to {self.pixels:.3g} of 255)"
         for what, differences, tolerance in (
             ("tower", self.towers, TOWER_TOLERANCE),
             ("head", self.embeddings, TOLERANCE),
         ):
             for side in SIDES:
                 if differences[side] > tolerance:
-                    return f"outputs of the {side} {what} (by {differences[side]:.1e} at most)"
+                    return f"the outputs of the {side} {what} (by up to {differences[side]:.1e})"
         if self.recall[0] != self.recall[1]:
-            return f"Recall@K ({self.recall[0]} and {self.recall[1]}: near ties)"
+            return f"Recall@K ({self.recall[0]} and {self.recall[1]}, because of near ties)"
         return ""
 
 
 def check_packages(names: Sequence[str]) -> None:
-    """Raises FileNotFoundError where a package is missing."""
+    """Raises FileNotFoundError if a package is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise FileNotFoundError(f"{', '.join(missing)} not installed: pip install 'xlir[export]'")
 
 
 def examples(chosen: RetrievalSet) -> Examples:
-    """Photos of a set, evenly spaced, and two captions of each: languages take turns.
+    """Evenly spaced photos of a test set with two captions each, in alternating languages.
 
-    Besides a text of nothing and one that is cut, a photo that lies on its side and one that is
-    transparent.
+    Adds edge cases: an empty text, a text that is too long, a rotated photo and a transparent one.
     """
     count = min(len(chosen.images), IMAGES)
     rows = [row * len(chosen.images) // count for row in range(count)]
     texts, image_of, seen = [], [], set()
     turns = itertools.cycle(sorted(chosen.captions))
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         for number in range(TEXTS // IMAGES):
             language = next(turns)
             captions = np.flatnonzero(chosen.image_of[language] == row)
             if number < len(captions) or (len(chosen.captions) > 1 and len(captions)):
                 seen.add(language)
                 texts.append(chosen.captions[language][captions[number % len(captions)]])
-                image_of.append(place)
+                image_of.append(position)
     photos = [chosen.images[row] for row in rows]
     images = [x if isinstance(x, bytes) else pathlib.Path(x).read_bytes() for x in photos]
     texts += ["", " ".join(texts)]
@@ -150,7 +149,7 @@ def examples(chosen: RetrievalSet) -> Examples:
 
 
 def _hard_to_read(photo: bytes) -> list[bytes]:
-    """A photo whose EXIF data say that it lies on its side, and one that is half transparent."""
+    """The photo with an EXIF orientation that rotates it, and the photo half transparent."""
     image = Image.open(io.BytesIO(photo)).convert("RGBA").convert("RGB")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -165,13 +164,13 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
     """Compares an exported folder with the run that it came from.
 
     Args:
-      encoder: the run's, in float32.
+      encoder: the run's encoder, in float32.
       folder: the exported folder.
-      format: its format.
-      pairs: what goes through both.
+      format: the folder's format.
+      pairs: the inputs.
 
     Raises:
-      ValueError: the folder can't be loaded or gives something else; the message names the first
+      ValueError: the folder can't be loaded, or its outputs differ; the message names the first
         stage that differs.
     """
     theirs = _run(folder, format, pairs)
@@ -179,16 +178,16 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
     report = _compare(ours, theirs, pairs)
     if difference := report.first_difference():
         raise ValueError(
-            f"the exported model is not the run's: {difference} differ; "
-            f"embeddings by {max(report.embeddings.values()):.1e}"
+            f"the exported model differs from the run's, first in {difference}; "
+            f"embeddings differ by up to {max(report.embeddings.values()):.1e}"
         )
     return report
 
 
 def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
-    """What the run gives."""
+    """The run's outputs."""
     tokens = encoder.tokenizer(pairs.texts, max_length=encoder.config.text.max_length)
-    # Whole: large JPEGs are else decoded at a fraction of their size, which others don't do.
+    # At full size, as in other libraries. By default xlir decodes large JPEGs at a fraction of it.
     pixels = [image_io.decode(x, encoder.preprocessing, reduce=False) for x in pairs.images]
     outputs = {
         "tokens": np.concatenate(tokens),
@@ -196,7 +195,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
         "pixels": np.stack(pixels).astype(np.float32),
     }
     for side, inputs in (("text", pairs.texts), ("image", pixels)):
-        # GPUs and TPUs round the operands of a float32 product unless they are told.
+        # By default GPUs and TPUs round the operands of float32 matrix products.
         with jax.default_matmul_precision("highest"):
             features = encoder.embedder.features(encoder.parameters, side, inputs)
             embeddings = encoder.embedder.embed(encoder.parameters, side, inputs)
@@ -205,7 +204,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
 
 
 def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.ndarray]:
-    """What the folder gives, in a new process."""
+    """The folder's outputs, computed in a new process."""
     with tempfile.TemporaryDirectory() as name:
         inputs, output = pathlib.Path(name), pathlib.Path(name) / "output.npz"
         (inputs / "texts.json").write_text(json.dumps(pairs.texts), encoding="utf8")
@@ -214,7 +213,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             (inputs / "images" / f"{row:03d}").write_bytes(image)
         script = pathlib.Path(__file__).with_name("check.py")
         process = subprocess.run(
-            # Not from this folder, whose modules have names of their own.
+            # -P keeps this script's folder, whose module names may clash, out of sys.path.
             [sys.executable, "-P", str(script), format, str(folder), name, str(output)],
             env=os.environ
             | {
@@ -227,7 +226,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             text=True,
         )
         if process.returncode:
-            # What follows the last frame of the traceback.
+            # The error message, which follows the last frame of the traceback.
             reason = " ".join(re.split(r"(?m)^ {2,}.*\n", process.stderr)[-1].split())
             raise ValueError(f"the exported model can't be run: {reason or 'it was killed'}")
         with np.load(output) as arrays:

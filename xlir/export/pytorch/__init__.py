@@ -1,4 +1,4 @@
-"""A dual encoder for texts in many languages and images, in PyTorch: see `load`."""
+"""A PyTorch dual encoder for images and texts in many languages. `load` loads the model."""
 
 from .encoder import DualEncoder, load
 

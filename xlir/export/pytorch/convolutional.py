@@ -1,4 +1,4 @@
-"""ResNet and EfficientNet-lite, their batch normalisation folded into the convolutions."""
+"""ResNet and EfficientNet-lite, with batch normalisation folded into the convolutions."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -7,9 +7,9 @@ from .transformer import Normalize
 
 
 class ResNet(nn.Module):
-    """Pixels to the mean of the last block's features (He et al. 2015).
+    """ResNet (He et al. 2015). Averages the last block's features over positions.
 
-    Convolutions are given as [input channels, output channels, kernel size, stride].
+    Convolutions are described as [input channels, output channels, kernel size, stride].
     """
 
     def __init__(self, stem, blocks, mean, std):
@@ -28,7 +28,7 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions with ReLU between them, and a skip; projected where the shape changes."""
+    """Convolutions with ReLU between them, and a skip, projected if the shape changes."""
 
     def __init__(self, convolutions, shortcut):
         super().__init__()
@@ -45,14 +45,14 @@ class ResidualBlock(nn.Module):
 
 
 def convolution(features, output, kernel_size, stride):
-    """A convolution with bias; the padding is half the kernel's size."""
+    """A convolution with bias, padded by half the kernel's size."""
     return nn.Conv2d(features, output, kernel_size, stride, kernel_size // 2)
 
 
 class EfficientNet(nn.Module):
-    """Pixels to the mean of the last convolution's features (Tan and Le 2019, "lite").
+    """EfficientNet-lite (Tan and Le 2019). Averages the last features over positions.
 
-    Blocks are given as [input channels, output channels, kernel size, stride, expansion].
+    Blocks are described as [input channels, output channels, kernel size, stride, expansion].
     """
 
     def __init__(self, stem, blocks, head, mean, std):
@@ -72,7 +72,7 @@ class EfficientNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, project; a skip where the shape stays."""
+    """Expansion, depthwise convolution, projection; with a skip if the shape is unchanged."""
 
     def __init__(self, features, output, kernel_size, stride, expansion):
         super().__init__()
@@ -90,7 +90,7 @@ class InvertedResidual(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Padded like TensorFlow's "SAME": to ceil(size / stride), the odd pixel at the end."""
+    """Like TensorFlow's "SAME": outputs ceil(size / stride), an odd padding pixel at the end."""
 
     def __init__(self, features, output, kernel_size, stride, groups=1):
         super().__init__(features, output, kernel_size, stride, groups=groups)

@@ -26,11 +26,11 @@ BATCH = 32
 
 
 class DualEncoder(nn.Module):
-    """Two towers and two heads; embeddings are of unit length, dot products are cosines.
+    """Two towers and two heads. Embeddings have unit length, so dot products are cosines.
 
     Attributes:
-      tokenizer: texts -> a list of token ids each.
-      reader: image -> uint8 [size, size, 3].
+      tokenizer: maps texts to a list of token ids for each.
+      reader: maps an image to uint8 pixels, [size, size, 3].
       logit_scale: the inverse temperature that the model was trained with.
     """
 
@@ -45,7 +45,7 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_text(self, texts):
-        """Embeddings [texts, dim] of strings."""
+        """Embeddings, [texts, dim], of a list of strings."""
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, not one string")
         batches = [torch.empty(0, self.dim, device=self.device)]
@@ -56,7 +56,7 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_image(self, images):
-        """Embeddings [images, dim] of paths, encoded bytes, PIL images, or the reader's pixels."""
+        """Embeddings, [images, dim], of paths, encoded bytes, PIL images or the reader's pixels."""
         if isinstance(images, (str, bytes, os.PathLike)):
             raise TypeError("encode_image takes a list of images, not one")
         batches = [torch.empty(0, self.dim, device=self.device)]
@@ -66,7 +66,7 @@ class DualEncoder(nn.Module):
         return torch.cat(batches)
 
     def embed_text(self, ids, mask):
-        """Embeddings of token ids, int [batch, length]; the mask, bool, is False for padding."""
+        """Embeddings of token ids, int [batch, length]. The bool mask is False for padding."""
         return unit(self.text_head(self.text_tower(ids, mask)))
 
     def embed_image(self, pixels):
@@ -75,12 +75,12 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self):
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
 
 def head(layers):
-    """What maps a tower's output into the shared space, from its description in config.json."""
+    """Builds a head, which maps a tower's output into the shared space, from config.json."""
     modules = []
     for name, *arguments in layers:
         if name == "norm":
@@ -94,12 +94,12 @@ def head(layers):
 
 
 def unit(x):
-    """Each row over its length."""
+    """Scales each row to unit length."""
     return F.normalize(x.float(), dim=-1)
 
 
 def load(folder):
-    """The model of an exported folder, for inference."""
+    """Loads the model of an exported folder, for inference."""
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(folder, **config["tokenizer"])

@@ -1,4 +1,4 @@
-"""Texts to token ids, images to pixels."""
+"""Converts texts to token ids and images to pixels."""
 
 import io
 import math
@@ -9,14 +9,14 @@ from PIL import Image, ImageOps
 
 
 def load_tokenizer(folder, kind, max_length, prefix=""):
-    """The tokenizer of an exported folder; its library is needed only where it is used."""
+    """Loads an exported folder's tokenizer; only that tokenizer's library must be installed."""
     if kind == "sentencepiece":
         return SentencePiece(folder / "sentencepiece.model", max_length)
     return FastTokenizer(folder / "tokenizer.json", max_length, prefix)
 
 
 class FastTokenizer:
-    """A tokenizer.json; texts are cut to `max_length` tokens and start with `prefix`."""
+    """A tokenizer.json. Prepends `prefix` to each text and truncates to `max_length` tokens."""
 
     def __init__(self, file, max_length, prefix):
         import tokenizers
@@ -32,7 +32,7 @@ class FastTokenizer:
 
 
 class SentencePiece:
-    """mUSE's tokenizer: each unknown character, and a text without pieces, is one UNK."""
+    """mUSE's tokenizer: each unknown character becomes one UNK, as does a text without tokens."""
 
     def __init__(self, file, max_length):
         import sentencepiece
@@ -54,12 +54,12 @@ class SentencePiece:
 
 
 def readable(text):
-    """The text; a lone surrogate, which no encoding has, counts as "?"."""
+    """Replaces lone surrogates, which can't be encoded, by "?"."""
     return text.encode("utf8", "replace").decode()
 
 
 def pad(rows):
-    """Ids, int64 [batch, length], and a mask, bool, that is False where a row is padding."""
+    """Token ids, int64 [batch, length], and a bool mask of that shape, False for padding."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int64)
@@ -68,11 +68,11 @@ def pad(rows):
 
 
 class ImageReader:
-    """Decodes an image and resizes it to a square, as the model was trained.
+    """Decodes an image and resizes it to a square of `size` pixels, as in training.
 
-    Upright as its EXIF orientation says, over white where it is transparent. `resize` is what the
-    shorter side ("center") or both sides ("squash") are resized to, before the middle is cut out;
-    half of an odd margin is rounded down, or to an even number ("center_rounded").
+    Applies the EXIF orientation, and makes transparent parts white. The shorter side ("center",
+    "center_rounded") or both sides ("squash") are resized to `resize`, then the center is cropped.
+    Half of an odd margin is rounded down, or to an even number ("center_rounded").
     """
 
     def __init__(self, size, resize, resample, crop):
@@ -80,7 +80,7 @@ class ImageReader:
         self.resample = Image.Resampling[resample.upper()]
 
     def __call__(self, image):
-        """Pixels, uint8 [size, size, 3], of a path, encoded bytes, a PIL image, or pixels."""
+        """Reads a path, encoded bytes, a PIL image or pixels; returns uint8 [size, size, 3]."""
         if isinstance(image, np.ndarray):
             return image
         if isinstance(image, bytes):
@@ -102,8 +102,9 @@ class ImageReader:
 
 
 def middle(image, longest=32):
-    """Of a strip the middle, at most so many times as long as wide: to resize all of it would fill
-    the memory.
+    """Crops a strip to its middle, at most `longest` times as long as wide.
+
+    Resizing the whole strip could exhaust the memory.
     """
     side = longest * min(image.size)
     if max(image.size) <= side:
@@ -114,7 +115,7 @@ def middle(image, longest=32):
 
 
 def rgb(image):
-    """The image in 8-bit RGB."""
+    """Converts an image to 8-bit RGB; transparent parts become white."""
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
     if image.has_transparency_data:

@@ -10,8 +10,8 @@ EPSILON = 1e-12
 class Muse(nn.Module):
     """A deep averaging network over token embeddings and the outputs of three n-gram CNNs.
 
-    Branches are given as [order, pieces left of the centre]; the embedding table is 8-bit, in
-    `chunks` interleaved parts, each with its own scale and offset.
+    `branches` lists [order, tokens left of the centre] for each CNN. The embedding table is 8-bit
+    and has `chunks` interleaved parts, each with its own scale and offset.
     """
 
     def __init__(self, vocabulary, width, branch, branches, chunks, hidden, dim):
@@ -27,12 +27,12 @@ class Muse(nn.Module):
         self.output = ResidualBlock(hidden, width, dim, torch.tanh)
 
     def forward(self, ids, mask):
-        """[batch, length] ids and mask to [batch, dim], of unit length."""
+        """Token ids and mask, [batch, length], to unit-length vectors, [batch, dim]."""
         embedded, keep = self.embedding(ids), mask[..., None]
         parts = self.projection_norm(self.projection(embedded)).chunk(len(self.branches), dim=-1)
         grams = [branch(x, keep) for branch, x in zip(self.branches, parts, strict=True)]
         features = self.norm(torch.cat([embedded, *grams], dim=-1))
-        # The sum over pieces, divided by the root of their number.
+        # The sum over tokens, divided by the square root of their number.
         length = keep.sum(1).to(features.dtype)
         mean = torch.where(keep, features, 0).sum(1) / length.clamp(min=1)
         x = self.output(self.hidden(self.pool(mean) * length.sqrt()))
@@ -40,7 +40,7 @@ class Muse(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A table of 8-bit embeddings that stays 8-bit in memory."""
+    """An embedding table that stays 8-bit in memory."""
 
     def __init__(self, rows, width, chunks):
         super().__init__()
@@ -56,7 +56,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 class NGramBranch(nn.Module):
-    """Two residual convolutions over windows of `order` pieces, zero beyond a text's ends."""
+    """Two residual convolutions over windows of `order` tokens, zero-padded at a text's ends."""
 
     def __init__(self, dim, order, left):
         super().__init__()
@@ -64,7 +64,7 @@ class NGramBranch(nn.Module):
         self.padding = (left, order - 1 - left)
 
     def forward(self, x, keep):
-        """[batch, length, dim] to the same."""
+        """[batch, length, dim] to the same shape."""
         for convolution in self.convolutions:
             masked = torch.where(keep, x, 0).transpose(1, 2)
             x = x + F.relu(convolution(F.pad(masked, self.padding))).transpose(1, 2)

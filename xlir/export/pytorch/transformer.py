@@ -1,7 +1,7 @@
 """Text transformers (BERT, DistilBERT, XLM-R) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
 
-A text's token type and XLM-R's offset of positions are in the position table; a class token's
-position is in the token.
+The position table includes BERT's token type embedding and starts at XLM-R's position offset. The
+class token includes its position embedding.
 """
 
 import functools
@@ -22,9 +22,9 @@ DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector: pooling is "mean", "cls", or "pooler" (dense and tanh over it).
+    """Token ids to one vector. Pooling is "mean", "cls" or "pooler" ("cls", dense layer, tanh).
 
-    `dense` layers come after it. Where there is a `pad_id`, that token counts as no position.
+    `dense` layers follow the pooling. If there is a `pad_id`, that token has no position.
     """
 
     def __init__(self, config, pooling, dense):
@@ -40,7 +40,7 @@ class TextTransformer(nn.Module):
         self.pooling, self.pad = pooling, config["pad_id"]
 
     def forward(self, ids, mask):
-        """[batch, length] ids and mask to [batch, dim]."""
+        """Token ids and mask, [batch, length], to [batch, dim]."""
         x = self.embedding(ids) + self.positions(ids)
         x = self.embedding_norm(x)
         for layer in self.layers:
@@ -80,7 +80,7 @@ class Dense(nn.Linear):
 
 
 class ViT(nn.Module):
-    """Pixels to one vector: pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
+    """Pixels to one vector. Pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
 
     def __init__(self, config, pooling, mean, std):
         super().__init__()
@@ -138,20 +138,20 @@ class Layer(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(width)) if scale else None
 
     def forward(self, x, mask=None):
-        """[batch, length, width] to the same."""
+        """[batch, length, width] to the same shape."""
         attention = functools.partial(self.attention, mask=mask)
         x = self.block(x, attention, self.attention_norm, self.attention_scale)
         return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
 
     def block(self, x, function, norm, scale):
-        """One of the two."""
+        """Applies attention or the feed-forward block, with its norm and residual connection."""
         y = function(norm(x) if self.pre_norm else x)
         y = y if scale is None else y * scale
         return x + y if self.pre_norm else norm(x + y)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; none attends where the mask is False."""
+    """Multi-head self-attention; positions where the mask is False get no attention."""
 
     def __init__(self, width, heads, bias):
         super().__init__()
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x, mask=None):
-        """[batch, length, width] to the same."""
+        """[batch, length, width] to the same shape."""
         query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if mask is None else mask[:, None, None, :]
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense, activation, dense; gated, the first is two, and one of them the gate."""
+    """Dense, activation, dense. If gated, the first layer outputs the gate and the values."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,7 +178,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config["activation"]]
 
     def forward(self, x):
-        """[..., width] to the same."""
+        """[..., width] to the same shape."""
         if not self.gated:
             return self.fc2(self.activation(self.fc1(x)))
         gate, x = self.fc1(x).chunk(2, dim=-1)
@@ -209,7 +209,7 @@ class AttentionPool(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Pixels 0 to 255 to the scale that a tower was trained at."""
+    """Normalises pixels from 0 to 255 by the mean and standard deviation of each channel."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -217,7 +217,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, pixels):
-        """uint8 to the model's dtype, of the same shape; the last axis is red, green, blue."""
+        """uint8 to the model's dtype, in the same shape; the last axis is red, green, blue."""
         return ((pixels.float() / 255 - self.mean) / self.std).to(self.mean.dtype)
 
 
