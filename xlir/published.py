@@ -1,8 +1,8 @@
-"""Imports published PyTorch dual encoders into a run's folder, so that xlir can evaluate them.
+"""Converts published PyTorch dual encoders to a run's folder, so that they can be evaluated.
 
-Two layouts are supported. M-CLIP (Carlsson et al. 2022) is a folder with a multilingual text
-encoder; its image encoder is a CLIP model in another folder. An open_clip model (Ilharco et al.
-2021) with a text encoder from Hugging Face has both sides in one folder.
+Two layouts are supported. M-CLIP (Carlsson et al. 2022) has a multilingual text encoder in one
+folder and a CLIP model for images in another. open_clip's models (Ilharco et al. 2021) have both
+sides in one folder; their text encoder must be one from Hugging Face.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
-# Supported values of model_type in a config.json, for folders that are not open_clip's.
+# Supported values of `model_type` in the config.json of a folder that is not from open_clip.
 HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": (*clip.CLIP.other_names, clip.CLIP.name)}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Context length if the config has none.
+# The maximum number of tokens if open_clip's config does not set it.
 OPEN_CLIP_LENGTH = 77
-# Fields of an open_clip model's vision_cfg: those that are used, those that only training uses, and
-# values that have no effect. Any other field that is set is refused.
+# Supported fields of an open_clip model's vision_cfg: fields that are used here, fields that only
+# training uses, and fields with the one value that is supported. Anything else is an error.
 VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
 TRAINING_FIELDS = ("patch_dropout", "output_tokens")
 VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
@@ -49,7 +49,10 @@ Weights = dict[str, np.ndarray]
 
 
 class Published(NamedTuple):
-    """The content of a folder; `layout` is "open_clip" or the model_type in config.json."""
+    """A published folder's content.
+
+    `layout` is "open_clip" or the `model_type` in its config.json.
+    """
 
     folder: pathlib.Path
     layout: str
@@ -59,13 +62,13 @@ class Published(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of a model.
+    """One side of a model, with this package's names of weights.
 
     Attributes:
       options: fields of config.text or config.image.
-      spec: the tower's specification.
-      tower, head: weights, under xlir's names.
-      dim: width of the embeddings.
+      spec: the tower's spec.
+      tower, head: the weights of the tower and of the head.
+      dim: the number of dimensions of the embeddings.
     """
 
     options: dict[str, Any]
@@ -76,18 +79,18 @@ class Side:
 
 
 def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
-    """Writes a published model as a run's folder with a checkpoint of step 0.
+    """Converts a published model to a run's folder with a checkpoint of step 0.
 
     Args:
-      text: the folder of the text encoder: M-CLIP's or open_clip's.
-      image: the folder of the image encoder: CLIP's in Hugging Face's layout or open_clip's. May
-        be the same as `text`.
-      workdir: the folder to create. It appears only once it is complete.
+      text: the folder of the text encoder, from M-CLIP or open_clip.
+      image: the folder of the image encoder, CLIP in Hugging Face's layout or open_clip. It may be
+        the same folder as `text`.
+      workdir: the folder to create. It appears only when it is complete.
 
     Raises:
       FileNotFoundError: a folder or one of its files is missing.
       FileExistsError: the workdir exists and is not an empty folder.
-      ValueError: the layout is unknown, a file is damaged, or parts do not fit together.
+      ValueError: the layout is unknown, a file is damaged, or the two sides do not match.
     """
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise FileExistsError(f"{workdir} already exists: choose a new folder with --workdir")
@@ -145,8 +148,8 @@ def _check_layout(flag: str, published: Published) -> None:
 
 
 @contextlib.contextmanager
-def _errors_name(published: Published) -> Iterator[None]:
-    """Adds the folder to messages of errors."""
+def _blamed_on(published: Published) -> Iterator[None]:
+    """Adds the folder to the messages of errors."""
     try:
         yield
     except KeyError as error:
@@ -183,7 +186,7 @@ def _open_clip_text(published: Published) -> Side:
         raise ValueError("its text encoder is CLIP's own; only Hugging Face's are supported")
     supported = {
         "hf_pooler_type": (None, "mean_pooler"),
-        "pooler_type": (None, "mean_pooler"),  # earlier name of hf_pooler_type
+        "pooler_type": (None, "mean_pooler"),  # the older name of hf_pooler_type
         "tokenizer_mode": (None, ""),
         "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}),
     }
@@ -215,7 +218,7 @@ def _open_clip_text(published: Published) -> Side:
 def _transformer(
     name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
 ) -> Side:
-    """The text side, whose tower has the architecture of the published model `name`."""
+    """The text side, whose tower has the architecture of the pretrained model `name`."""
     known = registry.architectures("text")
     architecture = known.get(name) or known.get(f"FacebookAI/{name}")
     if architecture is None:
@@ -255,7 +258,7 @@ def _image_side(published: Published) -> Side:
 
 
 def _vision_config(published: Published) -> dict[str, Any]:
-    """Describes an open_clip model's image tower as the config.json of a CLIP vision model."""
+    """Translates an open_clip model's vision_cfg to the config.json of a CLIP vision model."""
     model = read_field(published.config, "model_cfg", Group())
     vision = read_field(model, "vision_cfg", Group())
     for field, value in vision.items():
@@ -281,7 +284,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
 
 
 def _preprocessing(config: Mapping, size: int) -> Preprocessing:
-    """Preprocessing as in open_clip's evaluation; ignores the size in preprocess_cfg."""
+    """The preprocessing of open_clip's evaluation; it ignores the size in preprocess_cfg."""
     given = config.get("preprocess_cfg") or {}
     if given:
         read_field(config, "preprocess_cfg", Group())
@@ -314,7 +317,7 @@ _OPEN_CLIP_NAMES = {
 
 
 def _hugging_face_names(weights: Weights) -> Weights:
-    """An open_clip model's image tensors under the names of a Hugging Face CLIP model."""
+    """Renames open_clip's image weights to the names of Hugging Face's CLIP model."""
     renamed = {}
     for name, array in weights.items():
         if not name.startswith("visual."):
@@ -335,7 +338,7 @@ def _hugging_face_names(weights: Weights) -> Weights:
 
 
 def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
-    """Sets the temperature, and the bias of a model that was trained with the sigmoid loss."""
+    """Sets the loss's temperature and, for models trained with the sigmoid loss, its bias."""
     if "logit_scale" in weights:
         config.loss.temperature = math.exp(-weights["logit_scale"].astype(np.float64).item())
     if "logit_bias" in weights:
@@ -345,7 +348,7 @@ def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:
 def _model(
     config: ConfigDict, sides: Mapping[str, Side], published: tuple[Published, Published]
 ) -> dual_encoder.DualEncoder:
-    """Builds the model; every published weight must be used."""
+    """Builds the model and loads the weights of both towers and heads."""
     loaded = {}
     with partition.on_host():
         for side, folder in zip(SIDES, published, strict=True):
@@ -368,7 +371,7 @@ def _merge(module: nnx.Module, weights: Weights) -> None:
 
 
 def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
-    """Writes a temporary folder and renames it, so that the workdir is never incomplete."""
+    """Writes to a temporary folder, then renames it, so that workdir is never incomplete."""
     workdir = workdir.resolve()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
@@ -379,8 +382,8 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
         unfinished.rename(workdir)
 
 
-def _pop(weights: Weights, *names: str) -> list[np.ndarray]:
-    """Removes tensors from a checkpoint and returns them."""
+def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
+    """Removes the named tensors from `weights` and returns them."""
     if missing := [name for name in names if name not in weights]:
         raise ValueError(f"its weights lack {', '.join(missing)}")
     return [weights.pop(name) for name in names]

@@ -285,5 +285,7 @@ def test_a_random_tower_tells_texts_apart(tokenizer):
 def test_weights_of_another_model_are_refused(tmp_path):
     file = tmp_path / "weights.npz"
     np.savez(file, d0=np.zeros(1), d9=np.zeros(1))
-    with pytest.raises(ValueError, match=r"weights.npz is not mUSE.*'cnn_W'.*unknown \['d9'\]"):
+    with pytest.raises(
+        ValueError, match=r"weights.npz does not hold the arrays of mUSE.*'cnn_W'.*unknown \['d9'\]"
+    ):
         muse.read_weights(file)

@@ -1,10 +1,11 @@
 """Export to PyTorch and ONNX.
 
-An exported folder needs neither xlir nor JAX. It gets its final name only after a new process has
-loaded it and reproduced the run's embeddings of real captions and photos.
+Every format is a folder that can be loaded without this package or JAX. The folder gets its final
+name only after a check: a new process loads it and must reproduce the run's embeddings of real
+captions and photos.
 
-Embeddings of very large JPEGs differ slightly from the run's, because xlir decodes such files at a
-fraction of their size, and other libraries don't.
+Embeddings of very large JPEGs differ slightly from the run's: training and evaluation decode such
+files at a reduced size, which other libraries don't do.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ class Format(NamedTuple):
 
     Attributes:
       write: writes an encoder into an empty folder.
-      unfit: returns why the format can't hold an encoder; empty if it can.
-      needs: packages of the extra `export` that writing or checking the format imports.
+      unfit: returns why the format can't represent an encoder; empty if it can.
+      needs: packages of the extra `export` that are needed to load the folder.
     """
 
     write: Callable[[Encoder, pathlib.Path], None]
@@ -38,7 +39,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...]
 
 
-# Without --format, the first that can hold the model is used.
+# In order of preference: without --format, the first that can represent the encoder is used.
 FORMATS = {
     "sentence-transformers": Format(
         huggingface.write_sentence_transformers,
@@ -77,8 +78,8 @@ def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
                 parent.rmdir()
 
 
-def _default_format(encoder: Encoder) -> str:
-    """The format to use if none is given."""
+def _fitting(encoder: Encoder) -> str:
+    """The default format for an encoder."""
     return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
 
 
@@ -95,16 +96,17 @@ def export(
 
     Args:
       workdir: the run's folder.
-      to: the folder to write, which must not exist.
-      format: a key of `FORMATS`; default: sentence-transformers if it can hold the model, else
-        torch.
+      to: the folder to write; it must not exist.
+      format: a key of `FORMATS`; default: sentence-transformers if it can represent the model,
+        else torch.
       weights: "ema" or "raw"; default: the moving average if the run keeps one.
-      test_set, images: the test set for the check, as in `data.test_sets`, of which only the first
-        is used; default: the run's own.
+      test_set, images: arguments of `data.test_sets`. The export is checked on the first test
+        set that it returns; default: the run's own.
 
     Raises:
-      FileExistsError: `to` already exists.
-      ValueError: the format can't hold the model, or the exported model's outputs differ.
+      FileExistsError: `to` exists already.
+      ValueError: the format can't represent the model, or the exported model's outputs differ
+        from the run's.
       FileNotFoundError: the run, its test set or a package is missing.
     """
     if format and format not in FORMATS:
@@ -121,7 +123,7 @@ def export(
         verification.check_packages(FORMATS[format].needs)
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
         raw = weights == "raw" and encoder.config.optimizer.ema > 0
-        # A run evaluates its moving average, so there are no results for the raw weights.
+        # results/ was measured with the moving average, so it does not hold for the raw weights.
         results = [] if raw else result_files.read(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)

@@ -1,4 +1,4 @@
-"""The configuration and weights from which `pytorch/` builds its copy of a run's encoder."""
+"""A run's encoder as a JSON description and NumPy weights, for the modules of `pytorch/`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class HeadLayer(NamedTuple):
 
     Attributes:
       kind: "norm", "dense" or "gelu".
-      weight: [features] for a norm, [dim, features] for a dense layer, else None.
+      weight: [features] for a norm, [dim, features] for a dense layer.
       bias: [dim], or None.
     """
 
@@ -46,7 +46,7 @@ def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
 
 
 def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights under xlir's names, resized to the run's input size."""
+    """A tower's weights to export, under this package's names."""
     spec = encoder.specs[side]
     return spec.family.used_weights(spec, encoder.weights(f"{side}_tower"))
 
@@ -69,14 +69,14 @@ def describe(encoder: Encoder) -> dict:
 
 
 def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """All weights, with the names and shapes of the modules in `pytorch/`.
+    """All weights, with the names and shapes that the modules of `pytorch/` use.
 
     Args:
       encoder: the run's encoder.
-      shapes: the shape of each parameter and buffer of the PyTorch model, by name.
+      shapes: shapes of the PyTorch model's parameters and buffers, by name.
 
     Raises:
-      ValueError: names or shapes of weights differ from the PyTorch model's.
+      ValueError: the encoder and the PyTorch model differ in a weight's name or shape.
     """
     renamed: dict[str, np.ndarray] = {}
     for side in SIDES:
@@ -109,7 +109,7 @@ def _fitted(
     elif leaf == "embedding":
         name = f"{name}.weight"
     if leaf == "kernel" and name in shapes:
-        if value.ndim == 3 and len(shapes[name]) == 4:  # depthwise
+        if value.ndim == 3 and len(shapes[name]) == 4:  # depthwise convolution
             value = value[..., None, :]
         value = np.moveaxis(value, (-1, -2), (0, 1)).reshape(shapes[name])
     return name, value

@@ -66,8 +66,8 @@ pixels' are dynamic:
 The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
 graph of over 2 GiB has its weights in a separate file that ends in `.data`.""",
 }
-# The metadata list a language if its Recall@10 is at least this fraction of English's.
-MIN_RECALL = 0.5
+# The card lists a language as supported if its Recall@10 is at least this fraction of English's.
+SPOKEN = 0.5
 
 
 def write(
@@ -77,7 +77,7 @@ def write(
 
     Args:
       encoder: the run's encoder.
-      results: retrieval results of the exported weights, as in a run's results/.
+      results: retrieval results of these weights, as in a run's results/.
       folder: the exported folder.
       format: the folder's format.
       report: the result of the folder's check.
@@ -113,9 +113,9 @@ def write(
     (folder / "README.md").write_text("\n".join(parts), encoding="utf8")
 
 
-def _supported_languages(results: Sequence[dict]) -> list[str]:
-    """Languages with at least half of English's Recall@10, in a test set that has both."""
-    supported = set()
+def _spoken(results: Sequence[dict]) -> list[str]:
+    """Languages whose Recall@10 is at least half of English's on the same test set."""
+    spoken = set()
     for result in results:
         recall = {
             language: scores["text_to_image"]["R@10"]
@@ -179,7 +179,7 @@ def _measured(results: Sequence[dict]) -> str:
 
 
 def _terms(encoder: Encoder, format: str) -> str:
-    """The checkpoints and data behind the weights, with their terms where xlir knows them."""
+    """The terms of the towers and the training data; unknown terms refer to their source."""
     config, lines = encoder.config, []
     for side in SIDES:
         name = _name(config[side].tower)
@@ -195,7 +195,7 @@ def _terms(encoder: Encoder, format: str) -> str:
 
 
 def _name(path: str) -> str:
-    """A Hub id unchanged, or only the name of a folder: the card discloses no local paths."""
+    """A Hub id, or the last part of a folder's path: the full path would be private."""
     if cached := re.search(r"models--([^/]+?)--([^/]+?)/", path):
         return "/".join(cached.groups())
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not pathlib.Path(path).exists()

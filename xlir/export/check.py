@@ -1,7 +1,7 @@
-"""Loads an exported folder and runs it, in a separate process without JAX.
+"""A script that loads an exported folder and runs the model, without JAX or this package.
 
-python check.py FORMAT FOLDER INPUTS OUTPUT: INPUTS holds texts.json and images/. The script writes
-token ids, pixels (0 to 255), the towers' features and the embeddings to OUTPUT, a .npz file.
+Usage: python check.py FORMAT FOLDER INPUTS OUTPUT. INPUTS holds texts.json and images/. The script
+writes token ids, pixels (0 to 255), the towers' features and the embeddings to OUTPUT, a .npz file.
 """
 
 import importlib
@@ -14,12 +14,12 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-# Importing these packages fails in this process, as if they were not installed.
+# The script makes imports of these packages fail, as if they were not installed.
 ABSENT = ("jax", "jaxlib", "flax", "xlir", "input_pipeline", "configs")
 
 
 def run_torch(folder, texts, images):
-    """Runs a folder of the format torch."""
+    """Runs the plain PyTorch format."""
     import torch
 
     sys.path.insert(0, str(folder))
@@ -35,7 +35,7 @@ def run_torch(folder, texts, images):
 
 
 def run_onnx(folder, texts, images):
-    """Runs a folder of the format onnx, with ONNX Runtime."""
+    """Runs the ONNX graphs in ONNX Runtime."""
     import onnxruntime
 
     sys.path.insert(0, str(folder))
@@ -57,7 +57,7 @@ def run_onnx(folder, texts, images):
 
 
 def run_sentence_transformers(folder, texts, images):
-    """Runs a SentenceTransformer, which needs only the library's own modules."""
+    """Runs a SentenceTransformer, which uses the library's own modules only."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -72,7 +72,7 @@ def run_sentence_transformers(folder, texts, images):
         x = {**x, "modality": side}
         with torch.inference_mode():
             for name, module in zip(routes[side], modules, strict=True):
-                if name.endswith(("_LayerNorm", "_Dense")):  # the head begins here
+                if name.endswith(("_LayerNorm", "_Dense")):  # the head starts here
                     break
                 x = module(x)
         features.append(x["sentence_embedding"].numpy())
@@ -98,8 +98,8 @@ def run_transformers(folder, texts, images):
     return unpadded(text), denormalized(image, processor), features, embeddings
 
 
-def decoded(data):
-    """Decodes an image to upright 8-bit RGB; transparent parts become white."""
+def opened(data):
+    """The image in 8-bit RGB, turned by its EXIF orientation and blended over white."""
     inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
     return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
 
@@ -110,8 +110,8 @@ def unpadded(batch):
     return [ids[mask != 0] for ids, mask in pairs]
 
 
-def denormalized(batch, processor):
-    """Undoes a processor's normalisation: pixels from 0 to 255, [batch, size, size, 3]."""
+def levels(batch, processor):
+    """An image processor's pixels without normalisation: [batch, size, size, 3], 0 to 255."""
     pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
     return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255
 
@@ -125,7 +125,7 @@ RUN = {
 
 
 def outputs(format, folder, texts, images):
-    """A folder's outputs for texts and encoded images, at every stage."""
+    """The outputs of all stages of an exported model for texts and encoded images."""
     tokens, pixels, features, embeddings = RUN[format](folder, texts, images)
     return {
         "tokens": np.concatenate(tokens),
@@ -139,7 +139,7 @@ def outputs(format, folder, texts, images):
 
 
 def main():
-    """Runs the folder on the inputs and writes its outputs."""
+    """Runs the exported model on the inputs and writes its outputs."""
     format, folder, inputs, output = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
     sys.modules.update(dict.fromkeys(ABSENT))
     texts = json.loads((inputs / "texts.json").read_text(encoding="utf8"))

@@ -11,13 +11,13 @@ from torch import nn
 
 from xlir.export.pytorch import DualEncoder
 
-# Weights of more bytes go into a separate file, as a protocol buffer holds at most 2 GiB.
+# Above this number of bytes, weights go into a separate file: protocol buffers end at 2 GiB.
 LARGE = 2**31 - 2**24
 TEXT_AXES = {0: "batch", 1: "length"}
 
 
 class _Side(nn.Module):
-    """One side of the model; outputs the embeddings and the tower's features."""
+    """One side of the model; it returns the embeddings and the tower's features."""
 
     def __init__(self, model: DualEncoder, side: str):
         super().__init__()
@@ -29,18 +29,18 @@ class _Side(nn.Module):
 
 
 class TextSide(_Side):
-    """The text side: token ids and a mask, which is 0 for padding."""
+    """The text side; its mask is 0 for padding."""
 
     def forward(self, input_ids, attention_mask):
-        """int64 [batch, length] both, to [batch, dim] and [batch, features]."""
+        """Maps ids and mask, int64 [batch, length], to [batch, dim] and [batch, features]."""
         return super().forward(input_ids, attention_mask != 0)
 
 
 class ImageSide(_Side):
-    """The image side: RGB pixels."""
+    """The image side, for RGB pixels."""
 
     def forward(self, pixels):
-        """uint8 [batch, size, size, 3] to [batch, dim] and [batch, features]."""
+        """Maps uint8 [batch, size, size, 3] to [batch, dim] and [batch, features]."""
         return super().forward(pixels)
 
 
@@ -50,15 +50,15 @@ def write(
     """Writes text.onnx and image.onnx.
 
     Args:
-      config: from `architecture.describe`.
-      weights: from `architecture.torch_weights`.
+      config: the model's description from `architecture.describe`.
+      weights: the weights from `architecture.torch_weights`.
       folder: the folder to write to.
-      opset: the version of ONNX's operators.
+      opset: the version of ONNX's operator set.
     """
     model = DualEncoder(config)
     model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     size = config["preprocessing"]["size"]
-    # Two separate tensors, because the exporter merges inputs that are the same object.
+    # Two separate tensors: the exporter merges inputs that are the same object.
     ids, mask = torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
     pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     text = {"input_ids": ids, "attention_mask": mask}
@@ -76,7 +76,7 @@ def _trace(
     opset: int,
 ) -> None:
     dims = {axis: torch.export.Dim(name) for axis, name in axes.items()}
-    # The exporter's warnings concern the modules' code, not xlir's users.
+    # The exporter's messages are for authors of models, not for users of this command.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

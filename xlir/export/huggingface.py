@@ -1,6 +1,6 @@
-"""The formats sentence-transformers and transformers: two towers in Hugging Face's layout.
+"""Writes sentence-transformers and transformers models from a run's two towers and heads.
 
-Only JSON and safetensors files are written, so these libraries are needed for the check only.
+All files are JSON and safetensors, so only the check needs those two libraries, not the writing.
 """
 
 import json
@@ -15,9 +15,9 @@ from xlir.encoder import Encoder
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 
-# Where sentence-transformers defines its modules.
+# The package of sentence-transformers' modules; `TYPES` maps our module names to theirs.
 _MODULES = "sentence_transformers.base.modules"
-# Name of a dense layer that belongs to a tower, not to a head.
+# A dense layer that belongs to a tower, not to a head. The check tells them apart by this name.
 TOWER_DENSE = "TowerDense"
 TYPES = {
     "Router": f"{_MODULES}.router.Router",
@@ -28,8 +28,8 @@ TYPES = {
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
-# Fields of a checkpoint's config.json that describe the original model or code; not exported.
-_DROPPED_FIELDS = (
+# Fields of a config.json that describe the original checkpoint or its code; they are dropped.
+_NOT_OURS = (
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -44,7 +44,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def unfit_for_sentence_transformers(encoder: Encoder) -> str:
-    """Why sentence-transformers can't hold an encoder; empty if it can."""
+    """Why sentence-transformers can't represent an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec = encoder.specs[side]
@@ -56,7 +56,7 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
-    """Why VisionTextDualEncoderModel can't hold an encoder; empty if it can."""
+    """Why VisionTextDualEncoderModel can't represent an encoder; empty if it can."""
     reasons = []
     for side in SIDES:
         spec, head = encoder.specs[side], encoder.config[side].head
@@ -77,7 +77,7 @@ def _unfit_preprocessing(encoder: Encoder) -> list[str]:
 
 
 def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """Writes a Router with a route for each side, followed by normalisation."""
+    """Writes a Router with one route per side, followed by normalisation."""
     types: dict[str, str] = {}
     routes: dict[str, list[str]] = {}
     for side in SIDES:
@@ -115,7 +115,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            # Every text gets the prefix, captions as well as queries.
+            # The prefix goes before every text: captions as well as queries.
             "prompts": {"text": prefix} if prefix else {},
             "default_prompt_name": "text" if prefix else None,
             "similarity_fn_name": "cosine",
@@ -124,7 +124,7 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """Writes a VisionTextDualEncoderModel with its processor."""
+    """Writes a VisionTextDualEncoderModel with its tokenizer and image processor."""
     weights = {}
     for side, name in (("text", "text"), ("image", "vision")):
         tower = _published(encoder, side)
@@ -150,7 +150,7 @@ def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
-    """The modules of one route: each one's type and a function that writes its folder."""
+    """The modules of one route: each module's type and the function that writes its folder."""
     spec = encoder.specs[side]
     output, pooling = spec.family.outputs[spec.pooling]
     dense = _tower_dense(encoder, side)
@@ -188,7 +188,7 @@ def _tower_dense(encoder: Encoder, side: str) -> list[tuple[HeadLayer, str]]:
 def _write_tower(
     encoder: Encoder, side: str, folder: pathlib.Path, output: str, pooling: str | None
 ) -> None:
-    """Writes a tower's checkpoint as a module of sentence-transformers."""
+    """Writes a tower's checkpoint and the config file of a sentence-transformers module."""
     _json(folder / "config.json", _config(encoder, side))
     pretrained.save(_published(encoder, side), folder / WEIGHTS_FILE)
     modality = "text"
@@ -198,7 +198,7 @@ def _write_tower(
     else:
         modality = "image"
         _json(folder / "preprocessor_config.json", _image_processor(encoder))
-        # PIL as in training, because torchvision's resize differs in the last bit.
+        # Training resizes with PIL; torchvision's resize differs in the last bit.
         options["processor_kwargs"] = {"backend": "pil"}
     if encoder.specs[side].family.pooler_is_optional and output != "pooler_output":
         options["model_kwargs"] = {"add_pooling_layer": False}
@@ -237,14 +237,14 @@ def _write_dense(folder: pathlib.Path, layer: HeadLayer, activation: str) -> Non
 
 
 def _published(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
-    """A tower's weights under the names of `transformers`."""
+    """A tower's weights under their names in `transformers`."""
     weights = tower_weights(encoder, side)
     weights = {name: x for name, x in weights.items() if not name.startswith("dense.")}
     return encoder.specs[side].family.restore(weights, _config(encoder, side))
 
 
 def _config(encoder: Encoder, side: str) -> dict[str, Any]:
-    """A tower's config.json: its original checkpoint's, with updated fields."""
+    """The config.json of a tower: that of its original checkpoint, with the run's changes."""
     spec = encoder.specs[side]
     config = spec.family.hub_config(spec, pad_id=_pad_token(encoder)[1])
     config = {name: x for name, x in config.items() if name not in _DROPPED_FIELDS}
@@ -279,9 +279,10 @@ def _image_processor(encoder: Encoder) -> dict[str, Any]:
 
 
 def _pad_token(encoder: Encoder) -> tuple[str, int]:
-    """The padding token and its id, or another special token if the tokenizer has none.
+    """The padding token and its id.
 
-    The choice has no effect, because padding is masked.
+    A tokenizer without a padding token pads with another special token. Padding is masked, so the
+    token does not change the embeddings.
     """
     special = encoder.tokenizer.special_tokens()
     chosen = next((token for token in PAD_TOKENS if token in special), next(iter(special)))

@@ -1,4 +1,4 @@
-"""The formats torch and onnx. ONNX graphs are traced from the PyTorch modules in `pytorch/`."""
+"""The formats that use the model code in `pytorch/`: plain PyTorch, and ONNX traced from it."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from xlir.export import architecture
 from xlir.models import pretrained
 
 SOURCES = pathlib.Path(__file__).parent
-# Name of the package in an exported folder.
+# The name of the copy of `pytorch/` in an exported folder.
 PACKAGE = "dual_encoder"
 OPSET = 20
 
@@ -26,7 +26,7 @@ def write_torch(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_onnx(encoder: Encoder, folder: pathlib.Path) -> None:
-    """Writes a graph for each side, tokenizer, preprocessing and an example without PyTorch."""
+    """Writes one graph per side, tokenizer, preprocessing and an example without PyTorch."""
     from xlir.export import graphs
 
     config, weights = _described(encoder, folder, "onnx_folder.py")
@@ -37,7 +37,7 @@ def write_onnx(encoder: Encoder, folder: pathlib.Path) -> None:
 def _described(
     encoder: Encoder, folder: pathlib.Path, example: str
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Writes the files that both formats share; returns the configuration and the weights."""
+    """Writes the files that both formats share; returns config.json's content and the weights."""
     import torch
 
     from xlir.export.pytorch import DualEncoder

@@ -1,4 +1,4 @@
-"""Compares an exported folder's outputs with the run's, on real captions and photos."""
+"""Checks that an exported model reproduces the run's outputs for real captions and photos."""
 
 import dataclasses
 import importlib.util
@@ -27,10 +27,10 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Largest allowed difference of a coordinate of a unit-length embedding, and of a tower's feature
-# relative to the largest feature. In float32, observed differences are at most 1e-6.
+# Largest allowed difference: in a coordinate of an embedding of unit length, and in a feature of a
+# tower, relative to the largest feature. In float32 the differences are 1e-6 at most.
 TOLERANCE, TOWER_TOLERANCE = 1e-5, 1e-4
-# Largest allowed difference of a pixel value, which is from 0 to 255.
+# Largest allowed difference in a pixel value, on the scale 0 to 255.
 PIXEL_TOLERANCE = 0.01
 IMAGES, TEXTS = 32, 64
 RECALL_AT = (1, 5, 10)
@@ -38,14 +38,14 @@ RECALL_AT = (1, 5, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Inputs of the check: captions with their photos, and edge cases.
+    """The inputs of the check: captions with their photos, and texts and images as edge cases.
 
     Attributes:
       name: the test set of the captions and photos.
-      languages: the captions' languages.
-      texts: captions, then edge cases.
-      image_of: the row of each caption's photo.
-      images: encoded photos, then edge cases.
+      languages: the languages of the captions.
+      texts: the captions, then the edge cases.
+      image_of: for each caption, the row of its photo in `images`.
+      images: the encoded photos, then the edge cases.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Examples:
 
     @property
     def photos(self) -> int:
-        """The number of images that have captions."""
+        """The number of photos that have captions; they come first in `images`."""
         return int(self.image_of.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Differences between the outputs of an exported model and the run's.
+    """How far an exported model's outputs are from the run's.
 
     Attributes:
-      examples: the inputs.
+      examples: the inputs of both models.
       tokens: the number of texts whose token ids differ.
-      pixels: the largest difference of a pixel value, which is from 0 to 255.
-      towers: largest difference of the towers' features, divided by the largest feature, by side.
-      embeddings: largest difference of the embeddings, by side.
-      cosine: the smallest cosine between an embedding and its counterpart, by side.
-      recall: text-to-image Recall@K of the run's embeddings and of the exported model's.
+      pixels: the largest difference in a pixel value, on the scale 0 to 255.
+      towers: by side, the largest difference in a tower's features, divided by the run's largest.
+      embeddings: by side, the largest difference in a coordinate of the embeddings.
+      cosine: by side, the smallest cosine between a run's embedding and the exported model's.
+      recall: text-to-image Recall@K, of the run's embeddings and of the exported model's.
     """
 
     examples: Examples
@@ -101,7 +101,7 @@ class Report:
         return "\n".join([*lines, f"  Recall@{at} run {ours}, exported {theirs}"])
 
     def first_difference(self) -> str:
-        """The first stage that differs, from raw input to Recall@K; empty if none does."""
+        """The first stage whose outputs differ, from tokens to Recall@K; empty if none differs."""
         if self.tokens:
             return f"the tokens of {self.tokens} texts"
         if self.pixels > PIXEL_TOLERANCE:
@@ -125,9 +125,10 @@ def check_packages(names: Sequence[str]) -> None:
 
 
 def examples(chosen: RetrievalSet) -> Examples:
-    """Evenly spaced photos of a test set with two captions each, in alternating languages.
+    """Evenly spaced photos of a test set, each with two captions; the languages alternate.
 
-    Adds edge cases: an empty text, a text that is too long, a rotated photo and a transparent one.
+    Edge cases follow: an empty text, a text long enough to be truncated, a photo with an EXIF
+    rotation and a transparent photo.
     """
     count = min(len(chosen.images), IMAGES)
     rows = [row * len(chosen.images) // count for row in range(count)]
@@ -149,7 +150,7 @@ def examples(chosen: RetrievalSet) -> Examples:
 
 
 def _hard_to_read(photo: bytes) -> list[bytes]:
-    """The photo with an EXIF orientation that rotates it, and the photo half transparent."""
+    """A photo with an EXIF rotation by 90 degrees, and a half-transparent photo."""
     image = Image.open(io.BytesIO(photo)).convert("RGBA").convert("RGB")
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -161,17 +162,17 @@ def _hard_to_read(photo: bytes) -> list[bytes]:
 
 
 def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples) -> Report:
-    """Compares an exported folder with the run that it came from.
+    """Compares an exported folder's outputs with those of its run.
 
     Args:
       encoder: the run's encoder, in float32.
       folder: the exported folder.
       format: the folder's format.
-      pairs: the inputs.
+      pairs: the inputs of both models.
 
     Raises:
-      ValueError: the folder can't be loaded, or its outputs differ; the message names the first
-        stage that differs.
+      ValueError: the folder can't be loaded, or its outputs differ from the run's. The message
+        names the first stage that differs.
     """
     theirs = _run(folder, format, pairs)
     ours = _reference(encoder, pairs)
@@ -187,7 +188,7 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
 def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
     """The run's outputs."""
     tokens = encoder.tokenizer(pairs.texts, max_length=encoder.config.text.max_length)
-    # At full size, as in other libraries. By default xlir decodes large JPEGs at a fraction of it.
+    # At full size, as other libraries decode; training decodes large JPEGs at a reduced size.
     pixels = [image_io.decode(x, encoder.preprocessing, reduce=False) for x in pairs.images]
     outputs = {
         "tokens": np.concatenate(tokens),
@@ -195,7 +196,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
         "pixels": np.stack(pixels).astype(np.float32),
     }
     for side, inputs in (("text", pairs.texts), ("image", pixels)):
-        # By default GPUs and TPUs round the operands of float32 matrix products.
+        # By default, GPUs and TPUs round the operands of a float32 matrix multiplication.
         with jax.default_matmul_precision("highest"):
             features = encoder.embedder.features(encoder.parameters, side, inputs)
             embeddings = encoder.embedder.embed(encoder.parameters, side, inputs)
@@ -204,7 +205,7 @@ def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
 
 
 def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.ndarray]:
-    """The folder's outputs, computed in a new process."""
+    """The exported model's outputs, computed in a new process."""
     with tempfile.TemporaryDirectory() as name:
         inputs, output = pathlib.Path(name), pathlib.Path(name) / "output.npz"
         (inputs / "texts.json").write_text(json.dumps(pairs.texts), encoding="utf8")
@@ -213,7 +214,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             (inputs / "images" / f"{row:03d}").write_bytes(image)
         script = pathlib.Path(__file__).with_name("check.py")
         process = subprocess.run(
-            # -P keeps this script's folder, whose module names may clash, out of sys.path.
+            # -P keeps the script's folder off sys.path, where its modules could hide others.
             [sys.executable, "-P", str(script), format, str(folder), name, str(output)],
             env=os.environ
             | {
@@ -226,7 +227,7 @@ def _run(folder: pathlib.Path, format: str, pairs: Examples) -> dict[str, np.nda
             text=True,
         )
         if process.returncode:
-            # The error message, which follows the last frame of the traceback.
+            # Keep only the text after the last frame of the traceback.
             reason = " ".join(re.split(r"(?m)^ {2,}.*\n", process.stderr)[-1].split())
             raise ValueError(f"the exported model can't be run: {reason or 'it was killed'}")
         with np.load(output) as arrays:

@@ -1,4 +1,4 @@
-"""A PyTorch dual encoder for images and texts in many languages. `load` loads the model."""
+"""A PyTorch dual encoder for images and texts in many languages; start with `load`."""
 
 from .encoder import DualEncoder, load
 

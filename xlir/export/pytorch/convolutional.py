@@ -7,9 +7,9 @@ from .transformer import Normalize
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al. 2015). Averages the last block's features over positions.
+    """A ResNet (He et al. 2015) with global average pooling.
 
-    Convolutions are described as [input channels, output channels, kernel size, stride].
+    Each convolution is given as [input channels, output channels, kernel size, stride].
     """
 
     def __init__(self, stem, blocks, mean, std):
@@ -28,7 +28,7 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions with ReLU between them, and a skip, projected if the shape changes."""
+    """Convolutions with ReLUs and a skip connection, which is projected if the shape changes."""
 
     def __init__(self, convolutions, shortcut):
         super().__init__()
@@ -45,14 +45,14 @@ class ResidualBlock(nn.Module):
 
 
 def convolution(features, output, kernel_size, stride):
-    """A convolution with bias, padded by half the kernel's size."""
+    """A convolution with bias, padded by half the kernel's size, rounded down."""
     return nn.Conv2d(features, output, kernel_size, stride, kernel_size // 2)
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet-lite (Tan and Le 2019). Averages the last features over positions.
+    """An EfficientNet-lite (Tan and Le 2019) with global average pooling.
 
-    Blocks are described as [input channels, output channels, kernel size, stride, expansion].
+    Each block is given as [input channels, output channels, kernel size, stride, expansion].
     """
 
     def __init__(self, stem, blocks, head, mean, std):
@@ -72,7 +72,7 @@ class EfficientNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, projection; with a skip if the shape is unchanged."""
+    """Expansion, depthwise convolution and projection; a skip connection if the shape is kept."""
 
     def __init__(self, features, output, kernel_size, stride, expansion):
         super().__init__()
@@ -90,7 +90,10 @@ class InvertedResidual(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Like TensorFlow's "SAME": outputs ceil(size / stride), an odd padding pixel at the end."""
+    """A convolution with TensorFlow's "SAME" padding.
+
+    The output's size is ceil(size / stride); an odd pixel of padding goes to the end.
+    """
 
     def __init__(self, features, output, kernel_size, stride, groups=1):
         super().__init__(features, output, kernel_size, stride, groups=groups)

@@ -1,4 +1,4 @@
-"""The dual encoder: raw texts and images in, embeddings out."""
+"""The dual encoder, which embeds raw texts and images."""
 
 import json
 import os
@@ -26,11 +26,11 @@ BATCH = 32
 
 
 class DualEncoder(nn.Module):
-    """Two towers and two heads. Embeddings have unit length, so dot products are cosines.
+    """Two towers with heads. Embeddings have unit length, so their dot products are cosines.
 
     Attributes:
-      tokenizer: maps texts to a list of token ids for each.
-      reader: maps an image to uint8 pixels, [size, size, 3].
+      tokenizer: maps texts to lists of token ids.
+      reader: maps an image to pixels, uint8 [size, size, 3].
       logit_scale: the inverse temperature that the model was trained with.
     """
 
@@ -66,7 +66,7 @@ class DualEncoder(nn.Module):
         return torch.cat(batches)
 
     def embed_text(self, ids, mask):
-        """Embeddings of token ids, int [batch, length]. The bool mask is False for padding."""
+        """Embeddings of token ids, int [batch, length]; the bool mask is False for padding."""
         return unit(self.text_head(self.text_tower(ids, mask)))
 
     def embed_image(self, pixels):
@@ -80,7 +80,7 @@ class DualEncoder(nn.Module):
 
 
 def head(layers):
-    """Builds a head, which maps a tower's output into the shared space, from config.json."""
+    """The head that maps a tower's output to embeddings, built from its entry in config.json."""
     modules = []
     for name, *arguments in layers:
         if name == "norm":
@@ -94,12 +94,12 @@ def head(layers):
 
 
 def unit(x):
-    """Scales each row to unit length."""
+    """The rows in float32, divided by their L2 norms."""
     return F.normalize(x.float(), dim=-1)
 
 
 def load(folder):
-    """Loads the model of an exported folder, for inference."""
+    """Loads the model of an exported folder for inference."""
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     tokenizer = load_tokenizer(folder, **config["tokenizer"])

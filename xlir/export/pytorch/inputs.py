@@ -1,4 +1,4 @@
-"""Converts texts to token ids and images to pixels."""
+"""Turns texts into token ids and images into pixels."""
 
 import io
 import math
@@ -9,14 +9,14 @@ from PIL import Image, ImageOps
 
 
 def load_tokenizer(folder, kind, max_length, prefix=""):
-    """Loads an exported folder's tokenizer; only that tokenizer's library must be installed."""
+    """Loads a folder's tokenizer; only that tokenizer's library has to be installed."""
     if kind == "sentencepiece":
         return SentencePiece(folder / "sentencepiece.model", max_length)
     return FastTokenizer(folder / "tokenizer.json", max_length, prefix)
 
 
 class FastTokenizer:
-    """A tokenizer.json. Prepends `prefix` to each text and truncates to `max_length` tokens."""
+    """A tokenizer.json. It puts `prefix` before texts and truncates to `max_length` tokens."""
 
     def __init__(self, file, max_length, prefix):
         import tokenizers
@@ -32,7 +32,7 @@ class FastTokenizer:
 
 
 class SentencePiece:
-    """mUSE's tokenizer: each unknown character becomes one UNK, as does a text without tokens."""
+    """mUSE's tokenizer. Each unknown character becomes one UNK, as does a text without tokens."""
 
     def __init__(self, file, max_length):
         import sentencepiece
@@ -54,12 +54,12 @@ class SentencePiece:
 
 
 def readable(text):
-    """Replaces lone surrogates, which can't be encoded, by "?"."""
+    """The text with "?" for lone surrogates, which UTF-8 can't encode."""
     return text.encode("utf8", "replace").decode()
 
 
 def pad(rows):
-    """Token ids, int64 [batch, length], and a bool mask of that shape, False for padding."""
+    """Ids, int64 [batch, length], and a bool mask of the same shape, False for padding."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int64)
@@ -68,11 +68,11 @@ def pad(rows):
 
 
 class ImageReader:
-    """Decodes an image and resizes it to a square of `size` pixels, as in training.
+    """Decodes an image and turns it into a square, with the preprocessing of the model's training.
 
-    Applies the EXIF orientation, and makes transparent parts white. The shorter side ("center",
-    "center_rounded") or both sides ("squash") are resized to `resize`, then the center is cropped.
-    Half of an odd margin is rounded down, or to an even number ("center_rounded").
+    It applies the EXIF orientation and blends transparent images over white. It resizes the shorter
+    side, or both sides if `crop` is "squash", to `resize`, then crops the centre. Half of an odd
+    margin is rounded down, or to the nearest even number if `crop` is "center_rounded".
     """
 
     def __init__(self, size, resize, resample, crop):
@@ -80,7 +80,10 @@ class ImageReader:
         self.resample = Image.Resampling[resample.upper()]
 
     def __call__(self, image):
-        """Reads a path, encoded bytes, a PIL image or pixels; returns uint8 [size, size, 3]."""
+        """Pixels, uint8 [size, size, 3], of a path, encoded bytes or a PIL image.
+
+        An array is taken as pixels and returned unchanged.
+        """
         if isinstance(image, np.ndarray):
             return image
         if isinstance(image, bytes):
@@ -102,9 +105,9 @@ class ImageReader:
 
 
 def middle(image, longest=32):
-    """Crops a strip to its middle, at most `longest` times as long as wide.
+    """The image, cropped to its middle if it is over `longest` times as long as wide.
 
-    Resizing the whole strip could exhaust the memory.
+    Resizing the whole of such a strip would exhaust the memory.
     """
     side = longest * min(image.size)
     if max(image.size) <= side:
@@ -115,7 +118,7 @@ def middle(image, longest=32):
 
 
 def rgb(image):
-    """Converts an image to 8-bit RGB; transparent parts become white."""
+    """The image in 8-bit RGB, blended over white if it has transparency."""
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.clip(image, 0, 65535) // 256).astype(np.uint8))
     if image.has_transparency_data:

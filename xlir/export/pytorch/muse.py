@@ -10,8 +10,8 @@ EPSILON = 1e-12
 class Muse(nn.Module):
     """A deep averaging network over token embeddings and the outputs of three n-gram CNNs.
 
-    `branches` lists [order, tokens left of the centre] for each CNN. The embedding table is 8-bit
-    and has `chunks` interleaved parts, each with its own scale and offset.
+    Each branch is given as [n of its n-grams, tokens left of the centre]. The 8-bit embedding table
+    has a scale and an offset for each of its `chunks`; row i belongs to chunk i modulo `chunks`.
     """
 
     def __init__(self, vocabulary, width, branch, branches, chunks, hidden, dim):
@@ -27,12 +27,12 @@ class Muse(nn.Module):
         self.output = ResidualBlock(hidden, width, dim, torch.tanh)
 
     def forward(self, ids, mask):
-        """Token ids and mask, [batch, length], to unit-length vectors, [batch, dim]."""
+        """Maps ids and mask, [batch, length], to [batch, dim], rows of unit length."""
         embedded, keep = self.embedding(ids), mask[..., None]
         parts = self.projection_norm(self.projection(embedded)).chunk(len(self.branches), dim=-1)
         grams = [branch(x, keep) for branch, x in zip(self.branches, parts, strict=True)]
         features = self.norm(torch.cat([embedded, *grams], dim=-1))
-        # The sum over tokens, divided by the square root of their number.
+        # Pooling: the sum over tokens, divided by the square root of their number.
         length = keep.sum(1).to(features.dtype)
         mean = torch.where(keep, features, 0).sum(1) / length.clamp(min=1)
         x = self.output(self.hidden(self.pool(mean) * length.sqrt()))
@@ -49,14 +49,14 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("offset", torch.zeros(chunks))
 
     def forward(self, ids):
-        """[batch, length] to [batch, length, width]."""
+        """Maps [batch, length] to [batch, length, width]."""
         chunk = ids % len(self.scale)
         rows = self.table[ids].to(self.scale.dtype)
         return rows * self.scale[chunk, None] + self.offset[chunk, None]
 
 
 class NGramBranch(nn.Module):
-    """Two residual convolutions over windows of `order` tokens, zero-padded at a text's ends."""
+    """Two residual convolutions over `order` tokens, with zeros beyond a text's ends."""
 
     def __init__(self, dim, order, left):
         super().__init__()
@@ -64,7 +64,7 @@ class NGramBranch(nn.Module):
         self.padding = (left, order - 1 - left)
 
     def forward(self, x, keep):
-        """[batch, length, dim] to the same shape."""
+        """Maps [batch, length, dim] to the same shape."""
         for convolution in self.convolutions:
             masked = torch.where(keep, x, 0).transpose(1, 2)
             x = x + F.relu(convolution(F.pad(masked, self.padding))).transpose(1, 2)
@@ -82,5 +82,5 @@ class ResidualBlock(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        """[batch, features] to [batch, dim]."""
+        """Maps [batch, features] to [batch, dim]."""
         return self.activation(self.shortcut(x) + self.outer(F.relu(self.inner(x))))

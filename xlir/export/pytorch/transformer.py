@@ -1,7 +1,7 @@
 """Text transformers (BERT, DistilBERT, XLM-R) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
 
-The position table includes BERT's token type embedding and starts at XLM-R's position offset. The
-class token includes its position embedding.
+The exported weights fold constants in: a text's position table includes the token-type embedding
+and XLM-R's position offset, and a class token includes its position embedding.
 """
 
 import functools
@@ -22,9 +22,11 @@ DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 
 
 class TextTransformer(nn.Module):
-    """Token ids to one vector. Pooling is "mean", "cls" or "pooler" ("cls", dense layer, tanh).
+    """Maps token ids to one vector per text.
 
-    `dense` layers follow the pooling. If there is a `pad_id`, that token has no position.
+    Pooling is "mean", "cls" or "pooler" (a dense layer and tanh on the class token); the `dense`
+    layers follow. If the config has a `pad_id`, that token gets no position embedding and is
+    not counted in the positions of later tokens.
     """
 
     def __init__(self, config, pooling, dense):
@@ -40,7 +42,7 @@ class TextTransformer(nn.Module):
         self.pooling, self.pad = pooling, config["pad_id"]
 
     def forward(self, ids, mask):
-        """Token ids and mask, [batch, length], to [batch, dim]."""
+        """Maps ids and mask, [batch, length], to [batch, dim]."""
         x = self.embedding(ids) + self.positions(ids)
         x = self.embedding_norm(x)
         for layer in self.layers:
@@ -80,7 +82,7 @@ class Dense(nn.Linear):
 
 
 class ViT(nn.Module):
-    """Pixels to one vector. Pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
+    """Maps pixels to one vector; pooling is "cls", "pooler", "attention" (SigLIP) or "mean"."""
 
     def __init__(self, config, pooling, mean, std):
         super().__init__()
@@ -151,7 +153,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; positions where the mask is False get no attention."""
+    """Multi-head self-attention; positions whose mask is False are not attended to."""
 
     def __init__(self, width, heads, bias):
         super().__init__()
@@ -168,7 +170,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense, activation, dense. If gated, the first layer outputs the gate and the values."""
+    """Dense layer, activation, dense layer; if gated, the first layer also computes the gate."""
 
     def __init__(self, config):
         super().__init__()
@@ -209,7 +211,7 @@ class AttentionPool(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Normalises pixels from 0 to 255 by the mean and standard deviation of each channel."""
+    """Normalises pixels from 0 to 255 with the mean and deviation that a tower was trained with."""
 
     def __init__(self, mean, std):
         super().__init__()
@@ -217,7 +219,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, pixels):
-        """uint8 to the model's dtype, in the same shape; the last axis is red, green, blue."""
+        """Maps uint8 pixels to the model's dtype; the last axis is red, green, blue."""
         return ((pixels.float() / 255 - self.mean) / self.std).to(self.mean.dtype)
 
 
