@@ -148,7 +148,7 @@ def _check_layout(flag: str, published: Published) -> None:
 
 
 @contextlib.contextmanager
-def _blamed_on(published: Published) -> Iterator[None]:
+def _errors_name(published: Published) -> Iterator[None]:
     """Adds the folder to the messages of errors."""
     try:
         yield
@@ -382,7 +382,7 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
         unfinished.rename(workdir)
 
 
-def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
+def _pop(weights: Weights, *names: str) -> list[np.ndarray]:
     """Removes the named tensors from `weights` and returns them."""
     if missing := [name for name in names if name not in weights]:
         raise ValueError(f"its weights lack {', '.join(missing)}")

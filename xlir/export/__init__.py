@@ -78,7 +78,7 @@ def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
                 parent.rmdir()
 
 
-def _fitting(encoder: Encoder) -> str:
+def _default_format(encoder: Encoder) -> str:
     """The default format for an encoder."""
     return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
 

@@ -67,7 +67,7 @@ The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the towe
 graph of over 2 GiB has its weights in a separate file that ends in `.data`.""",
 }
 # The card lists a language as supported if its Recall@10 is at least this fraction of English's.
-SPOKEN = 0.5
+MIN_RECALL = 0.5
 
 
 def write(
@@ -113,9 +113,9 @@ def write(
     (folder / "README.md").write_text("\n".join(parts), encoding="utf8")
 
 
-def _spoken(results: Sequence[dict]) -> list[str]:
+def _supported_languages(results: Sequence[dict]) -> list[str]:
     """Languages whose Recall@10 is at least half of English's on the same test set."""
-    spoken = set()
+    supported = set()
     for result in results:
         recall = {
             language: scores["text_to_image"]["R@10"]

@@ -98,7 +98,7 @@ def run_transformers(folder, texts, images):
     return unpadded(text), denormalized(image, processor), features, embeddings
 
 
-def opened(data):
+def decoded(data):
     """The image in 8-bit RGB, turned by its EXIF orientation and blended over white."""
     inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
     return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
@@ -110,7 +110,7 @@ def unpadded(batch):
     return [ids[mask != 0] for ids, mask in pairs]
 
 
-def levels(batch, processor):
+def denormalized(batch, processor):
     """An image processor's pixels without normalisation: [batch, size, size, 3], 0 to 255."""
     pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
     return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255

@@ -29,7 +29,7 @@ TYPES = {
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
 # Fields of a config.json that describe the original checkpoint or its code; they are dropped.
-_NOT_OURS = (
+_DROPPED_FIELDS = (
     "_name_or_path",
     "architectures",
     "auto_map",
