@@ -494,7 +494,7 @@ OPEN_CLIP_FAULTS = {
     "damaged": (lambda folder: (folder / OPEN).write_text("{"), r"config\.json is damaged"),
     "no model_cfg": (edit(OPEN, MODEL, value=None), "it lacks 'model_cfg'"),
     "no width": (edit(OPEN, MODEL, "vision_cfg", "width", value=None), "lacks 'width'"),
-    "CLIP's text": (edit(OPEN, *TEXT_CFG, "hf_model_name", value=None), "CLIP's own encoder"),
+    "CLIP's text": (edit(OPEN, *TEXT_CFG, "hf_model_name", value=None), "encoder is CLIP's own"),
     "unknown text": (
         edit(OPEN, *TEXT_CFG, "hf_model_name", value="nobody/nothing"),
         r"needs the config\.json of nobody/nothing: .*hf download nobody/nothing",
@@ -517,7 +517,7 @@ OPEN_CLIP_FAULTS = {
     ),
     "dimensions": (
         edit(OPEN, MODEL, "embed_dim", value=20),
-        "embeds texts in 20 dimensions and .* images in 24: they are not of one model",
+        "embeds texts in 20 dimensions and .* images in 24: they are not from the same model",
     ),
     "unused": (
         edit_weights(WEIGHTS, lambda weights: weights.update(token_embedding=torch.zeros(2))),
@@ -600,7 +600,7 @@ def test_folders_that_do_not_belong_together(m_clip, clip, write_open_clip, tmp_
         published.import_model(str(m_clip[0]), str(m_clip[0]), run)
     with pytest.raises(ValueError, match=r"--text: .* is 'clip'; known: M-CLIP"):
         published.import_model(str(clip[0]), str(clip[0]), run)
-    with pytest.raises(FileNotFoundError, match=r"--image: there is no folder .*absent; hf "):
+    with pytest.raises(FileNotFoundError, match=r"--image: .* folder .*absent; download it: hf "):
         published.import_model(str(m_clip[0]), str(tmp_path / "absent"), run)
     assert not run.exists()
 
@@ -609,7 +609,7 @@ def test_a_folder_in_use_is_left_alone(open_clip, tmp_path):
     folder, run = str(open_clip[0]), tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="run is there already: name a new folder"):
+    with pytest.raises(FileExistsError, match="run already exists: choose a new folder"):
         published.import_model(folder, folder, run)
     assert (run / "config.json").read_text() == "{}"
     (run / "config.json").unlink()
@@ -661,7 +661,7 @@ def test_open_clip_in_one_folder(open_clip, tmp_path):
     process = run_main("import", f"--text={open_clip[0]}", f"--workdir={run}", check=False)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
-    assert line == f"xlir: {run} is there already: name a new folder with --workdir"
+    assert line == f"xlir: {run} already exists: choose a new folder with --workdir"
 
 
 def test_what_is_imported_can_be_exported(m_clip, clip, photos, tmp_path):

@@ -93,26 +93,26 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
       ValueError: the layout is unknown, a file is damaged, or the two sides do not match.
     """
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
-        raise FileExistsError(f"{workdir} is there already: name a new folder with --workdir")
+        raise FileExistsError(f"{workdir} already exists: choose a new folder with --workdir")
     of_text = _read("text", text)
     of_image = of_text if image == text else _read("image", image)
     _check_layout("text", of_text)
     _check_layout("image", of_image)
-    with _blamed_on(of_text):
+    with _errors_name(of_text):
         text_side, tokenizer = _text_side(of_text)
-    with _blamed_on(of_image):
+    with _errors_name(of_image):
         image_side = _image_side(of_image)
     if text_side.dim != image_side.dim:
         raise ValueError(
             f"{of_text.folder} embeds texts in {text_side.dim} dimensions and {of_image.folder} "
-            f"images in {image_side.dim}: they are not of one model"
+            f"images in {image_side.dim}: they are not from the same model"
         )
     config = base.get_config()
     config.embedding_dim = text_side.dim
     config.text.update(text_side.options, tower=text)
     config.image.update(image_side.options, tower=image)
     _set_scale(config, of_image.weights | of_text.weights)
-    with _blamed_on(of_image):
+    with _errors_name(of_image):
         check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
     specs = {"text": text_side.spec, "image": image_side.spec}
@@ -124,7 +124,7 @@ def _read(flag: str, name: str) -> Published:
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--{flag}: there is no folder {folder}; hf download ID --local-dir FOLDER gets one"
+            f"--{flag}: there is no folder {folder}; download it: hf download ID --local-dir FOLDER"
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
         config, files = pretrained.read_json(folder / OPEN_CLIP_CONFIG), OPEN_CLIP_WEIGHTS
@@ -148,7 +148,7 @@ def _check_layout(flag: str, published: Published) -> None:
 
 
 @contextlib.contextmanager
-def _blamed_on(published: Published) -> Iterator[None]:
+def _errors_name(published: Published) -> Iterator[None]:
     """Adds the folder to the messages of errors."""
     try:
         yield
@@ -169,7 +169,7 @@ def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
 
 def _m_clip_text(published: Published) -> Side:
     weights = dict(published.weights)
-    kernel, bias = _taken(weights, "LinearTransformation.weight", "LinearTransformation.bias")
+    kernel, bias = _pop(weights, "LinearTransformation.weight", "LinearTransformation.bias")
     return _transformer(
         read_field(published.config, "modelBase", Text(may_be_empty=False)),
         {name.removeprefix("transformer."): array for name, array in weights.items()},
@@ -183,7 +183,7 @@ def _open_clip_text(published: Published) -> Side:
     model = read_field(published.config, "model_cfg", Group())
     text = read_field(model, "text_cfg", Group())
     if not text.get("hf_model_name"):
-        raise ValueError("its texts are encoded by CLIP's own encoder; known: Hugging Face's")
+        raise ValueError("its text encoder is CLIP's own; only Hugging Face's are supported")
     supported = {
         "hf_pooler_type": (None, "mean_pooler"),
         "pooler_type": (None, "mean_pooler"),  # the older name of hf_pooler_type
@@ -199,7 +199,7 @@ def _open_clip_text(published: Published) -> Side:
         if not name.startswith(("visual.", "logit_"))
     }
     if "text.proj.0.weight" in weights:
-        first, last = _taken(weights, "text.proj.0.weight", "text.proj.2.weight")
+        first, last = _pop(weights, "text.proj.0.weight", "text.proj.2.weight")
         options = {"head": "plain_mlp", "hidden": (len(first),)}
         head = {"input.kernel": first.T, "layers.0.kernel": last.T}
     elif "text.proj.weight" in weights:
@@ -225,7 +225,7 @@ def _transformer(
         try:
             architecture = pretrained.read_config(pretrained.checkpoint_folder(name))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"needs the config.json of {name}: {error}") from error
+            raise FileNotFoundError(f"import needs the config.json of {name}: {error}") from error
     family = registry.family_of("text", architecture)
     family.check(architecture)
     positions = family.longest_text(architecture)
@@ -247,7 +247,7 @@ def _image_side(published: Published) -> Side:
     else:
         config = published.config
         preprocessing = Preprocessing.from_config(pretrained.read_preprocessing(published.folder))
-    (projection,) = _taken(weights, "visual_projection.weight")
+    (projection,) = _pop(weights, "visual_projection.weight")
     return Side(
         options={"head": "linear"},
         spec=TowerSpec(clip.CLIP, config, preprocessing=preprocessing),
@@ -266,7 +266,7 @@ def _vision_config(published: Published) -> dict[str, Any]:
         if value and not known:
             raise ValueError(f"an image tower with vision_cfg.{field} {value!r} is not supported")
     if isinstance(vision.get("layers"), list):
-        raise ValueError("a ResNet for an image tower (vision_cfg.layers) is not supported")
+        raise ValueError("a ResNet image tower (vision_cfg.layers is a list) is not supported")
     size, width = vision.get("image_size", 224), read_field(vision, "width", WIDTH)
     size = size[0] if isinstance(size, list) and size[:1] * 2 == size else size
     read_field({"image_size": size}, "image_size", Whole(1, LARGEST_IMAGE))
@@ -353,7 +353,7 @@ def _model(
     with partition.on_host():
         for side, folder in zip(SIDES, published, strict=True):
             spec, options = sides[side].spec, config[side]
-            with _blamed_on(folder):
+            with _errors_name(folder):
                 loaded[side] = nnx.eval_shape(
                     lambda s=spec, o=options: towers.create(s, o, rngs=nnx.Rngs(0))
                 )
@@ -361,7 +361,7 @@ def _model(
         rngs = nnx.Rngs(config.seed)
         model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         for side, folder in zip(SIDES, published, strict=True):
-            with _blamed_on(folder):
+            with _errors_name(folder):
                 _merge(getattr(model, f"{side}_head"), sides[side].head)
     return model
 
@@ -382,7 +382,7 @@ def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
         unfinished.rename(workdir)
 
 
-def _taken(weights: Weights, *names: str) -> list[np.ndarray]:
+def _pop(weights: Weights, *names: str) -> list[np.ndarray]:
     """Removes the named tensors from `weights` and returns them."""
     if missing := [name for name in names if name not in weights]:
         raise ValueError(f"its weights lack {', '.join(missing)}")

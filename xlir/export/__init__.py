@@ -62,7 +62,7 @@ FORMATS = {
 def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder next to the target, because a rename can't cross file systems."""
     if os.path.lexists(to):
-        raise FileExistsError(f"--to={to} is there already: name another folder, or remove it")
+        raise FileExistsError(f"--to={to} already exists: choose another folder or remove it")
     folder = to.absolute().parent / f".{to.name}.partial-{secrets.token_hex(4)}"
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
@@ -78,7 +78,7 @@ def _beside(to: pathlib.Path) -> Iterator[pathlib.Path]:
                 parent.rmdir()
 
 
-def _fitting(encoder: Encoder) -> str:
+def _default_format(encoder: Encoder) -> str:
     """The default format for an encoder."""
     return next(name for name, format in FORMATS.items() if not format.unfit(encoder))
 
@@ -113,11 +113,12 @@ def export(
         raise ValueError(f"--format={format} is not known; known: {', '.join(FORMATS)}")
     with _beside(to) as folder:
         encoder = Encoder.load(workdir, weights=weights, dtype="float32")
-        format = format or _fitting(encoder)
+        format = format or _default_format(encoder)
         if reason := FORMATS[format].unfit(encoder):
             others = [name for name, other in FORMATS.items() if not other.unfit(encoder)]
             raise ValueError(
-                f"--format={format} can't hold this model: {reason}. What can: {', '.join(others)}"
+                f"--format={format} can't hold this model: {reason}. "
+                f"Use one of: {', '.join(others)}"
             )
         verification.check_packages(FORMATS[format].needs)
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
@@ -126,7 +127,7 @@ def export(
         results = [] if raw else result_files.read(workdir, encoder.step)
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)
-        log.info("checking it in a process of its own")
+        log.info("checking the folder in a separate process")
         report = verification.verify(encoder, folder, format, examples)
         card.write(encoder, results, folder, format, report)
         folder.rename(to)

@@ -26,7 +26,7 @@ class HeadLayer(NamedTuple):
 
 
 def head_layers(encoder: Encoder, side: str) -> list[HeadLayer]:
-    """The layers of a side's head; all of them are stock layers of PyTorch."""
+    """The layers of a side's head, all of which exist in PyTorch."""
     kind, weights = encoder.config[side].head, encoder.weights(f"{side}_head")
     if kind == "none":
         return []
@@ -100,7 +100,7 @@ def torch_weights(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> di
 def _fitted(
     name: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, np.ndarray]:
-    """A weight's name and layout in PyTorch: outputs first, then inputs, then positions."""
+    """A weight's name and layout in PyTorch: outputs, inputs, then positions in the kernel."""
     path, _, leaf = name.rpartition(".")
     if name in shapes:
         return name, value

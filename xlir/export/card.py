@@ -19,14 +19,14 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("FOLDER")
-# Or a text that is the name of an image's file would be read as the image.
+# Without modality="text", a text that names an image file is read as that image.
 texts = model.encode(["ein roter Apfel", "빨간 사과"], modality="text")
 images = model.encode([Image.open("apple.jpg")])
 print(model.similarity(texts, images))
 ```
 
 `pip install 'sentence-transformers>=6.2' pillow`. Convert images to
-8-bit RGB first, transparent ones over white, and turn them as their EXIF orientation says.""",
+8-bit RGB first, transparent parts white, and rotate them by their EXIF orientation.""",
     "transformers": """```python
 import torch
 from PIL import Image
@@ -44,7 +44,7 @@ print(outputs.text_embeds @ outputs.image_embeds.T)
 ```
 
 `pip install 'transformers>=5.23' torch pillow`. Convert images to
-8-bit RGB first, transparent ones over white, and turn them as their EXIF orientation says.""",
+8-bit RGB first, transparent parts white, and rotate them by their EXIF orientation.""",
     "torch": """```
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
 ```
@@ -64,10 +64,10 @@ pixels' are dynamic:
 | `image.onnx` | `pixels`: uint8 [batch, $size, $size, 3], RGB | [batch, $image] |
 
 The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
-graph of over 2 GiB has its weights beside it, in a file that ends in `.data`.""",
+graph of over 2 GiB has its weights in a separate file that ends in `.data`.""",
 }
 # The card lists a language as supported if its Recall@10 is at least this fraction of English's.
-SPOKEN = 0.5
+MIN_RECALL = 0.5
 
 
 def write(
@@ -86,13 +86,13 @@ def write(
     origin = "Published weights, imported by xlir.\n"
     if config.data.name:
         origin = (
-            f"Trained with xlir on captions of {_name(config.data.dir) or config.data.name}; in "
-            "languages other than theirs it is zero-shot.\n"
+            f"Trained with xlir on captions of {_name(config.data.dir) or config.data.name}; "
+            "zero-shot in languages that these captions lack.\n"
         )
     parts = [
-        _metadata(_spoken(results), format),
+        _metadata(_supported_languages(results), format),
         "# Dual encoder for cross-lingual image retrieval\n",
-        "Texts in many languages and images in one space: search images with a text, or tag them. "
+        "Embeds images and texts in many languages in one space, for image search and tagging. "
         + origin,
         "## Use\n",
         _use(encoder, format),
@@ -101,28 +101,29 @@ def write(
         f"Embeddings have {config.embedding_dim} dimensions. Weights of step {encoder.step}, "
         "float32.\n",
         "## Results\n",
-        _measured(results) if results else "None of these weights are at hand.\n",
-        "What is listed was tested, whether it is spoken or not. Other languages follow from the "
-        "text tower's pre-training; in one that it has not seen it finds little.\n",
+        _measured(results) if results else "There are no results for these weights.\n",
+        "The tables list every tested language, however low its recall. Other languages depend on "
+        "the text tower's pre-training; in languages it has not seen, retrieval finds little.\n",
         "## Checked\n",
-        f"Loaded afresh, without the library that it was trained with:\n\n```\n{report}\n```\n",
+        "Loaded in a new process without xlir and JAX, and compared with the run:\n\n"
+        f"```\n{report}\n```\n",
         "## Terms\n",
         _terms(encoder, format),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf8")
 
 
-def _spoken(results: Sequence[dict]) -> list[str]:
+def _supported_languages(results: Sequence[dict]) -> list[str]:
     """Languages whose Recall@10 is at least half of English's on the same test set."""
-    spoken = set()
+    supported = set()
     for result in results:
         recall = {
             language: scores["text_to_image"]["R@10"]
             for language, scores in result["languages"].items()
         }
-        least = SPOKEN * recall.get("en", np.inf)
-        spoken |= {language for language, found in recall.items() if found >= least}
-    return sorted(spoken)
+        least = MIN_RECALL * recall.get("en", np.inf)
+        supported |= {language for language, found in recall.items() if found >= least}
+    return sorted(supported)
 
 
 def _metadata(languages: list[str], format: str) -> str:

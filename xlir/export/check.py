@@ -62,7 +62,7 @@ def run_sentence_transformers(folder, texts, images):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    images = [opened(image) for image in images]
+    images = [decoded(image) for image in images]
     prefix = model.prompts.get(model.default_prompt_name or "", "")
     routes = json.loads((folder / "router_config.json").read_text(encoding="utf8"))["structure"]
     features, seen = [], {}
@@ -78,7 +78,7 @@ def run_sentence_transformers(folder, texts, images):
         features.append(x["sentence_embedding"].numpy())
     embeddings = model.encode(texts, modality="text"), model.encode(images)
     processor = model[0].sub_modules["image"][0].processor
-    return unpadded(seen["text"]), levels(seen["image"], processor), features, embeddings
+    return unpadded(seen["text"]), denormalized(seen["image"], processor), features, embeddings
 
 
 def run_transformers(folder, texts, images):
@@ -90,15 +90,15 @@ def run_transformers(folder, texts, images):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    image = processor([opened(image) for image in images], return_tensors="pt")
+    image = processor([decoded(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
         out = model(**text, pixel_values=image["pixel_values"])
     features = out.text_model_output.pooler_output, out.vision_model_output.pooler_output
     embeddings = out.text_embeds, out.image_embeds
-    return unpadded(text), levels(image, processor), features, embeddings
+    return unpadded(text), denormalized(image, processor), features, embeddings
 
 
-def opened(data):
+def decoded(data):
     """The image in 8-bit RGB, turned by its EXIF orientation and blended over white."""
     inputs = runpy.run_path(str(pathlib.Path(__file__).parent / "pytorch" / "inputs.py"))
     return inputs["rgb"](ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
@@ -110,7 +110,7 @@ def unpadded(batch):
     return [ids[mask != 0] for ids, mask in pairs]
 
 
-def levels(batch, processor):
+def denormalized(batch, processor):
     """An image processor's pixels without normalisation: [batch, size, size, 3], 0 to 255."""
     pixels = batch["pixel_values"].numpy().transpose(0, 2, 3, 1)
     return (pixels * np.array(processor.image_std) + np.array(processor.image_mean)) * 255

@@ -29,7 +29,7 @@ TYPES = {
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
 }
 # Fields of a config.json that describe the original checkpoint or its code; they are dropped.
-_NOT_OURS = (
+_DROPPED_FIELDS = (
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -49,9 +49,9 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
     for side in SIDES:
         spec = encoder.specs[side]
         if not spec.family.outputs:
-            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
         elif spec.pooling not in spec.family.outputs:
-            reasons.append(f"its mean over {spec.family.name} takes the class token in")
+            reasons.append(f"the format's mean over {spec.family.name} includes the class token")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
@@ -62,17 +62,17 @@ def unfit_for_transformers(encoder: Encoder) -> str:
         spec, head = encoder.specs[side], encoder.config[side].head
         known = spec.family.dual_encoder_pooling
         if not known:
-            reasons.append(f"it has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
         elif spec.pooling != known:
-            reasons.append(f"its {side} pooling is {known!r}, not {spec.pooling!r}")
+            reasons.append(f"the format's {side} pooling is {known!r}, not {spec.pooling!r}")
         if head != "linear":
-            reasons.append(f"its {side} head is a matrix without bias, not {head!r}")
+            reasons.append(f"the format's {side} head is a matrix without bias, not {head!r}")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
 def _unfit_preprocessing(encoder: Encoder) -> list[str]:
     if encoder.preprocessing.crop == "center_rounded":
-        return ["transformers' image processors cut odd margins otherwise than torchvision"]
+        return ["transformers' image processors round odd margins differently than torchvision"]
     return []
 
 
@@ -247,7 +247,7 @@ def _config(encoder: Encoder, side: str) -> dict[str, Any]:
     """The config.json of a tower: that of its original checkpoint, with the run's changes."""
     spec = encoder.specs[side]
     config = spec.family.hub_config(spec, pad_id=_pad_token(encoder)[1])
-    config = {name: x for name, x in config.items() if name not in _NOT_OURS}
+    config = {name: x for name, x in config.items() if name not in _DROPPED_FIELDS}
     return config | {"dtype": "float32"}
 
 

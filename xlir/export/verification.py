@@ -88,33 +88,33 @@ class Report:
         lines = [
             f"checked on {len(self.examples.image_of)} captions in "
             f"{', '.join(self.examples.languages)} and {self.examples.photos} photos of "
-            f"{self.examples.name}, and on texts and images that are hard to read:",
+            f"{self.examples.name}, and on edge cases:",
             f"  tokens      {len(self.examples.texts) - self.tokens} of "
             f"{len(self.examples.texts)} texts equal",
-            f"  pixels      differ by {self.pixels:.1g} levels of 255 at most",
+            f"  pixels      largest difference {self.pixels:.1g} of 255",
         ]
         for side in SIDES:
             lines.append(
-                f"  {side:<6}      tower {self.towers[side]:.1e}, embedding "
-                f"{self.embeddings[side]:.1e} at most, cosine {self.cosine[side]:.7f} at least"
+                f"  {side:<6}      largest difference: tower {self.towers[side]:.1e}, embedding "
+                f"{self.embeddings[side]:.1e}; smallest cosine {self.cosine[side]:.7f}"
             )
-        return "\n".join([*lines, f"  Recall@{at} {ours}, exported {theirs}"])
+        return "\n".join([*lines, f"  Recall@{at} run {ours}, exported {theirs}"])
 
     def first_difference(self) -> str:
         """The first stage whose outputs differ, from tokens to Recall@K; empty if none differs."""
         if self.tokens:
             return f"the tokens of {self.tokens} texts"
         if self.pixels > PIXEL_TOLERANCE:
-            return f"pixels (by {self.pixels:.3g} levels of 255 at most)"
+            return f"the pixels (by up to {self.pixels:.3g} of 255)"
         for what, differences, tolerance in (
             ("tower", self.towers, TOWER_TOLERANCE),
             ("head", self.embeddings, TOLERANCE),
         ):
             for side in SIDES:
                 if differences[side] > tolerance:
-                    return f"outputs of the {side} {what} (by {differences[side]:.1e} at most)"
+                    return f"the outputs of the {side} {what} (by up to {differences[side]:.1e})"
         if self.recall[0] != self.recall[1]:
-            return f"Recall@K ({self.recall[0]} and {self.recall[1]}: near ties)"
+            return f"Recall@K ({self.recall[0]} and {self.recall[1]}, because of near ties)"
         return ""
 
 
@@ -134,14 +134,14 @@ def examples(chosen: RetrievalSet) -> Examples:
     rows = [row * len(chosen.images) // count for row in range(count)]
     texts, image_of, seen = [], [], set()
     turns = itertools.cycle(sorted(chosen.captions))
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         for number in range(TEXTS // IMAGES):
             language = next(turns)
             captions = np.flatnonzero(chosen.image_of[language] == row)
             if number < len(captions) or (len(chosen.captions) > 1 and len(captions)):
                 seen.add(language)
                 texts.append(chosen.captions[language][captions[number % len(captions)]])
-                image_of.append(place)
+                image_of.append(position)
     photos = [chosen.images[row] for row in rows]
     images = [x if isinstance(x, bytes) else pathlib.Path(x).read_bytes() for x in photos]
     texts += ["", " ".join(texts)]
@@ -179,8 +179,8 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
     report = _compare(ours, theirs, pairs)
     if difference := report.first_difference():
         raise ValueError(
-            f"the exported model is not the run's: {difference} differ; "
-            f"embeddings by {max(report.embeddings.values()):.1e}"
+            f"the exported model differs from the run's, first in {difference}; "
+            f"embeddings differ by up to {max(report.embeddings.values()):.1e}"
         )
     return report
 

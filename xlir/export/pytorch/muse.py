@@ -40,7 +40,7 @@ class Muse(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A table of 8-bit embeddings that stays 8-bit in memory."""
+    """An embedding table that stays 8-bit in memory."""
 
     def __init__(self, rows, width, chunks):
         super().__init__()

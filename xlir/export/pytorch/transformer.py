@@ -140,7 +140,7 @@ class Layer(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(width)) if scale else None
 
     def forward(self, x, mask=None):
-        """[batch, length, width] to the same."""
+        """[batch, length, width] to the same shape."""
         attention = functools.partial(self.attention, mask=mask)
         x = self.block(x, attention, self.attention_norm, self.attention_scale)
         return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         self.heads = heads
 
     def forward(self, x, mask=None):
-        """[batch, length, width] to the same."""
+        """[batch, length, width] to the same shape."""
         query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if mask is None else mask[:, None, None, :]
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[config["activation"]]
 
     def forward(self, x):
-        """[..., width] to the same."""
+        """[..., width] to the same shape."""
         if not self.gated:
             return self.fc2(self.activation(self.fc1(x)))
         gate, x = self.fc1(x).chunk(2, dim=-1)
