@@ -57,8 +57,8 @@ def cached(
       compute: (start, stop) -> the features of inputs start to stop - 1.
       label: name of the features in the progress bar and in messages.
       block: rows computed between two writes.
-      agree: for several processes that compute together, each with its own cache folder: takes each
-        process's row number and returns the lowest one to all of them.
+      agree: needed if several processes, each with its own cache folder, compute together: takes
+        the row number of every process and returns the lowest one to all of them.
 
     Returns:
       A read-only array, memory-mapped if all rows are on disk.
@@ -69,7 +69,7 @@ def cached(
     count, dim = shape
     name = fingerprint({**description, "count": count, "dim": dim})
     # A second run that needs the same features waits for the first one, and then reads them. A run
-    # of several processes does not wait: two such runs could wait for each other for ever.
+    # of several processes does not wait, because two such runs could wait for each other forever.
     with _lock(folder / f"{name}.lock", wait=agree is None) as obstacle:
         rows = _Rows(folder / f"{name}.npy", count, dim, obstacle)
         agree = agree or (lambda row: row)
@@ -165,11 +165,11 @@ class _Rows:
         if damaged:
             first = int(np.argmin(self.intact))
             log.warning(
-                "%s: %d of %d rows are damaged (from row %d on); they are computed anew",
+                "%s: %d of %d rows are damaged (from row %d on); they are computed again",
                 *(self._file, damaged, self._count, first),
             )
         elif rows_there and not blocks:
-            log.warning("%s: its rows have no digests; they are computed anew", self._file)
+            log.warning("%s: its rows have no digests; they are computed again", self._file)
         if header != self._header and not self._obstacle:
             self._write(0, self._header)
 
@@ -223,7 +223,7 @@ class _Rows:
                 self._obstacle = str(error)
         if self._memory is None:
             log.warning(
-                "%s can't be written, features are not kept: %s", self._file, self._obstacle
+                "%s can't be written, so the features are not kept: %s", self._file, self._obstacle
             )
             self._memory = np.zeros((self._count, self._dim), np.float32)
             intact = np.flatnonzero(self.intact)

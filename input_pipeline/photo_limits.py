@@ -66,8 +66,8 @@ def require(needed: int, what: str) -> None:
     """
     if needed > limit():
         raise Refused(
-            f"{what} would take {needed / 1e6:,.0f} MB in memory, and a photo may take "
-            f"{limit() / 1e6:,.0f} (set {VARIABLE} to allow more)"
+            f"{what} would take {needed / 1e6:,.0f} MB in memory, but a photo may take at most "
+            f"{limit() / 1e6:,.0f} MB (set {VARIABLE} to allow more)"
         )
 
 

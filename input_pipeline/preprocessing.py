@@ -46,10 +46,10 @@ class Preprocessing:
       size: pixels per side of the result.
       resize: pixels that the shorter side ("center") or both sides ("squash") are resized to
         before the middle is cropped; 0: the same as `size`.
-      resample: "nearest", "bilinear", "bicubic" or "lanczos", antialiased as by Pillow.
+      resample: "nearest", "bilinear", "bicubic" or "lanczos", with antialiasing as in Pillow.
       crop: "squash" resizes both sides; "center" keeps the proportions and crops the longer side.
-        Half of an odd margin is rounded down, as by transformers; with "center_rounded" it is
-        rounded to an even number, as by torchvision and so by open_clip.
+        Half of an odd margin is rounded down, as in transformers; with "center_rounded" it is
+        rounded to an even number, as in torchvision and therefore in open_clip.
       mean, std: the tower was trained on (pixels / 255 - mean) / std, for red, green and blue. The
         tower applies them itself; `decode` does not.
 
@@ -78,7 +78,7 @@ class Preprocessing:
         for field in ("mean", "std"):
             values = tuple(map(float, getattr(self, field)))
             if len(values) != 3:
-                raise ValueError(f"{field} is {values}; it takes three numbers, one for a channel")
+                raise ValueError(f"{field} is {values}; it takes three numbers, one per channel")
             object.__setattr__(self, field, values)
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; it must be above 0")
@@ -119,7 +119,7 @@ def _processor(config: Mapping[str, Any]) -> str:
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     if not name:
         raise ValueError(
-            "the image processor's config names no image_processor_type; "
+            "the image processor's config has no image_processor_type; "
             'add one, such as "ViTImageProcessor" or "CLIPImageProcessor"'
         )
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
@@ -131,15 +131,15 @@ def _processor(config: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(kind: str, config: Mapping[str, Any]) -> None:
     reasons = {
-        "do_resize is false, and images of one size are needed": not config.get("do_resize", True),
-        "do_rescale is false, and pixels are rescaled to [0, 1]": not config.get(
+        "do_resize is false, but all images need the same size": not config.get("do_resize", True),
+        "do_rescale is false, but pixels are always rescaled to [0, 1]": not config.get(
             "do_rescale", True
         ),
-        f"rescale_factor is {config.get('rescale_factor')}, and only 1/255 is known": (
+        f"rescale_factor is {config.get('rescale_factor')}, but only 1/255 is supported": (
             not math.isclose(config.get("rescale_factor", 1 / 255) * 255, 1, rel_tol=1e-6)
         ),
-        "do_pad is true, and padding is not known": config.get("do_pad", False),
-        "do_center_crop is true, and crop_pct already says how it crops": kind == "ConvNext"
+        "do_pad is true, but padding is not supported": config.get("do_pad", False),
+        "do_center_crop is true, but crop_pct already sets the crop": kind == "ConvNext"
         and config.get("do_center_crop", False),
     }
     for reason, holds in reasons.items():

@@ -62,7 +62,7 @@ def test_a_damaged_feature_cache(whole, tmp_path, suffix):
         np.testing.assert_array_equal(build(place, calls := [], block=200), EXPECTED)
         assert not calls, "mended"
         shutil.rmtree(place)
-    print(f"{suffix}: {TRIALS} of {TRIALS}, computed anew in {computed}")
+    print(f"{suffix}: {TRIALS} of {TRIALS}, computed again in {computed}")
     assert suffix == "json" or computed > TRIALS * 0.9
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_set(folder, prepared, name):
         if line:
             noticed += 1
             assert line.startswith(str(prepared))
-            assert f"Delete {prepared}: the set is prepared anew" in line
+            assert f"Delete {prepared}: the set is prepared again" in line
             assert "\n" not in line
         (prepared / name).write_bytes(whole)
     print(f"{name}: {TRIALS} of {TRIALS}, noticed {noticed}")

@@ -135,8 +135,8 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
             assert multilingual.images[row] == jpeg(int(xtd10_names()[row][-16:-4]))
         assert english.captions["en"][1::2] == ["another"] * 3
         assert (
-            "xtd10: 6 captions in 'de' are not translations, kept (config.evals.xtd10.drop_junk or "
-            "--drop_junk leaves them out)" in log()
+            "xtd10: 6 captions in 'de' are not translations; they are kept "
+            "(config.evals.xtd10.drop_junk or --drop_junk leaves them out)" in log()
         )
         assert data.missing(config) == []
         data.training_photos(config)
@@ -168,7 +168,7 @@ def test_xtd10_without_junk(coco_folder, shared, log):
     assert len(test_set.captions["de"]) == len(test_set.image_of["de"]) == 994
     assert 147 not in test_set.image_of["de"]
     assert len(test_set.images) == len(test_set.captions["fr"]) == 1000
-    assert "xtd10: 6 captions in 'de' are not translations, dropped" in log()
+    assert "xtd10: 6 captions in 'de' are not translations; they are left out" in log()
 
 
 def test_xtd10s_photos_from_a_folder(coco_folder, photos, shared):

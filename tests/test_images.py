@@ -407,7 +407,7 @@ def test_other_ways_to_say_the_same():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("vit", {"feature_extractor_type": None}, "names no image_processor_type; add one"),
+        ("vit", {"feature_extractor_type": None}, "has no image_processor_type; add one"),
         ("vit", {"feature_extractor_type": "SamImageProcessor"}, "unknown image processor 'Sam"),
         ("vit", {"do_resize": False}, "do_resize is false"),
         ("vit", {"do_rescale": False}, "do_rescale is false"),

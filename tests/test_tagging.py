@@ -295,7 +295,7 @@ def test_tag_names_and_skips_what_is_no_photo_and_goes_on(tagged, odd, tmp_path)
     assert len(skipped) == 5
     for name, line in zip(("bomb.png", "device", "fifo", "link"), skipped[:4], strict=True):
         assert line.startswith(f"skipped: {odd}/{name}")
-        reason = "a photo may take 500 (set XLIR_PHOTO_MB" if name == "bomb.png" else "regular file"
+        reason = "a photo may take at most 500 MB" if name == "bomb.png" else "regular file"
         assert reason in line
     assert skipped[4] == "4 of 7 images were skipped"
     assert "Warning" not in process.stderr

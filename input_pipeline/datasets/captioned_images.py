@@ -122,7 +122,7 @@ class PreparedSet:
         returns, by language, the text of each photo. None: the set has English captions only.
       keeps_order: whether photos are in the order of the publisher's file.
       own_tags: for a set with exactly one tag per photo: takes a split's name and returns the row
-        of each photo's tag in the vocabulary of the set's name.
+        of each photo's tag in the vocabulary that has the same name as the set.
     """
 
     builder: tfds.core.DatasetBuilder
@@ -212,7 +212,7 @@ def _read_rows(source: _Records, builder: tfds.core.DatasetBuilder, split: str) 
             files.write_digested(file, content)
         except OSError as error:
             log.warning(
-                "the list of %s's photos is not kept, the next run reads them again: %s",
+                "the list of %s's photos is not kept, so the next run reads them again: %s",
                 *(builder.name, error),
             )
     return content

@@ -1,4 +1,4 @@
-"""COCO 2014 with Karpathy and Li's splits: what is missing of it, and how to get it."""
+"""COCO 2014 with Karpathy and Li's splits; lists missing files and how to get them."""
 
 import os
 import pathlib
@@ -46,7 +46,7 @@ def missing(folder: str | os.PathLike, annotations: str = "") -> str:
         return ""
     lines = [f"{folder} (--config.data.dir=PATH) lacks these files of COCO 2014:"]
     lines += [f"  {name:<21}{size:>8}  {content}" for name, size, content, _ in lacking]
-    lines += ["Nothing is downloaded automatically. Get them like this, archives can stay packed:"]
+    lines += ["Nothing is downloaded automatically. Get them like this (archives can stay packed):"]
     lines += [f"  wget -c -P {folder} {url}" for *_, url in lacking]
     lines += [
         f"The prepared set takes another {PREPARED_GB} GB in {cache_folder()} ($XLIR_CACHE).",

@@ -19,7 +19,7 @@ def prepared_by_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
 
     Raises:
       FileNotFoundError: there is no such set in the folder.
-      ValueError: the set is damaged, or was prepared in another format than ArrayRecord.
+      ValueError: the set is damaged, or was prepared in a format other than ArrayRecord.
     """
     data_dir = pathlib.Path(data_dir).expanduser()
     found = [*data_dir.glob("coco_captions/2014/*/dataset_info.json")]
@@ -35,8 +35,8 @@ def prepared_by_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
         info = dict(json.loads((folder / "dataset_info.json").read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions anew with "
-            f"TFDS, or restore {folder} from a copy"
+            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions again "
+            f"with TFDS, or restore {folder} from a copy"
         ) from error
     if info.get("name") != "coco_captions":
         raise ValueError(f"{folder} holds {info.get('name')}, not TFDS's coco_captions")

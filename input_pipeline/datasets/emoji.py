@@ -5,8 +5,9 @@ training, 100 for validation and 400 for testing. The captions are the English n
 
 The split is fixed. Emoji that are variants of one another (by gender, hair, or the direction they
 face), and emoji with the same picture (the flags of Norway and of Bouvet Island), form a group. All
-emoji of a group are in the same split. In the order of its hash, each group is put into the test
-split if it fits into 400, else into the validation split if it fits into 100, else into training.
+emoji of a group are in the same split. Groups are assigned in the order of their hashes: a group
+goes to the test split if there is still room for it, else to validation if there is room, else to
+training.
 """
 
 import functools
@@ -36,7 +37,7 @@ ZERO_WIDTH_JOINER, VARIATION_SELECTOR = "\u200d", "\ufe0f"
 SKIN_TONES = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 # Female and male sign, the arrow of "facing right", and the four hair components.
 MODIFIERS = {"\u2640", "\u2642", "\u27a1", *(chr(c) for c in range(0x1F9B0, 0x1F9B4))}
-# The emoji of a row differ only in gender, age or who takes part; all count as the first one.
+# The emoji of a row differ only in gender, age or who is shown; all count as the first one.
 VARIANTS = (
     "🧑👨👩🧔👱",
     "🧒👦👧",
@@ -127,7 +128,7 @@ def _pictures() -> dict[str, pathlib.Path]:
     files = {file.stem: file for file in folder.iterdir()}
     found = {}
     for character in _names():
-        # Only file names of joined sequences have the variation selector, and one of them lacks it.
+        # Only the file names of joined sequences have variation selectors, and one has none.
         bare = character.replace(VARIATION_SELECTOR, "")
         candidates = [bare] if ZERO_WIDTH_JOINER not in character else [character, bare]
         for candidate in candidates:

@@ -1,8 +1,8 @@
 """Finds and reads photos in folders, or in downloaded zip archives without unpacking them.
 
-A partly downloaded archive is refused before any photo is prepared. Either the table of contents at
-its end is missing, or, if it was downloaded in several segments, some of its photos are. Every
-photo is checked against its CRC-32 when it is read.
+A partly downloaded archive is refused before any photo is prepared. It lacks the table of contents
+at its end or, if it was downloaded in several segments, some of its photos. Every photo is checked
+against its CRC-32 when it is read.
 """
 
 import os
@@ -35,7 +35,7 @@ class FileInFolder(NamedTuple):
 
         Raises:
           OSError: the file can't be read.
-          photo_limits.Refused: the file is not a regular one any more, or is too large.
+          photo_limits.Refused: the file is no longer a regular file, or is too large.
         """
         return photo_limits.read(self.path)
 
@@ -105,8 +105,8 @@ class PhotoFiles:
             path = self._folder / name
             # The listing has dangling links too (git-annex makes them): their photos are missing.
             if path.name in self._listing(path.parent) and path.is_file():
-                # With the time, a changed photo of the same size is noticed. The price: a copy of
-                # the folder with new times is prepared again, which takes minutes.
+                # The modification time reveals a changed photo of the same size. Its drawback: a
+                # copy of the folder with new times is prepared again, which takes minutes.
                 status = path.stat()
                 return FileInFolder(path, (name, status.st_size, status.st_mtime_ns))
         for archive, members in self._open_archives():

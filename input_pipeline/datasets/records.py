@@ -34,7 +34,7 @@ from input_pipeline.cache import cache_folder, fingerprint, make_folder, not_wri
 log = logging.getLogger(__name__)
 
 VERSION = "1.1.0"
-# Photos in a shard. A killed preparation loses at most this many, some seconds of decoding.
+# Photos in a shard. A killed preparation loses at most one shard: some seconds of decoding.
 SHARD = 2048
 # Number of photos that threads read ahead.
 AHEAD = 256
@@ -142,8 +142,8 @@ def _small_files(folder: pathlib.Path) -> list[str]:
 def way_out_of(folder: pathlib.Path) -> str:
     """A sentence that says what to do about a damaged set."""
     if any([*folder.glob("rows-*.json"), *folder.glob(files.SUMS)]):
-        return f"Delete {folder}: the set is prepared anew from its source"
-    return f"Prepare it anew with TFDS, or restore {folder} from a copy"
+        return f"Delete {folder}: the set is prepared again from its source"
+    return f"Prepare it again with TFDS, or restore {folder} from a copy"
 
 
 def _unfinished(folder: pathlib.Path) -> pathlib.Path:
@@ -151,12 +151,12 @@ def _unfinished(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _clean_up(folder: pathlib.Path) -> None:
-    """Removes what killed preparations left, other than shards that this one can use."""
+    """Removes files of killed preparations, except shards that this preparation can use."""
     for left in folder.parent.parent.glob("*/incomplete.*"):
         if left == _unfinished(folder):
             continue
         with open(left.parent / "lock", "w") as lock, contextlib.suppress(BlockingIOError):
-            # This process holds this source's lock. Skip other sources that another process holds.
+            # This process already holds the lock of its own source. Skip sources that are locked.
             if left.parent != folder.parent:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             log.info("removing an unfinished preparation of another source: %s", left)
@@ -262,7 +262,7 @@ def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None
     """The description of a shard that an earlier preparation completed, else None."""
     content = files.read_digested(beside)
     if content and not (file.exists() and files.sha256(file) == content["sha256"]):
-        log.warning("%s is damaged: it is written anew", file)
+        log.warning("%s is damaged: it is written again", file)
         return None
     return content
 

@@ -99,7 +99,7 @@ def read_captions(
         error, what = FileNotFoundError, "lacks"
         if altered := [name for name in absent if name in there]:
             error, what, absent = ValueError, "differs from XTD10 as published in", altered
-        raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 anew with {command}")
+        raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 again with {command}")
     names, lines = line_aligned.read_lines(found.pop(line_aligned.NAMES_FILE)), {}
     for name, file in found.items():
         code = line_aligned.CAPTIONS_FILE.fullmatch(name)[1]
@@ -207,8 +207,11 @@ def read(options: Options, run: RunData) -> RetrievalSet:
     captions = read_captions(_folder(options, run), drop_junk=options.drop_junk)
     for language, lines in JUNK.items():
         way = f"config.evals.{options.name}.drop_junk or --drop_junk"
-        what = "dropped" if options.drop_junk else f"kept ({way} leaves them out)"
-        log.info("xtd10: %d captions in %r are not translations, %s", len(lines), language, what)
+        what = "left out" if options.drop_junk else f"kept ({way} leaves them out)"
+        log.info(
+            "xtd10: %d captions in %r are not translations; they are %s",
+            *(len(lines), language, what),
+        )
     if options.images:
         return line_aligned.with_photos_of_folder(captions, options.images)
     return line_aligned.with_photos_of_run(captions, options, run)

@@ -55,7 +55,7 @@ def length_batches(
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
         length = length if longest is None else min(length, longest)
-        # A power of two, as callers pad the last batch to one, and that shape is then known.
+        # A power of two: callers pad the last batch to one, which is then often a known shape.
         fitting = 1 << max(max_tokens // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]
         yield rows, length
@@ -63,6 +63,6 @@ def length_batches(
 
 
 def padded_length(length: int, multiple: int = 4) -> int:
-    """Rounds a length up to `multiple` times 1, 2, 3, 4, 6, 8, 12, ... (two lengths an octave)."""
+    """Rounds up to `multiple` times 1, 2, 3, 4, 6, 8, 12, ... (two lengths per doubling)."""
     step = max(multiple, (1 << max(length - 1, 0).bit_length()) // 4)
     return max(-(-length // step), 1) * step

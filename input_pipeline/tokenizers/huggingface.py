@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
         probe = self._tokenizer.encode("a")
         own = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         if len(own) in (0, len(probe.ids)):
-            raise ValueError("a tokenizer without special tokens (CLS, SEP) around a text")
+            raise ValueError("the tokenizer puts no special tokens (CLS, SEP) around a text")
         self._before, self._after = probe.ids[: own[0]], probe.ids[own[-1] + 1 :]
 
     @classmethod
@@ -134,7 +134,8 @@ class HuggingFaceTokenizer:
         special = len(self._before) + len(self._after)
         if max_length is not None and max_length <= special:
             raise ValueError(
-                f"max_length is {max_length}; the special tokens and one more need {special + 1}"
+                f"max_length is {max_length}; it must be at least {special + 1}: the special "
+                "tokens and one token of the text"
             )
         keep = None if max_length is None else max_length - special
         rows = []
@@ -189,7 +190,7 @@ class HuggingFaceTokenizer:
         """The ids, ascending, that `trimmed` has to keep in order to split these texts as before.
 
         These are the tokens of the texts, the added tokens, and all tokens of a single character or
-        byte, so that unknown words of other texts become shorter tokens instead of UNK.
+        byte, so that new words in other texts are split into shorter tokens instead of UNK.
 
         Args:
           texts: a corpus, with texts in every language of the evaluation.
@@ -234,7 +235,7 @@ class HuggingFaceTokenizer:
         ids = kept.tolist()
         if not ids or ids[0] < 0 or ids[-1] >= self.vocab_size or (np.diff(kept) <= 0).any():
             raise ValueError(
-                f"kept ids must ascend, from 0 or more to {self.vocab_size - 1} or less"
+                f"kept ids must be ascending, at least 0 and at most {self.vocab_size - 1}"
             )
         new_ids = {old: new for new, old in enumerate(ids)}
         if missing := [token["content"] for token in added if token["id"] not in new_ids]:
@@ -270,7 +271,7 @@ class HuggingFaceTokenizer:
     def check_against_model(
         self, special_ids: Mapping[str, int | None], model_config: Mapping[str, Any]
     ) -> None:
-        """Refuses a tokenizer that does not fit to a model.
+        """Refuses a tokenizer that does not fit a model.
 
         Args:
           special_ids: pad_token_id and so on; None where the tokenizer has no such token.
@@ -285,7 +286,7 @@ class HuggingFaceTokenizer:
         if not rows - SPARE_ROWS <= self.vocab_size <= rows:
             raise ValueError(
                 f"the tokenizer has {self.vocab_size} tokens and the model an embedding of {rows} "
-                "rows: they are not of the same checkpoint"
+                "rows: they do not belong to the same checkpoint"
             )
         for name, ours in special_ids.items():
             theirs = model_config.get(name)

@@ -13,7 +13,7 @@ CHARACTERS_PER_TOKEN = 64
 # Where a text may be cut: before a space after a letter or digit. Excluded are characters that
 # Unicode may join with what follows them: U+0D4E, and some beyond the 16-bit plane.
 CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
-# Steps of a tokenizer.json that give the same result for a beginning alone and in the whole text.
+# Steps of a tokenizer.json that treat the beginning of a text alike, alone or in the whole text.
 NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 NORMALIZERS += ("Prepend", "Strip", "StripAccents")
 PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
@@ -85,13 +85,13 @@ def _steps(step: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]
 
 
 def _divides_at_spaces(step: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer splits at each space, whatever follows the space."""
+    """Whether a pre-tokenizer splits at each space, no matter what follows it."""
     options = {"Metaspace": "split", "ByteLevel": "use_regex"}
     return step["type"] in PRE_TOKENIZERS and step.get(options.get(step["type"]), True)
 
 
 def _is_local(step: Mapping[str, Any]) -> bool:
-    """Whether a normalizer gives the beginning of a text, up to a space, as in the whole text."""
+    """Whether a normalizer changes the beginning of a text in the same way without the rest."""
     if step["type"] == "Replace":
         return step["pattern"].get("Regex") in REPLACED
     return step["type"] in NORMALIZERS

@@ -70,7 +70,7 @@ class SentencePieceTokenizer:
           ValueError: `max_length` leaves no room for BOS, one more token and EOS.
         """
         if max_length is not None and max_length < 3:
-            raise ValueError(f"max_length is {max_length}; BOS, a token of the text and EOS need 3")
+            raise ValueError(f"max_length is {max_length}; it must be at least 3: BOS, token, EOS")
         keep = None if max_length is None else max_length - 2
         tokens = first_tokens(self._split, texts, keep, lambda: self._splits_at_spaces)
         tokens = [ids[:keep] or [self.unk_id] for ids in tokens]
@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _splits_at_spaces(self) -> bool:
-        """Whether a space, written "\u2581", is at most the first character of a token."""
+        """Whether a space, written "\u2581", occurs only as the first character of a token."""
         tokens = map(self._processor.id_to_piece, range(self.vocab_size))
         return not any("\u2581" in token[1:] for token in tokens)
 

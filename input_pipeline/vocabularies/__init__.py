@@ -29,7 +29,7 @@ from input_pipeline.test_sets.line_aligned import ALIASES
 TABLES = ("coco", "flickr8k")
 KNOWN = (*TABLES, "emoji")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
-# In place of a language: the names of a list, which are used for every language.
+# Used instead of a language code for the names of a list, which serve every language.
 ANY = ""
 
 # The names of one tag in one language.
@@ -42,7 +42,7 @@ class Vocabulary:
 
     Attributes:
       name: name of the vocabulary and of its results.
-      tags: the name that identifies each tag: the first English one, or the one in a list.
+      tags: the name that identifies each tag: its first English name, or its name in a list.
       names: language -> the names of each tag, at least one.
     """
 
@@ -92,7 +92,7 @@ def load(name: str | os.PathLike) -> Vocabulary:
 
 
 def _emoji() -> tuple[list[str], dict[str, list[Names]]]:
-    """Tags and names of all emoji, by code point. Some share a name, but not in English."""
+    """Tags and names of all emoji, by code point. English names are unique, others may not be."""
     table = emoji.names()
     return table["en"], {language: [(one,) for one in names] for language, names in table.items()}
 
@@ -135,7 +135,7 @@ def _parse(source: str, data: bytes, name: str = "") -> Vocabulary:
 
 
 def _check_names(source: str, language: str, names: list[Names], numbers: list[int]) -> None:
-    """Refuses empty names and, ignoring upper and lower case, names that occur twice."""
+    """Refuses empty names, and names that occur twice (upper and lower case count as equal)."""
     where = f" of {language!r}" if language else ""
     seen: dict[str, int] = {}
     for number, of_tag in zip(numbers, names, strict=True):

@@ -276,7 +276,7 @@ def test_photos_that_would_take_too_much_memory_are_named_and_skipped(folder, ca
     lines = sorted(skipped(caplog))
     assert [line.split(": ")[1] for line in lines] == names[:3]
     for line, amount in zip(lines, ("41 MB", "60 MB", "53 MB"), strict=True):
-        assert f"would take {amount} in memory, and a photo may take 40 (set XLIR_PHOTO" in line
+        assert f"would take {amount} in memory, but a photo may take at most 40 MB (set" in line
     assert warnings(caplog) == [
         "photos that can't be decoded, skipped: 3 (file.jpg, member.jpg, picture.png)"
     ]

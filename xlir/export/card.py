@@ -25,8 +25,8 @@ images = model.encode([Image.open("apple.jpg")])
 print(model.similarity(texts, images))
 ```
 
-`pip install 'sentence-transformers>=6.2' pillow`. Convert images to
-8-bit RGB first, transparent parts white, and rotate them by their EXIF orientation.""",
+`pip install 'sentence-transformers>=6.2' pillow`. First convert images to
+8-bit RGB, with white behind transparent parts, and rotate them by their EXIF orientation.""",
     "transformers": """```python
 import torch
 from PIL import Image
@@ -43,8 +43,8 @@ with torch.inference_mode():
 print(outputs.text_embeds @ outputs.image_embeds.T)
 ```
 
-`pip install 'transformers>=5.23' torch pillow`. Convert images to
-8-bit RGB first, transparent parts white, and rotate them by their EXIF orientation.""",
+`pip install 'transformers>=5.23' torch pillow`. First convert images to
+8-bit RGB, with white behind transparent parts, and rotate them by their EXIF orientation.""",
     "torch": """```
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
 ```
@@ -55,8 +55,8 @@ python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
 ```
 
-`pip install onnxruntime pillow $tokenizer`; PyTorch is not needed. Opset $opset; all axes but the
-pixels' are dynamic:
+`pip install onnxruntime pillow $tokenizer`; PyTorch is not needed. Opset $opset; batch size and
+text length are dynamic:
 
 | file | inputs | features |
 | --- | --- | --- |
@@ -105,7 +105,7 @@ def write(
         "The tables list every tested language, however low its recall. Other languages depend on "
         "the text tower's pre-training; in languages it has not seen, retrieval finds little.\n",
         "## Checked\n",
-        "Loaded in a new process without xlir and JAX, and compared with the run:\n\n"
+        "Loaded in a new process, without xlir or JAX, this model was compared with the run:\n\n"
         f"```\n{report}\n```\n",
         "## Terms\n",
         _terms(encoder, format),

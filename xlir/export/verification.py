@@ -121,7 +121,8 @@ class Report:
 def check_packages(names: Sequence[str]) -> None:
     """Raises FileNotFoundError if a package is not installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise FileNotFoundError(f"{', '.join(missing)} not installed: pip install 'xlir[export]'")
+        names = ", ".join(missing)
+        raise FileNotFoundError(f"the export needs {names}: pip install 'xlir[export]'")
 
 
 def examples(chosen: RetrievalSet) -> Examples:

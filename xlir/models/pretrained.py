@@ -112,8 +112,8 @@ def read_checkpoint(
 ) -> dict[str, np.ndarray]:
     """Reads the tensors of a Hugging Face checkpoint; the names are the checkpoint's.
 
-    Reads the first of `files` that exists. No code of the checkpoint runs, because
-    `read_torch_pickle` reads the pickles.
+    Reads the first of `files` that exists. Pickles are read by `read_torch_pickle`, so that no code
+    of the checkpoint runs.
 
     Raises:
       FileNotFoundError: the folder has no weights, or a shard is missing.
@@ -203,7 +203,7 @@ def flatten(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
 def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
     """Sets all of a module's weights, in place, by their names in `flatten`.
 
-    The module may be abstract (`nnx.eval_shape`), which avoids initialising weights in vain.
+    The module may be abstract (`nnx.eval_shape`), to avoid initialising weights needlessly.
 
     Raises:
       ValueError: a tensor is unused, a weight is missing, or a shape or dtype differs.

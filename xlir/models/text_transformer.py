@@ -46,9 +46,9 @@ class TextTransformer(nnx.Module):
     Dropout is applied as in BERT. DistilBERT itself has no dropout after the attention.
 
     When weights are loaded, the embedding of token type 0 is added to the position table, and
-    RoBERTa's unused first positions are removed from it. In RoBERTa, a text that contains the
-    padding token literally does not count it as a position: the token uses the published position
-    row `pad_id`, which is added to its embedding here.
+    RoBERTa's unused first positions are removed from it. If a text itself contains RoBERTa's
+    padding token, that token is not counted as a position: it always uses row `pad_id` of the
+    published position table, which is added to its embedding here.
 
     Args:
       config: widths, tables and positions.
@@ -110,7 +110,7 @@ class TextTransformer(nnx.Module):
         length = text_ids.shape[1]
         if length > self.max_length:
             raise ValueError(
-                f"texts of {length} tokens, but this tower takes {self.max_length} at most"
+                f"texts have {length} tokens, but this tower takes at most {self.max_length}"
             )
         x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
         x = self.embedding_norm(x)

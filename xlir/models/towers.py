@@ -256,7 +256,7 @@ def _text_spec(
     if longest is not None and options.max_length > longest:
         raise ValueError(
             f"config.text.max_length is {options.max_length}, but {options.tower} takes texts of "
-            f"{longest} tokens at most"
+            f"at most {longest} tokens"
         )
     return TowerSpec(family, config, pooling, modules.get("dense", ()))
 

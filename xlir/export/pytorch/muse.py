@@ -10,7 +10,7 @@ EPSILON = 1e-12
 class Muse(nn.Module):
     """A deep averaging network over token embeddings and the outputs of three n-gram CNNs.
 
-    Each branch is given as [n of its n-grams, tokens left of the centre]. The 8-bit embedding table
+    Each branch is given as [n-gram order, tokens left of the centre]. The 8-bit embedding table
     has a scale and an offset for each of its `chunks`; row i belongs to chunk i modulo `chunks`.
     """
 
