@@ -1,4 +1,4 @@
-"""What a configuration may hold: every field with odd values, before any work is done."""
+"""The check of configurations, which precedes all work: every field with odd values."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ TOWER = {
     "hidden": {"()", "(2, 1)"},
     "dropout": REAL,
 }
-# Field -> those of the values that it may have.
+# Field -> which of the odd values are valid for it.
 ACCEPTED = {
     "seed": {"0", "2"},
     "steps": WHOLE,
@@ -85,11 +85,11 @@ ACCEPTED = {
     "evals.mine.split": {"word"},
     "evals.mine.drop_junk": {"True"},
     **{f"text.{name}": values for name, values in TOWER.items()},
-    "text.max_length": set(),  # 3 at least
+    "text.max_length": set(),  # the minimum is 3
     "text.prefix": TEXTS,
     "text.trim_vocab": TEXTS,
     **{f"image.{name}": values for name, values in TOWER.items()},
-    "image.size": {"0"},  # else 16 at least
+    "image.size": {"0"},  # otherwise the minimum is 16
     "image.crop": {"empty"},
     "image.min_area": {*REAL, "1.0"},
     "image.mirror": {"True"},
@@ -114,7 +114,7 @@ ACCEPTED = {
 
 
 def flat(fields, prefix=""):
-    """The dotted names of all fields, whatever their values."""
+    """The dotted names of all fields."""
     for name, value in fields.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -123,7 +123,7 @@ def flat(fields, prefix=""):
 
 
 def usable():
-    """A configuration of which each field can be changed alone, whatever it goes with."""
+    """A configuration in which each field can be changed without changing another one."""
     fields = xlmr.get_config("tiny").to_dict()
     fields["mesh"] = {"data": 1, "fsdp": 1}
     fields["image"].update(min_area=0.0, frozen=False)
@@ -142,7 +142,7 @@ def with_value(fields, name, value):
 
 
 def fault(fields):
-    """What is said of a configuration; empty where nothing is wrong with it."""
+    """The error message for a configuration; empty if the configuration is valid."""
     try:
         check_config(fields)
     except ValueError as error:
@@ -283,7 +283,7 @@ def test_every_verb_that_takes_a_configuration_checks_it(verb, command):
 
 @pytest.fixture
 def config(tmp_path):
-    """Toy towers, and data that is nowhere."""
+    """Toy towers, and a data folder that does not exist."""
     config = xlmr.get_config("tiny")
     config.data.dir = str(tmp_path / "nowhere")
     return config
@@ -319,7 +319,7 @@ def test_what_towers_do_not_fit_is_refused_before_data_is_looked_for(
 
 
 def test_no_batch_is_larger_than_the_data(config, photos, tmp_path):
-    """68 captions are left of the training split's 76."""
+    """The training split has 76 captions; 8 of them belong to test photos."""
     config.data.dir, config.data.batch_size = str(photos), 72
     config.evals.mine = base.test_set(captions="multilingual_test")
     with pytest.raises(ValueError, match=r"batch_size is 72, but .* has 68 captions.* at most 68"):
@@ -333,13 +333,13 @@ def test_runs_of_every_configuration_are_read(name, tmp_path):
     assert read_config(tmp_path) == CONFIGS[name]
 
 
-# What stood in `data` before there was `evals`.
+# Fields of `data` in versions that had no `evals`.
 OLD_FIELDS = {"test_set": "", "test_images": "", "xtd10": "", "drop_junk": False}
 OLD_TEST_SETS = {"configs.xlmr": "xtd10,split:test", "configs.flickr8k": "multilingual_test"}
 
 
 def as_written_before(name: str) -> dict:
-    """The config.json that versions 49a03f1 and ea4c6af wrote of a configuration."""
+    """The config.json that versions 49a03f1 and ea4c6af wrote for a configuration."""
     fields = json.loads(CONFIGS[name].to_json())
     del fields["evals"], fields["save_every"]
     module, _, variant = name.partition(":")
@@ -426,7 +426,7 @@ def test_a_runs_damaged_configuration_is_named(field, value, tmp_path):
 
 @pytest.fixture
 def saved(config, tmp_path):
-    """A run's folder without a checkpoint, and without digests, as of earlier versions."""
+    """A run's folder without a checkpoint and, as in earlier versions, without digests."""
     xlir.Encoder.create(config).save(tmp_path / "run")
     (tmp_path / "run" / "SHA256SUMS").unlink()
     return tmp_path / "run"
@@ -463,9 +463,9 @@ def test_a_runs_damaged_tower_is_named(side, field, value, message, saved):
     xlir.Encoder.open(saved)
 
 
-# As a user adds a test set on the command line.
+# A test set that a user adds on the command line.
 MULTILINGUAL = "{'multilingual_test': {'captions': 'multilingual_test'}}"
-# Values at the ends of ranges, with which a run has to work as with any other.
+# Values at the ends of their ranges. Runs have to work with them.
 LOW = {
     **{"seed": 2**63 - 1, "steps": 1, "embedding_dim": 1, "log_every": 2**31 - 1},
     **{"data.batch_size": 1, "data.prefetch": 0, "text.max_length": 3, "image.size": 16},

@@ -57,10 +57,10 @@ def test_a_damaged_feature_cache(whole, tmp_path, suffix):
         calls = []
         np.testing.assert_array_equal(build(place, calls, block=200), EXPECTED)
         # One byte damages one block, or two if it is the line end between their lines.
-        assert cut or len(calls) <= 2, "what is intact is kept"
+        assert cut or len(calls) <= 2, "intact blocks were computed again"
         computed += bool(calls)
         np.testing.assert_array_equal(build(place, calls := [], block=200), EXPECTED)
-        assert not calls, "mended"
+        assert not calls, "the cache was not repaired"
         shutil.rmtree(place)
     print(f"{suffix}: {TRIALS} of {TRIALS}, computed again in {computed}")
     assert suffix == "json" or computed > TRIALS * 0.9
@@ -229,5 +229,5 @@ def test_kill_at_a_random_moment(folder, work):
     result = json.loads(process.stdout.splitlines()[-1])
     print(work, result)
     assert result["same"] == KILLS
-    assert result["stopped"] > KILLS // 2, "most have to be killed before they end"
-    assert result["parts"] > KILLS // 2, "most have to be killed in the midst of their work"
+    assert result["stopped"] > KILLS // 2, "too few were killed before they ended"
+    assert result["parts"] > KILLS // 2, "too few were killed while they worked"

@@ -1,4 +1,4 @@
-"""Configuration -> photos to train on and sets to test on; XTD10's photos never train."""
+"""Training photos and test sets of a configuration; XTD10's photos are never trained on."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def xtd10_names() -> list[str]:
 
 
 def coco_entries() -> list[dict]:
-    """XTD10's 1,000 photos in Karpathy's train and restval, and 12 others over all splits."""
+    """XTD10's 1,000 photos in Karpathy's train and restval, and 12 others in all splits."""
     names = xtd10_names()
     splits = ["train"] * 800 + ["restval"] * 200
     for number in range(12):
@@ -91,7 +91,7 @@ def log(caplog):
     ],
 )
 def test_no_photo_of_xtd10_is_trained_on(coco_folder, log, name, train, left, removed):
-    """XTD10's captions are not at hand here."""
+    """This does not need XTD10's captions."""
     photos = data.training_photos(config_of(coco_folder, name, train=train))
     assert len(photos) == left
     assert not set(photos.filenames) & set(xtd10_names())
@@ -118,7 +118,7 @@ def test_no_photo_of_xtd10_is_trained_on_from_tfds(tfds_folder, log):
 
 
 def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, log):
-    """Photos are found by name, whoever prepared COCO."""
+    """Photos are found by name, whether TFDS or this package prepared COCO."""
     evals = {
         "test": base.test_set("split"),
         "xtd10": base.test_set("xtd10", captions=str(shared / "xtd10")),
@@ -143,7 +143,7 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
 
 
 def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkeypatch):
-    """From a mirror of its repository; what a killed download left behind is kept."""
+    """Downloads them from a local copy; files of an interrupted download are kept."""
     mirror, folder = tmp_path / "mirror", tmp_path / "xtd10"
     for commit, paths in xtd10.COMMITS.items():
         for path in paths:
@@ -195,7 +195,7 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
 
 
 def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
-    """5,000 photos are 5 folds of 1,000; here 10 are 5 of 2. Five captions a photo count."""
+    """COCO has 5 folds of 1,000 photos, this set 5 of 2. Five captions per photo are used."""
     monkeypatch.setattr(split, "COCO_TEST", 10)
     (tmp_path / "val2014").mkdir()
     entries = []
@@ -244,7 +244,7 @@ def test_a_source_gives_an_image_with_its_texts(coco_folder):
 
 @pytest.fixture
 def two_folders(photos, tmp_path):
-    """A run with two test sets whose photos lie apart, and whose folders are in `data.dir`."""
+    """A run with two test sets in `data.dir`, each with its own folder of photos."""
     shutil.copytree(photos, tmp_path / "set")
     names = (tmp_path / "set" / "multilingual_test" / "test_image_names.txt").read_text().split()
     other = tmp_path / "set" / "other"

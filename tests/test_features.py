@@ -1,4 +1,4 @@
-"""The feature cache: never stale, resumable, and never half-read."""
+"""The feature cache: it is never stale, and an interrupted computation resumes."""
 
 import concurrent.futures
 import fcntl
@@ -65,7 +65,7 @@ def test_an_interrupt_costs_one_block(tmp_path):
 
 
 def build_together(folders, block=features.BLOCK):
-    """Processes that compute together, as threads: what each has called for, and what it got."""
+    """Computes features together, with threads as processes; returns the computed blocks."""
     rows, barrier = [0] * len(folders), threading.Barrier(len(folders), timeout=30)
     calls = [[] for _ in folders]
 
@@ -83,12 +83,12 @@ def build_together(folders, block=features.BLOCK):
         found = list(pool.map(run, range(len(folders))))
     for ours in found:
         np.testing.assert_array_equal(ours, EXPECTED)
-    assert len({tuple(blocks) for blocks in calls}) == 1, "all take part in every block"
+    assert len({tuple(blocks) for blocks in calls}) == 1, "not all computed the same blocks"
     return calls[0]
 
 
 def test_processes_compute_together_from_where_all_are(tmp_path):
-    """One has all rows, as another run may be reading, one half of them, and one none."""
+    """One process has all rows (another run may be reading them), one has half, one none."""
     whole, half, none = (tmp_path / name for name in ("whole", "half", "none"))
     reading = build(whole, [])
     with pytest.raises(KeyboardInterrupt):
@@ -99,7 +99,7 @@ def test_processes_compute_together_from_where_all_are(tmp_path):
 
 
 def test_processes_compute_together_what_one_has_damaged(tmp_path):
-    """Each another block; the others take part, and keep what they have."""
+    """Two processes have a damaged block each; the others take part, and keep their rows."""
     folders = [tmp_path / name for name in ("first", "second", "third")]
     for folder in folders:
         build(folder, [])
@@ -111,7 +111,7 @@ def test_processes_compute_together_what_one_has_damaged(tmp_path):
 
 
 def test_processes_that_compute_together_wait_for_no_other_run(tmp_path):
-    """They build a file of their own beside the one that another run holds."""
+    """If another run holds the lock, they keep their rows in memory."""
     build(tmp_path, [])
     (done,) = tmp_path.glob("*.npy")
     done.unlink()
@@ -163,7 +163,7 @@ def array_of(folder):
 
 
 def cut(file, size):
-    """Takes so many bytes off its end."""
+    """Removes `size` bytes from the end of a file."""
     with open(file, "r+b") as opened:
         opened.truncate(file.stat().st_size - size)
 
@@ -187,7 +187,7 @@ def test_only_damaged_blocks_are_computed_anew(tmp_path, caplog):
     file = array_of(tmp_path)
     assert line.startswith(f"{file}: {BLOCK} of {COUNT} rows are damaged (from row {BLOCK} on)")
     np.testing.assert_array_equal(build(tmp_path, calls), EXPECTED)
-    assert len(calls) == len(warnings(caplog)) == 1, "mended"
+    assert len(calls) == len(warnings(caplog)) == 1, "the cache was not repaired"
 
 
 def test_another_size_of_blocks_keeps_what_is_intact(tmp_path):
@@ -212,7 +212,7 @@ def test_another_size_of_blocks_keeps_what_is_intact(tmp_path):
         (lambda array, sums: sums.unlink(), 4),
         (lambda array, sums: sums.write_bytes(b"\xff\xfe" * 100), 4),
         (lambda array, sums: sums.write_bytes(b"0" * 64 + b" 0 999999999999999999"), 4),
-        # What version 49a03f1 left: whole, but killed before it was renamed.
+        # A file of version 49a03f1: complete, but the run was killed before it renamed the file.
         (lambda array, sums: (sums.unlink(), array.rename(array.with_suffix(".partial"))), 4),
     ],
     ids=[
@@ -297,7 +297,7 @@ def test_a_file_in_the_place_of_the_cache_is_no_reason_to_fail(tmp_path, caplog)
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, caplog):
-    """Files may not grow beyond two and a half blocks, as on a disk that is full."""
+    """Files may not grow beyond two and a half blocks, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK * DIM * 4 * 5 // 2, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""Files that are written whole, and digests of files."""
+"""Atomic writes, and digests of files."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 
 def test_coreutils_agree(folder):
-    """The reference: `sha256sum --check --strict`."""
+    """The reference is `sha256sum --check --strict`."""
     check = ["sha256sum", "--check", "--strict", files.SUMS]
     process = subprocess.run(check, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -48,7 +48,7 @@ def test_damaged_digests_are_named(folder):
         damaged = bytearray(content)
         damaged[place] ^= 1
         sums.write_bytes(damaged)
-        # What is named is the file, a file of a changed name that is not there, or the list.
+        # The error names the file, or a missing file with a changed name, or the list itself.
         with pytest.raises((ValueError, FileNotFoundError)) as info:
             files.check_sums(folder)
         assert len(str(info.value).splitlines()) == 1

@@ -107,7 +107,7 @@ def test_crops():
 
 @pytest.mark.parametrize("margin", range(6))
 def test_half_of_an_odd_margin(margin):
-    """transformers' (size - crop) // 2, and torchvision's round((size - crop) / 2)."""
+    """transformers crops at (size - crop) // 2, torchvision at round((size - crop) / 2)."""
     pixels = np.empty((8, 8 + margin, 3), np.uint8)
     pixels[:] = np.arange(8 + margin)[:, None]
     data = encoded(Image.fromarray(pixels), "PNG")
@@ -185,7 +185,7 @@ OPENAI = {
 OLD = {"do_normalize": True, "do_resize": True}
 NEW = {**OLD, "do_rescale": True, "rescale_factor": 0.00392156862745098}
 
-# name: what its preprocessor_config.json says, and the Preprocessing's size, resize, crop, resample
+# Name -> content of preprocessor_config.json, and the expected size, resize, crop and resample.
 CHECKPOINTS = {
     "vit": (
         {**OLD, **HALF, "feature_extractor_type": "ViTFeatureExtractor", "size": 224},
@@ -243,7 +243,7 @@ CHECKPOINTS = {
         (224, 224, "center", "bicubic"),
     ),
 }
-# Width and height: both ways, odd, small, narrow, square.
+# Width and height: landscape, portrait, odd, small, narrow and square.
 SIZES = ((500, 333), (375, 501), (640, 427), (99, 71), (431, 97), (256, 256), (1203, 902))
 
 
@@ -271,7 +271,7 @@ def photographs(shared, width: int, height: int, quality: int = 90) -> list[byte
 
 
 def as_processed(config: dict, data: bytes, **options) -> np.ndarray:
-    """What transformers makes of a photo, channels last."""
+    """A photo after the preprocessing of transformers, with the channels last."""
     image = Image.open(io.BytesIO(data))
     return processor(config)(image, **options)["pixel_values"][0].transpose(1, 2, 0)
 
@@ -295,7 +295,7 @@ def test_pixels_equal_those_of_transformers(shared, name):
 
 @pytest.mark.parametrize(("name", "reduced"), [("siglip", True), ("resnet", False)])
 def test_large_photos_differ_little_from_transformers(shared, name, reduced):
-    """Where 4 times 224 pixels fit into a half; 4 times 256 don't. With grain, the worst case."""
+    """Half the photo's height is more than 4 * 224, but less than 4 * 256. Grain is the worst."""
     config, _ = CHECKPOINTS[name]
     for data in photographs(shared, 3000, 2000):
         pixels = np.asarray(Image.open(io.BytesIO(data))).astype(float)
@@ -313,7 +313,7 @@ def test_large_photos_differ_little_from_transformers(shared, name, reduced):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_reduced_decoding_keeps_proportions_and_edges(shared, monkeypatch, orientation):
-    """The file's size counts, not the half's, which is rounded up."""
+    """Proportions follow the file's size, not the reduced size, which is rounded up."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     for width, height in ((511, 257), (261, 1043)):
@@ -332,7 +332,7 @@ def test_reduced_decoding_keeps_proportions_and_edges(shared, monkeypatch, orien
 
 
 def test_strips():
-    """The middle of 100,000 to 3 pixels, in no more than a photo's memory."""
+    """Only the middle of 3 x 99,999 pixels is resized, which saves memory."""
     strip = Image.new("RGB", (3, 99_999), "red")
     strip.paste("lime", (0, 49_900, 3, 50_099))
     data = encoded(strip, "PNG")
@@ -342,7 +342,7 @@ def test_strips():
 
 
 def test_a_narrow_image_is_resized_as_pillow_does_it():
-    """The height first, so the rounding to whole levels in between is another one."""
+    """The height is resized first, so the intermediate values are rounded differently."""
     pixels = np.random.default_rng(0).integers(0, 256, (5000, 7, 3), np.uint8)
     image = Image.fromarray(pixels)
     for resample, filter_ in RESAMPLING.items():
@@ -354,7 +354,7 @@ def test_a_narrow_image_is_resized_as_pillow_does_it():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
 def test_large_images_are_converted_some_rows_at_a_time(monkeypatch, mode):
-    """To the same pixels as at once."""
+    """The pixels are the same as when the whole image is converted at once."""
     noise = Image.effect_noise((90, 70), 90)
     image = Image.merge("RGBA", [noise, noise.rotate(90), noise.rotate(180), noise.rotate(45)])
     if mode == "P":
@@ -434,7 +434,7 @@ def test_configs_that_cannot_be_followed(name, change, message):
 
 
 def gradient_image(width=80, height=60):
-    """Red grows to the right, green downwards: a crop's place can be read off its pixels."""
+    """Red grows to the right and green downwards, so pixels show where a crop was taken."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([3 * x, 4 * y, np.zeros_like(x)], axis=-1).astype(np.uint8)
     buffer = io.BytesIO()

@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 
-# Stands in for gcloud: the file `plan` says what comes next, and `calls` notes what was asked.
+# A simulated gcloud: the file `plan` sets its answers, and it records its arguments in `calls`.
 GCLOUD = """
 import json, os, sys, time
 
@@ -89,7 +89,7 @@ elif verb == "ssh":
     sys.exit(next_of("prepare", 0))
 """
 
-# Stands in for Python: notes its arguments and environment, and ends as the file PROCESS.plan says.
+# A simulated Python: it records its arguments and environment, and ends as PROCESS.plan says.
 PYTHON = """
 import json, os, pathlib, signal, sys, time
 
@@ -129,14 +129,14 @@ ARGS = ["--", "--config=configs/xlmr.py"]
 
 
 def script(path: pathlib.Path, text: str) -> None:
-    # -S -E: starts in half the time.
+    # With -S and -E, Python starts in half the time.
     path.write_text(f"#!{sys.executable} -SE\n{text}")
     path.chmod(0o755)
 
 
 @pytest.fixture
 def repository(tmp_path) -> pathlib.Path:
-    """launch.sh in a small repository of its own, with a file that git does not know yet."""
+    """A small repository with launch.sh, and with a file that is not committed."""
     folder = tmp_path / "repository"
     (folder / "runs").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch.sh", folder)
@@ -166,7 +166,7 @@ def fake(tmp_path, monkeypatch) -> pathlib.Path:
 
 
 def heed_signals() -> None:
-    """A test run in the background, or under nohup, ignores some, and so would the script."""
+    """Restores the signals that processes in the background or under nohup ignore."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -189,7 +189,7 @@ def launch(repository, fake):
 
 @pytest.fixture
 def run(launch, fake):
-    """Runs launch.sh to its end, after a plan; returns exit code, stdout, stderr."""
+    """Runs launch.sh to its end with a plan; returns exit code, stdout and stderr."""
 
     def finish(*words: str, **plan) -> tuple[int, str, str]:
         (fake / "plan").write_text(json.dumps(plan))
@@ -217,7 +217,7 @@ def calls(fake: pathlib.Path) -> list[list[str]]:
 
 
 def wait_for(*files: pathlib.Path) -> None:
-    """Until the files are there and complete."""
+    """Waits until the files exist and are complete."""
     deadline = time.monotonic() + 20
     while not all(file.exists() for file in files):
         assert time.monotonic() < deadline, files
@@ -330,8 +330,8 @@ def test_dry_run_prints_the_whole_life_and_runs_nothing(run, fake):
     assert scp[5:7] == [tarball, "job:"]
     assert all("--worker=all" in line for line in [scp, *others])
     assert delete[3:6] == ["queued-resources", "delete", "job"]
-    assert "--force" in delete, "with the TPU that came from it"
-    # What a worker's shell makes of it.
+    assert "--force" in delete, "the TPU itself would be left"
+    # The command after the shell of a worker has parsed it.
     inner = shlex.split(others[-1][-1].removeprefix("--command="))
     assert inner == [
         *("cd", "xlir", "&&", ".venv/bin/python", "-m", "xlir.main", "--distributed"),
@@ -365,7 +365,7 @@ def test_the_tpu_is_waited_for(run, fake):
     code, _, err = run(*TPU, *ARGS, describe=waits)
     assert code == 0, err
     described = verbs(calls(fake), without=()).count("describe")
-    assert described == 5, "whether it is there, three times waiting, ACTIVE"
+    assert described == 5, "once before creation, three times while waiting, once when active"
     assert verbs(calls(fake)) == LIFE
 
 
@@ -399,7 +399,7 @@ def test_after_a_preemption_the_run_resumes_on_a_new_tpu(run, fake, code, state)
 
 
 def test_a_preemption_may_be_reported_late(run, fake):
-    """The program has ended, and Google still calls the TPU active for a while."""
+    """The program has ended, but Google still reports the TPU as active for a while."""
     run_once = [[143, "SUSPENDED"], [0, "ACTIVE"]]
     code, _, err = run(*TPU, *ARGS, run=run_once, describe=["ACTIVE", "ACTIVE", "OFFLINE"])
     assert code == 0, err
@@ -414,7 +414,7 @@ def test_after_a_preemption_creation_is_tried_until_there_is_room(run, fake):
 
 @pytest.mark.parametrize("code", [7, 255])
 def test_a_program_that_fails_is_not_run_again(run, fake, code):
-    """255 is ssh's own, where a connection broke."""
+    """255 is the exit code of ssh itself if the connection breaks."""
     ended, _, err = run(*TPU, *ARGS, run=[[code, "ACTIVE"]])
     assert ended == code
     assert f"exit code {code}" in err
@@ -438,7 +438,7 @@ def test_preparing_is_tried_three_times(run, fake):
 
 
 def test_deletion_is_tried_until_it_succeeds(run, fake):
-    """Also while there is no network, which is not taken for a TPU that is gone."""
+    """A network failure is not mistaken for a TPU that no longer exists."""
     code, _, err = run(*TPU, *ARGS, delete=[1] * 12, describe=["ACTIVE"] + ["OFFLINE"] * 12)
     assert code == 0
     assert verbs(calls(fake)) == [*LIFE, *["delete"] * 12]
@@ -459,7 +459,7 @@ def test_an_interrupt_deletes_the_tpu(launch, fake, plan, life, number):
     wait_for(fake / "hanging")
     start = time.monotonic()
     process.send_signal(number)
-    # Another one does not stop the deletion.
+    # A second signal does not stop the deletion.
     time.sleep(0.1)
     process.send_signal(number)
     process.communicate(timeout=20)
@@ -495,7 +495,7 @@ def test_what_runs_on_the_workers(run, fake, worker):
     assert seen["argv"] == ["-m", "xlir.main", "--distributed", *words]
     assert "hello from 0\n" in out
     assert (worker / "xlir" / "new.txt").exists()
-    assert not (worker / "xlir" / "runs" / "large").exists(), "ignored by git"
+    assert not (worker / "xlir" / "runs" / "large").exists(), "a file that git ignores was copied"
     assert os.readlink(worker / "xlir" / "runs") == "bucket/runs"
     tools = (worker / "tools").read_text().splitlines()
     assert "gcsfuse --implicit-dirs" in tools[-1]
@@ -504,7 +504,7 @@ def test_what_runs_on_the_workers(run, fake, worker):
 
 
 def test_another_command_mounts_the_bucket(run, fake, worker):
-    """Its lines are run one by one, and the first that fails is an error."""
+    """The lines of the command run one by one, and the first that fails is an error."""
     mount = '# by hand\necho "it\'s $PWD" >mounted\n'
     code, _, err = run(*TPU, f"--mount={mount}", *ARGS, worker=str(worker))
     assert code == 0, err
@@ -598,7 +598,7 @@ def test_a_dead_local_process_ends_the_others(run, fake):
     (fake / "1.plan").write_text("4")
     start = time.monotonic()
     code, _, _ = run("local", *ARGS)
-    assert code == 4, "the first, not that of the one that was killed"
+    assert code == 4, "not the code of the process that ended first"
     assert time.monotonic() - start < 8
 
 

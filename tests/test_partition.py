@@ -148,7 +148,7 @@ def test_data_goes_across_the_slices_of_a_tpu():
     mesh = partition.create_mesh({"data": -1, "fsdp": 8}, devices)
     assert mesh.devices.shape == (4, 8)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    assert (slices == slices[:, :1]).all(), "parameters are gathered within a slice"
+    assert (slices == slices[:, :1]).all(), "a gather would cross slices"
     assert {tuple(column) for column in slices.T} == {(0, 0, 1, 1)}
     with pytest.raises(ValueError, match="does not divide over 2 TPU slices"):
         partition.create_mesh({"data": 1, "fsdp": 32}, devices)

@@ -1,4 +1,4 @@
-"""What one photo may take: no FIFO, no device, no file or picture that fills the memory."""
+"""Limits for photos: no FIFOs, no devices, no files or pictures that fill the memory."""
 
 import contextlib
 import io
@@ -22,13 +22,13 @@ from input_pipeline import images, photo_limits
 from input_pipeline.preprocessing import Preprocessing
 from tests.conftest import REPOSITORY
 
-# Megabytes that a photo may take in these tests; a real one may take ten times as many.
+# Megabytes that a photo may take in these tests; the default is ten times as high.
 MB = 48
 
 
 @contextlib.contextmanager
 def within(seconds: int):
-    """Ends what waits for ever."""
+    """Raises TimeoutError if the `with` block takes too long."""
 
     def stop(*_):
         raise TimeoutError(f"takes more than {seconds} s")
@@ -43,7 +43,7 @@ def within(seconds: int):
 
 
 def odd_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """A FIFO, a link to it, and a link to a device that never ends, named as photos."""
+    """A FIFO, a link to it, and a link to a device that never ends, with names of photos."""
     fifo, link, device = (folder / name for name in ("fifo.jpg", "link.jpg", "device.jpg"))
     os.mkfifo(fifo)
     link.symlink_to(fifo)
@@ -52,7 +52,7 @@ def odd_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def png(width: int, height: int, colour_type: int = 6) -> bytes:
-    """A transparent PNG, made a row at a time: no memory, whatever its size."""
+    """A transparent PNG, packed row by row, which takes little memory at any size."""
     channels = {0: 1, 2: 3, 6: 4}[colour_type]
     packer = zlib.compressobj(1)
     row = bytes(1 + channels * width)
@@ -74,7 +74,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def in_three_scans(side: int) -> bytes:
-    """A baseline JPEG with a scan for each channel, as Pillow does not write it."""
+    """A baseline JPEG with one scan per channel, which Pillow can't write."""
     gray = encoded(Image.linear_gradient("L").resize((side, side)), "JPEG")
     frame = gray.index(b"\xff\xc0")
     scan = gray.index(b"\xff\xda")
@@ -140,7 +140,7 @@ def test_a_member_that_unpacks_to_more_than_it_says(tmp_path, packing, most):
     assert peak < most
 
 
-# Decodes files, each in a process of its own, and prints the peak of its memory above the start.
+# Decodes each file in a new process, and prints by how much its memory grew at most.
 MEASURE = """
 import json, os, sys
 from input_pipeline import images
@@ -168,7 +168,7 @@ for name in sys.argv[1:]:
 
 
 def measured(folder: pathlib.Path, files: dict[str, bytes], **environment: str) -> dict:
-    """Name -> bytes at the peak of decoding, and why it was refused."""
+    """Name -> peak memory of decoding in bytes, and why the file was refused."""
     if not pathlib.Path("/proc/self/status").exists():
         pytest.skip("the peak of memory is read from /proc")
     for name, data in files.items():
@@ -194,7 +194,7 @@ def picture(mode: str, side: int) -> Image.Image:
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
-# What it is -> mode, format, options, and bytes a pixel as they are estimated.
+# Name -> mode, format, options, and the estimated bytes per pixel.
 PICTURES = {
     "RGBA PNG": ("RGBA", "PNG", {}, 8),
     "RGB PNG": ("RGB", "PNG", {}, 5),
@@ -222,7 +222,7 @@ def side_of(share: float, each: float) -> int:
 
 
 def test_the_largest_picture_of_each_kind_keeps_to_the_limit(tmp_path):
-    """Below the limit it is decoded, in no more memory; above it is refused, and takes no more."""
+    """Pictures below the limit are decoded, others refused. Memory always stays below it."""
     files = {}
     for name, (mode, format, options, each) in PICTURES.items():
         for what, share in (("below", 0.75), ("above", 1.1)):
@@ -260,8 +260,8 @@ def test_by_default_a_photo_keeps_under_500_megabytes(tmp_path):
         assert bool(reason) == (name == "bomb"), name
     reason = found["bomb"][1]
     assert "its 13,300 x 13,300 pixels (PNG, RGBA) would take 8" in reason
-    assert found["bomb"][0] < 30e6, "nothing of it is decoded"
-    assert found["photo"][0] < 100e6, "decoded at an eighth"
+    assert found["bomb"][0] < 30e6, "it was decoded"
+    assert found["photo"][0] < 100e6, "it was not decoded at an eighth of its size"
 
 
 def test_formats_whose_header_tells_nothing_are_refused():

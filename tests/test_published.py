@@ -1,4 +1,4 @@
-"""Published dual encoders against their torch models with random weights, from raw input."""
+"""Compares published dual encoders with torch, from raw input, with random weights."""
 
 import collections
 import json
@@ -141,7 +141,7 @@ class OpenClip(nn.Module):
 
     @staticmethod
     def preprocess(image: Image.Image, size: int = VISION["image_size"]):
-        """As torchvision resizes the shorter side and crops."""
+        """Resizes the shorter side and crops, as torchvision does."""
         width, height = (int(size * side / min(image.size)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (round((side - size) / 2) for side in (width, height))
@@ -187,7 +187,7 @@ TOKENIZER = unigram()
 
 
 def randomize(model):
-    """No parameter is zero, one or small, so that each of them shows."""
+    """Draws random parameters, so that each of them affects the outputs."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("logit_scale"):
@@ -215,7 +215,7 @@ def save_weights(model, folder, stem: str, suffix: str):
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    """What stands for xlm-roberta-base on the Hub; its configuration is all that is read."""
+    """A substitute for xlm-roberta-base on the Hub; only its configuration is read."""
     folder = tmp_path_factory.mktemp("base")
     xlmr().config.save_pretrained(folder)
     return folder
@@ -290,7 +290,7 @@ def unit(x):
 
 
 def pictures():
-    """Margins of 3 and 1 pixels among them: torchvision and transformers halve them differently."""
+    """Images; torchvision and transformers halve margins of 3 and 1 pixels differently."""
     rng = np.random.default_rng(0)
     sizes = [(32, 32), (48, 40), (70, 33), (64, 70), (32, 33), (35, 32)]
     return [Image.fromarray(rng.integers(0, 256, (*s, 3)).astype(np.uint8)) for s in sizes]
@@ -346,7 +346,7 @@ def test_m_clip_as_in_torch(write_m_clip, clip, imported, suffix):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_as_in_torch(dtype, write_open_clip, imported):
-    """Computed in float32: tensors are cast before they are added up."""
+    """Tensors are converted to float32 before they are added."""
     folder, model = write_open_clip()
     save_weights(model.to(dtype), folder, "open_clip_model", "safetensors")
     model.float()
@@ -360,7 +360,7 @@ def test_half_precision_as_in_torch(dtype, write_open_clip, imported):
 
 
 def test_m_clip_with_an_image_tower_of_open_clip(m_clip, write_open_clip, imported):
-    """Whose text tower is not looked at."""
+    """The text tower in open_clip's folder is ignored."""
     folder, model = write_open_clip()
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
@@ -410,7 +410,7 @@ def test_a_model_of_the_sigmoid_loss(write_open_clip, imported):
 def test_published_architectures_need_no_files(
     name, base_folder, write_open_clip, imported, monkeypatch
 ):
-    """A small one takes the known one's place. On the Hub it once had no organisation."""
+    """A small model replaces XLM-R, whose id on the Hub once had no organisation."""
     small = json.loads((base_folder / "config.json").read_text())
     monkeypatch.setitem(bert.ROBERTA.architectures, "FacebookAI/xlm-roberta-base", small)
     folder, model = write_open_clip()
@@ -421,11 +421,11 @@ def test_published_architectures_need_no_files(
     np.testing.assert_allclose(encoder.encode_text(TEXTS), expected, atol=2e-5)
 
 
-# What is refused, in one line, and leaves nothing behind.
+# Folders that are refused with a one-line error; no file is left behind.
 
 
 def edit(name, *path, value):
-    """A change of one field of a JSON file; without a value, of the whole file."""
+    """A function that sets a field of a JSON file, or deletes it if `value` is None."""
 
     def change(folder):
         content = json.loads((folder / name).read_text())
@@ -627,14 +627,14 @@ def test_a_failure_half_way_leaves_nothing(open_clip, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# The whole way.
+# From import to results, tags and export.
 
 
 def test_import_eval_and_tag(command, m_clip, clip, photos, tmp_path):
     run = tmp_path / "run"
     process = command("import", f"--text={m_clip[0]}", f"--image={clip[0]}", f"--workdir={run}")
     assert process.stderr == f"{run}: texts of {m_clip[0]}, images of {clip[0]}, 24 dimensions\n"
-    # The folders that it came from are not needed any more.
+    # From here on, the imported folders are not needed.
     test_set = f"--test_set={photos / 'multilingual_test'}"
     process = run_main("eval", f"--workdir={run}", test_set, f"--images={photos / 'images'}")
     results = json.loads((run / "results" / "multilingual_test-0.json").read_text())
@@ -678,5 +678,5 @@ def test_what_is_imported_can_be_exported(m_clip, clip, photos, tmp_path):
     assert not report.tokens
     card = (to / "README.md").read_text()
     assert "Published weights, imported by xlir" in card
-    # Names of folders, but not where they were.
+    # The card has the names of the folders, but not their paths.
     assert str(m_clip[0].parent) not in card

@@ -269,7 +269,7 @@ def odd(photos_folder, tmp_path_factory) -> pathlib.Path:
         try:
             shutil.copy(os.fsencode(photos_folder / "07.jpg"), os.fsencode(folder) + b"/" + name)
         except OSError:
-            pytest.skip("the file system takes no such names")
+            pytest.skip("the file system does not allow such names")
     odd_files(folder)
     (folder / "bomb.png").write_bytes(png(13_300, 13_300))
     return folder
@@ -335,7 +335,7 @@ def test_a_record_is_json_of_any_name():
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder in which nobody can write, not even root."""
+    """A folder that nobody can write to, not even root."""
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o555)
     if os.geteuid():
@@ -343,7 +343,7 @@ def read_only(tmp_path):
         return
     words = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("may not mount a read-only place")
+        pytest.skip("can't mount a read-only folder")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

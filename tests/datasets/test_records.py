@@ -1,4 +1,4 @@
-"""Prepared sets that are damaged, and caches that can't be written: noticed, named, mended."""
+"""Damaged prepared sets, and caches that can't be written: errors, and what is repaired."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def empty(file):
 
 
 def refused(folder) -> str:
-    """The one line that reading the photos of a set ends with."""
+    """The one-line error that is raised when the photos of a damaged set are read."""
 
     def read_all():
         images = read(folder, "train+val")
@@ -74,7 +74,7 @@ def test_a_missing_file_is_named(folder, prepared, name):
 
 
 def test_a_set_without_digests_is_read(folder, prepared):
-    """As version 49a03f1 prepared them."""
+    """Version 49a03f1 wrote no digests."""
     (prepared / SUMS).unlink()
     assert read(folder, "train+val").images[5] == jpeg(5)
 
@@ -110,7 +110,7 @@ def test_rows_of_other_records_are_refused_without_digests_too(folder, prepared)
     ids=["flip", "zeros", "cut", "empty", "gone"],
 )
 def test_a_damaged_shard_is_named_with_the_way_out(folder, prepared, spoil):
-    """ArrayRecord notices; it raises errors of 95 lines that are neither ValueError nor OSError."""
+    """ArrayRecord's own error has 95 lines, and is neither a ValueError nor an OSError."""
     spoil(prepared / SHARD)
     line = refused(folder)
     assert line.startswith(f"{prepared / SHARD} can't be read: ")
@@ -158,7 +158,7 @@ def test_a_set_is_read_where_the_cache_cannot_be_written(folder, read_only, monk
     monkeypatch.setenv("XLIR_CACHE", str(place))
     builder = captions.prepare(write(folder, entry()))
     forbid()
-    # What captions.prepare does once it knows the source; that folder is nobody's to read here.
+    # captions.prepare ends with this call. It would read the source first, which this user can't.
     again = records.prepare("pets", builder.data_path.parent.name, {})
     assert CaptionedImages(again, "train").images[0] == jpeg(0)
     with pytest.raises(PermissionError, match=r"Permission denied.*XLIR_CACHE=DIR") as error:
@@ -189,10 +189,10 @@ def small_disk(tmp_path, monkeypatch):
     words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
     mounted = subprocess.run(words, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"may not mount a small disk: {mounted.stderr.strip()}")
+        pytest.skip(f"can't mount a small disk: {mounted.stderr.strip()}")
     monkeypatch.setenv("XLIR_CACHE", str(place))
     yield place
-    # Lazily, as readers of ArrayRecord stay open until they are collected.
+    # Lazily, because ArrayRecord's readers stay open until they are garbage-collected.
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
@@ -203,7 +203,7 @@ def test_a_set_that_does_not_fit_is_refused_before_any_work(folder, small_disk, 
     with pytest.raises(OSError, match=r"takes 0\.\d GB in .*, where 0\.0 GB are free") as error:
         captions.prepare(folder)
     assert str(small_disk) in str(error.value)
-    # On a disk that another program fills: it is noticed by who writes.
+    # If another program fills the disk after the check, writing fails.
     monkeypatch.setattr(records, "_check_space", lambda folder, size: None)
     with pytest.raises(OSError, match="No space left on device") as error:
         captions.prepare(folder)

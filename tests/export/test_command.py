@@ -1,4 +1,4 @@
-"""`export` as a user runs it: what is written, what is printed, and what is refused."""
+"""The command `export`: what it writes, what it prints, and what it refuses."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import xlir
 from tests.conftest import REPOSITORY
 from xlir import export
 
-# Runs a script where none of these can be imported.
+# Runs a script in a process in which these packages can't be imported.
 WITHOUT = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("jax", "flax", "xlir", "input_pipeline", {more})))
@@ -30,7 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def transformers_run(command, photos, tmp_path_factory) -> pathlib.Path:
-    """A run with towers that every format but `transformers` holds, and a moving average."""
+    """A run with a moving average that every format except `transformers` can represent."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     command(
         "--config=configs/xlmr.py:tiny",
@@ -73,7 +73,7 @@ def test_an_exported_folder_runs_by_its_example(
     cosines = encoder.encode_text(texts) @ encoder.encode_image(images).T
     printed = [float(line.split()[0]) for line in process.stdout.splitlines()]
     np.testing.assert_allclose(printed, cosines.ravel(), atol=6e-4)
-    # Others than this user may read it, and find no clutter of caches.
+    # Other users may read the folder too, and it contains no caches.
     assert {file.stat().st_mode & 0o777 for file in to.rglob("*") if file.is_file()} == {
         (workdir / "config.json").stat().st_mode & 0o777
     }
@@ -111,14 +111,14 @@ def test_the_moving_average_or_the_weights_themselves(transformers_run, tmp_path
         cards[weights] = (folder / "README.md").read_text()
     np.testing.assert_array_equal(kernels[""], kernels["ema"])
     assert np.abs(kernels["ema"] - kernels["raw"]).max() > 1e-4
-    # The run was evaluated with the average.
+    # The run was evaluated with the average, so there are no results for the raw weights.
     assert ["R@1" in cards[weights] for weights in ("", "ema", "raw")] == [True, True, False]
 
 
 def test_what_can_not_be_exported_is_one_line_and_leaves_nothing(
     transformers_run, workdir, photos, tmp_path
 ):
-    """The command's own words are what these raise (`xlir.commands.errors`)."""
+    """The command prints the messages of these errors (`xlir.commands.errors`)."""
     target = tmp_path / "out" / "new" / "exported"
     (tmp_path / "out").mkdir()
     half = tmp_path / "half"
@@ -185,7 +185,7 @@ def test_a_failed_check_leaves_nothing(transformers_run, tmp_path, monkeypatch):
 
 
 def test_a_signal_leaves_nothing(transformers_run, tmp_path):
-    """SIGTERM while it is being checked."""
+    """SIGTERM arrives while the exported folder is checked."""
     script = "import os, signal, sys; from xlir import main; from xlir.export import verification\n"
     script += "verification.verify = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
     script += "main.leave(main.main())"

@@ -1,4 +1,4 @@
-"""Every tower and head, with random weights, through every format that can hold it."""
+"""Exports every tower and head, with random weights, to every format that supports it."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ VISION = LAYERS | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
 DINOV2 = VISION | {"model_type": "dinov2", "mlp_ratio": 2}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
 MLP = {"head": "mlp", "hidden": (24, 20)}
-# Kind of tower, its config, pooling, and fields of the configuration.
+# Name -> kind of the tower, its config, pooling, and fields of the configuration.
 TEXTS = {
     "BERT": ("transformer", TEXT | {"model_type": "bert"}, "mean", MLP),
     "BERT's pooler": ("transformer", TEXT | {"model_type": "bert"}, "pooler", {}),
@@ -101,7 +101,7 @@ IMAGES = {
     ),
     "EfficientNet": ("efficientnet", {"variant": "lite0"}, "", {"head": "mlp", "hidden": (24,)}),
 }
-# Towers that go together, and the formats that hold them; tracing takes long, four are enough.
+# Text tower, image tower and formats to test; few cases test ONNX, because tracing takes long.
 CASES = [
     ("BERT", "ViT", "sentence-transformers torch"),
     ("BERT's pooler", "ViT's pooler", "sentence-transformers transformers torch"),
@@ -131,7 +131,7 @@ CAPTIONS = [
 
 
 def random_encoder(text: str, image: str) -> Encoder:
-    """An encoder in which no parameter is zero or one."""
+    """An encoder with random parameters, so that each of them affects the outputs."""
     config, specs = base.get_config(), {}
     config.head_dtype = config.text.dtype = config.image.dtype = "float32"
     config.embedding_dim, config.text.max_length = 32, 40
@@ -167,7 +167,7 @@ def random_encoder(text: str, image: str) -> Encoder:
 
 
 def preprocessing(options) -> dict:
-    """Resize the shorter side, cut, and other colours for each channel."""
+    """Resizes the shorter side, crops, and normalises each channel differently."""
     size = options.size or 32
     crop = {"crop": options.crop or "center", "resize": size + 5}
     fields = {"resample": "bilinear"} if options.size else crop
@@ -191,7 +191,7 @@ def pairs(photos) -> verification.Examples:
     turned[ExifTags.Base.Orientation] = 6
     images = [
         (photos / "images" / "00.jpg").read_bytes(),
-        # So large that training reads it reduced, which an exported model does not.
+        # So large that training decodes it at a reduced size; an exported model does not.
         encoded("RGB", (600, 450), "JPEG"),
         encoded("RGB", (70, 90), "JPEG", exif=turned),
         encoded("RGBA", (64, 48), "PNG"),
@@ -218,7 +218,7 @@ def test_exported_towers_and_heads_are_the_runs(
         export.FORMATS[format].write(encoder, tmp_path / format)
         report = verification.verify(encoder, tmp_path / format, format, pairs)
         assert report.pixels <= 1e-4
-    # Embeddings differ, or a tower that ignores its input would pass.
+    # Embeddings must differ: otherwise a tower that ignores its input would pass.
     for side in ("text", "image"):
         embeddings = ours[f"{side}_embeddings"]
         assert np.abs(embeddings - embeddings[0]).max(axis=1)[1:].min() > 1e-4
@@ -241,7 +241,7 @@ def test_restored_image_towers_are_renamed_to_the_same(image):
 
 
 def restored_and_renamed(encoder: Encoder, side: str, weights: dict) -> dict:
-    """Through the names of `transformers` and back; the padding token moves to id 5."""
+    """Converts weights to the names of `transformers` and back; the padding id becomes 5."""
     spec = encoder.specs[side]
     config = spec.family.hub_config(spec, pad_id=5)
     published = spec.family.restore(weights, config)
@@ -256,7 +256,7 @@ def same(ours: dict, theirs: dict, rtol: float = 0.0) -> None:
 
 @pytest.fixture(scope="module")
 def bert_and_vit(pairs):
-    """An encoder, and what it gives."""
+    """An encoder and its outputs."""
     encoder = random_encoder("BERT", "ViT")
     return encoder, verification._reference(encoder, pairs)
 
@@ -375,7 +375,7 @@ def test_what_runs_an_exported_folder_is_forgiving(bert_and_vit, tmp_path, in_pr
             encode("ein Hund")
     texts, pixels = ["Kreis", "a lone \ud800 surrogate"], np.zeros((32, 32, 3), np.uint8)
     np.testing.assert_allclose(model.encode_text(texts), encoder.encode_text(texts), atol=2e-6)
-    # Of a strip the middle is read, or it would fill the memory.
+    # Only the middle of a strip is resized, because the whole would fill the memory.
     strip = encoded("RGB", (4, 300), "PNG")
     np.testing.assert_array_equal(model.reader(strip), encoder.embedder.decode(strip))
     half = model.to(torch.bfloat16)

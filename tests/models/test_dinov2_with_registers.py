@@ -1,4 +1,4 @@
-"""DINOv2 with registers: as in torch, and known wherever a tower's family matters."""
+"""DINOv2 with registers: its outputs equal torch's, and it can be trained and exported."""
 
 import json
 import math
@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_equal_torch(case, tmp_path):
-    """At the table's size, enlarged, reduced, and of rectangles."""
+    """Images have the position table's size, a larger and a smaller one, or are rectangles."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     fields, pooling = CASES[case]
     theirs = reference("Dinov2WithRegistersModel", fields)
@@ -57,7 +57,7 @@ def test_outputs_equal_torch(case, tmp_path):
 
 
 def features(theirs, images: np.ndarray, pooling: str):
-    """What users of the torch model compute; a mean is over the patches."""
+    """Pools the outputs of the torch model as its users do; the mean is over the patches."""
     import torch
 
     pixels = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
@@ -68,7 +68,7 @@ def features(theirs, images: np.ndarray, pooling: str):
 
 
 def test_gradients_equal_torch(tmp_path):
-    """Torch's are written and renamed as if they were the weights."""
+    """Torch's gradients are saved and renamed like weights, and then compared with ours."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     theirs, images = reference("Dinov2WithRegistersModel", REGISTERS), photos_of(40, 27)
     seed = np.random.default_rng(2).normal(size=(2, 32)).astype(np.float32)
@@ -91,7 +91,7 @@ def test_gradients_equal_torch(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A classifier's checkpoint, as it lies on the Hub."""
+    """A classifier's checkpoint in the format of the Hub."""
     pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     whole = reference("Dinov2WithRegistersForImageClassification", REGISTERS)
     whole.save_pretrained(tmp_path / "checkpoint")
@@ -132,7 +132,7 @@ def test_shapes_are_known_without_a_checkpoint():
     compile.trace(config, partition.create_mesh(config.mesh))
 
 
-# Parameters of transformers' model: ours, a mask token, and a position of the class token's own.
+# Parameters of transformers' model: ours, a mask token, and the class token's position.
 PARAMETERS = {
     "facebook/dinov2-with-registers-small": 22_058_112,
     "facebook/dinov2-with-registers-base": 86_583_552,

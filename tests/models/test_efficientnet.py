@@ -1,4 +1,4 @@
-"""EfficientNet-lite against the published weights run by torch."""
+"""Compares EfficientNet-lite with the published weights run by torch."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ PARAMETERS = {"lite0": 3_350_000, "lite2": 4_782_024}
 
 
 def reference(torch, checkpoint: dict, images: np.ndarray) -> np.ndarray:
-    """The network as its checkpoint spells it, batch normalisation not folded."""
+    """The network with the checkpoint's names, and with batch normalisation as a layer."""
     functional = torch.nn.functional
 
     def convolve(x, name, batch_norm, kernel_size, stride=1, depthwise=False):
@@ -51,7 +51,7 @@ def reference(torch, checkpoint: dict, images: np.ndarray) -> np.ndarray:
     return functional.relu6(convolve(x, "_conv_head", "_bn1", 1)).mean((2, 3)).numpy()
 
 
-# Blocks with stride 2, by the channels that reach the head (320: lite0, 352: lite2).
+# Channels of the last block (320: lite0, 352: lite2) -> numbers of the blocks with stride 2.
 HALVING = {320: (1, 3, 5, 11), 352: (1, 4, 7, 15)}
 
 
@@ -76,7 +76,7 @@ def test_features_equal_torch(variant, model):
     generator = np.random.default_rng(0)
     # An odd size pads both ends of some layers and one end of others.
     for height, width in ((model.image_size, model.image_size), (131, 97)):
-        # Smooth enough to excite the network as photos do, unlike noise.
+        # Smooth images, because they activate the network as photos do; noise does not.
         coarse = generator.integers(0, 256, (2, 9, 9, 3), np.uint8)
         images = np.stack([Image.fromarray(i).resize((width, height)) for i in coarse])
         with torch.inference_mode():
@@ -98,7 +98,7 @@ def test_sizes(variant, model):
 
 
 def shallow(monkeypatch, dtype=jnp.float32) -> efficientnet.EfficientNet:
-    """Three of the seven stages, random weights: every kind of layer, and quick to compile."""
+    """Three of the seven stages with random weights; they have layers of all kinds."""
     monkeypatch.setattr(efficientnet, "STAGES", efficientnet.STAGES[:3])
     model = nnx.eval_shape(
         lambda: efficientnet.EfficientNet("lite0", dtype=dtype, rngs=nnx.Rngs(0))
@@ -142,7 +142,7 @@ def test_trains(monkeypatch):
 def test_initial_weights_keep_the_scale():
     layer = efficientnet.Pointwise(256, 64, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(1, 8, 8, 256)).astype(np.float32)
-    # Twice the variance, of which ReLU leaves half.
+    # The initial weights double the variance, because a ReLU then halves it.
     assert 1.3 < np.std(layer(jnp.asarray(x))) < 1.5
 
 

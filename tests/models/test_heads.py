@@ -1,4 +1,4 @@
-"""Heads against Flax's own layers: the faster forms are the same functions."""
+"""Compares our heads, which are faster, with heads built from Flax's layers."""
 
 import functools
 
@@ -13,7 +13,7 @@ from xlir.models import heads, towers
 
 
 def both(hidden=(24, 20)):
-    """Our MLP and the same from Flax's layers, with equal parameters."""
+    """Our MLP, and an equal one made of Flax's layers with the same parameters."""
     ours = heads.MLP(12, 8, hidden=hidden, rngs=nnx.Rngs(0))
     ours.input.scale[...] = jax.random.uniform(jax.random.key(1), (12,), minval=0.5, maxval=2)
     ours.input.offset[...] = jax.random.normal(jax.random.key(2), (12,))
@@ -54,7 +54,7 @@ def test_values_and_gradients_equal_layer_norm_and_dense(hidden):
 def test_a_plain_mlp_is_matrices_and_gelu(hidden):
     head = heads.MLP(12, 8, hidden=hidden, plain=True, rngs=nnx.Rngs(0))
     matrices = [layer.kernel[...] for layer in (head.input, *head.layers)]
-    assert len(jax.tree.leaves(nnx.state(head))) == len(matrices), "nothing else is learned"
+    assert len(jax.tree.leaves(nnx.state(head))) == len(matrices), "other parameters"
     x = expected = jax.random.normal(jax.random.key(0), (16, 12))
     for matrix in matrices[:-1]:
         expected = jax.nn.gelu(expected @ matrix, approximate=False)

@@ -1,4 +1,4 @@
-"""Products and dropout against their definitions, layer normalisation against Flax's."""
+"""Compares products and dropout with their definitions, layer normalisation with Flax's."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_dropout_keeps_the_mean_and_its_rate(dim):
     assert dropped.shape == x.shape
     assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.005)
     assert np.mean(dropped) == pytest.approx(1, abs=0.01)
-    # Columns of one random word are independent of each other.
+    # Four columns share a random word, but are independent of each other.
     correlation = np.corrcoef(np.asarray(dropped).T)
     assert np.abs(correlation - np.eye(dim)).max() < 0.1
     gradient = jax.grad(lambda x: jnp.sum(layers.dropout(x, 0.25, jax.random.key(0))))(x)

@@ -19,7 +19,7 @@ LANGUAGES = [
     *("pt", "es", "ja", "ko", "ru", "pl", "th", "tr"),
 ]
 
-# Languages that the emoji names lack.
+# Sentences for the languages in which there are no emoji names.
 SENTENCES = {
     "nl": [
         "Een bruine hond rent door het hoge gras.",
@@ -79,7 +79,7 @@ SENTENCES = {
     ],
 }
 
-# Of an element of the embeddings.
+# Largest allowed difference in an element of an embedding.
 TOLERANCE = 1e-4
 
 # XTD10's code of each language.
@@ -89,7 +89,7 @@ XTD10["ja"] = "jp"
 
 @functools.cache
 def emoji_names(language: str) -> list[str]:
-    """Distinct names from all over the list, or the sentences above."""
+    """Distinct emoji names, evenly spaced in the list, or the sentences above."""
     if language in SENTENCES:
         return SENTENCES[language]
     emoji.config.load_language(language)
@@ -99,7 +99,7 @@ def emoji_names(language: str) -> list[str]:
 
 
 def captions(language: str, shared: pathlib.Path) -> list[str]:
-    """Human captions of XTD10, or what stands in for them."""
+    """Human captions of XTD10; for languages that XTD10 lacks, `emoji_names`."""
     if language not in XTD10:
         return emoji_names(language)
     (file,) = shared.glob(f"xtd10/*/test_1kcaptions_{XTD10[language]}.txt")
@@ -130,7 +130,7 @@ def apply(model):
 
 
 def with_garbage(text_ids, text_mask, seed: int = 0):
-    """Any number at all where a row is padding."""
+    """Replaces the ids of the padding, which must have no effect, by random numbers."""
     limits = np.iinfo(np.int32)
     garbage = np.random.default_rng(seed).integers(
         limits.min, limits.max, text_ids.shape, np.int32, endpoint=True
@@ -153,7 +153,7 @@ def test_agrees_with_the_package_on_captions(apply, tokenizer, package, shared, 
 
 
 def difference(apply, tokenizer, package, texts) -> float:
-    """The largest difference to the package's embeddings, whatever the padding."""
+    """The largest difference to the package's embeddings, over several amounts of padding."""
     ids = tokenizer(texts)
     longest = max(map(len, ids))
     expected = package.encode(texts)
@@ -199,11 +199,11 @@ def test_a_row_of_padding_alone_is_zero_and_disturbs_no_other(apply, tokenizer):
 
 
 def gradients(model, text_ids, text_mask) -> dict[tuple, np.ndarray]:
-    """Of summed dot products with fixed vectors, for every parameter."""
+    """Gradients of a sum of dot products with fixed vectors, for every parameter."""
     target = np.random.default_rng(1).normal(size=(len(text_ids), 512)).astype(np.float32)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    # The table is an argument: as a constant of the program it would be compiled with it.
+    # The table is an argument, because a constant would be compiled into the program.
     def loss(params, rest, *batch):
         return jnp.sum(nnx.merge(graph, params, rest)(*batch) * target)
 

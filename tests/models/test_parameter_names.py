@@ -1,4 +1,4 @@
-"""Files of runs in which parameters still have the names of an older version."""
+"""Loads files of runs whose parameters have the names of an older version."""
 
 import json
 import shutil
@@ -47,14 +47,14 @@ def test_a_towers_file(tower, tmp_path):
 
 
 def test_other_modules_keep_their_names():
-    """mUSE's blocks have parts that are called so to this day."""
+    """Parts of mUSE's blocks are still called `inner` and `outer`."""
     names = ["hidden.inner.kernel", "output.outer.kernel", "mlp_norm.scale", "inner.mlp.bias"]
     assert list(parameter_names.weights_of_today(dict.fromkeys(names))) == names
 
 
 @pytest.fixture
 def items(tower) -> dict:
-    """What a checkpoint holds: parameters, their average, and moments of some of them."""
+    """The content of a checkpoint: parameters, their average, and the moments of some."""
     params = {"text_tower": nnx.to_pure_dict(nnx.state(tower)), "log_scale": jnp.float32(1)}
     params |= {"text_head": {"hidden": {"inner": jnp.ones(2), "outer": jnp.ones(3)}}}
     transformation = optax.masked(
@@ -67,7 +67,7 @@ def items(tower) -> dict:
 
 
 def saved_by_version_1(items: dict, workdir) -> None:
-    """A checkpoint, whose record does not tell the version."""
+    """Saves a checkpoint as version 1 did."""
     with pytest.MonkeyPatch.context() as patch:
         old = {name: parameter_names.tree_of(1, tree) for name, tree in items.items()}
         patch.setattr(parameter_names, "VERSION", 1)
@@ -82,13 +82,13 @@ def saved_by_version_1(items: dict, workdir) -> None:
 @pytest.mark.parametrize("with_digests", [True, False])
 def test_a_checkpoint(items, with_digests, tmp_path):
     saved_by_version_1(items, tmp_path)
-    if not with_digests:  # an earlier version yet
+    if not with_digests:  # as in even earlier versions
         shutil.rmtree(tmp_path / "checkpoints/3/record")
     with Checkpoints(tmp_path) as checkpoints:
         step, restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, items))
         assert step == 3
         jax.tree.map(np.testing.assert_array_equal, restored, items)
-        # The run goes on, and its next checkpoint has the names of today.
+        # The run continues, and its next checkpoint has the current names.
         checkpoints.save(4, restored, 0.6)
     with Checkpoints(tmp_path) as checkpoints:
         step, again = checkpoints.restore(jax.tree.map(jnp.zeros_like, items))
@@ -97,7 +97,7 @@ def test_a_checkpoint(items, with_digests, tmp_path):
 
 
 def test_damage_of_a_checkpoint_is_noticed(items, tmp_path, monkeypatch):
-    """Digests are of the names that it was saved with."""
+    """The digests are stored under the names of the version that saved the checkpoint."""
     saved_by_version_1(items, tmp_path)
     read = Checkpoints._read
 

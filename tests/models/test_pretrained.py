@@ -1,4 +1,4 @@
-"""Weights: Hugging Face checkpoints, the strict merge, the files of towers."""
+"""Weights: Hugging Face checkpoints, the strict merge, and the files of towers."""
 
 import json
 import pathlib
@@ -288,7 +288,7 @@ def test_an_id_that_was_not_downloaded_has_its_command(hub_cache):
         return shlex.split(str(raised.value).split(": ")[-1])
 
     assert command()[:5] == ["hf", "download", "someone/tiny", "--exclude", "*onnx*"]
-    # Not whole: a tool may have asked for its configuration only.
+    # The download is incomplete: a tool may have needed only the configuration.
     write_snapshot(hub_cache, "config.json")
     assert command()[:3] == ["hf", "download", "someone/tiny"]
 

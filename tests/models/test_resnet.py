@@ -1,4 +1,4 @@
-"""ResNet against transformers' torch model with random weights and random statistics."""
+"""Compares ResNet with transformers' torch model, with random weights and statistics."""
 
 import math
 
@@ -16,18 +16,18 @@ TINY = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
 CONFIGS = {
     "bottleneck": TINY,
     "basic": TINY | {"layer_type": "basic"},
-    # A skip of the same width, which the halving of the first stage projects all the same.
+    # The first stage keeps the width, but halves the size, so that its skip is projected.
     "first stage halves": TINY | {"downsample_in_first_stage": True, "embedding_size": 16},
     "1x1 halves": TINY | {"downsample_in_bottleneck": True},
     "1x1 halves from the first stage on": TINY
     | {"downsample_in_bottleneck": True, "downsample_in_first_stage": True},
-    # Stem and first stage of ResNet-50, and the widths of its last.
+    # The stem and first stage of ResNet-50, then a stage as wide as its last one.
     "real widths": {"hidden_sizes": [256, 2048], "depths": [2, 1]},
 }
 
 
 def reference(config: dict, classifier: bool = False):
-    """transformers' model; batch normalisation has statistics that matter."""
+    """The model of transformers; its batch normalisation has random statistics."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def state(model) -> dict[str, np.ndarray]:
 
 
 def create(config: dict, **options) -> resnet.ResNet:
-    """Shapes without values."""
+    """A model that has shapes, but no values."""
     return nnx.eval_shape(
         lambda: resnet.ResNet(config, mean=MEAN, std=STD, rngs=nnx.Rngs(0), **options)
     )
@@ -60,7 +60,7 @@ def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> resnet.Re
 
 
 def random_model(config: dict = TINY, **options) -> resnet.ResNet:
-    """Without torch: every bias at random, kernels that keep the scale."""
+    """A model with random weights, made without torch; its kernels keep the scale."""
     model, generator = create(config, **options), np.random.default_rng(0)
     weights = {
         name: generator.normal(size=value.shape, scale=math.prod(value.shape[:-1]) ** -0.5)
@@ -71,7 +71,7 @@ def random_model(config: dict = TINY, **options) -> resnet.ResNet:
 
 
 def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
-    """Gradients by the names of their parameters."""
+    """The gradients, by the name of their parameter."""
     return {
         ".".join(map(str, path)): np.asarray(value[...])
         for path, value in nnx.to_flat_state(gradients)
@@ -79,7 +79,7 @@ def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
 
 
 def photos(height: int, width: int, count: int = 2) -> np.ndarray:
-    """Smooth enough to excite the network as photos do, unlike noise."""
+    """Smooth images, because they activate the network as photos do; noise does not."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 9, 9, 3), np.uint8)
     return np.stack([Image.fromarray(image).resize((width, height)) for image in coarse])
 
@@ -105,9 +105,10 @@ def test_features_equal_torch(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_torch(name):
-    """Of the pixels; of the biases, which are batch normalisation's; and of the kernels.
+    """Compares the gradients of pixels, of batch normalisation's biases, and of kernels.
 
-    kernel * gain / sqrt(variance + epsilon) is ours, so torch's gradient is ours times that scale.
+    Our kernel is torch's kernel times gain / sqrt(variance + epsilon), so torch's gradient is our
+    gradient times this factor.
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     config, generator = CONFIGS[name], np.random.default_rng(1)
@@ -150,9 +151,9 @@ def test_a_classifiers_checkpoint_loads_without_its_classifier():
     np.testing.assert_array_equal(features, loaded(TINY, bare)(photos(32, 32)))
 
 
-# The published count (torchvision, timm, the models' cards) holds for each convolution a gain and
-# a bias of its batch normalisation, where ours holds one bias; and the classifier's
-# (dim + 1) * 1000. So ours = published - classifier - channels, one for each convolution's outputs.
+# The published count (torchvision, timm, the models' cards) includes a gain and a bias per output
+# channel of each convolution, and the classifier's (dim + 1) * 1000 parameters. Our models only
+# have the bias. So ours = published - classifier - channels, where channels is the number of gains.
 PUBLISHED = {
     "microsoft/resnet-18": (11_689_512, 4_800, 512),
     "microsoft/resnet-26": (15_995_176, 15_424, 2048),
@@ -184,7 +185,7 @@ def test_parameters_of_published_architectures(hub_id):
 
 
 def test_published_architectures_are_the_ones_of_transformers():
-    """Every name and shape of the whole checkpoint, on torch's meta device."""
+    """Compares every name and shape with a model on torch's meta device."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
     for config in resnet.ARCHITECTURES.values():
@@ -211,7 +212,7 @@ def test_rematerialisation_changes_nothing():
     plain, remat = random_model(), random_model(remat=True)
     assert "remat" not in str(jax.make_jaxpr(plain)(images))
     jaxpr = str(jax.make_jaxpr(remat)(images))
-    # One for each block.
+    # There are three blocks, each with one checkpoint.
     assert jaxpr.count("checkpoint[") + jaxpr.count("remat2[") + jaxpr.count("remat[") == 3
     gradients = [flat(nnx.jit(nnx.grad(loss))(model, images)) for model in (plain, remat)]
     assert len(gradients[0]) == len(pretrained.flatten(plain))

@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers against that library: pooling, dense layers, normalisation."""
+"""Compares models of sentence-transformers with that library: pooling, dense layers, norms."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ FIELDS = {
     "max_position_embeddings": 64,
 }
 TEXTS = [*CORPUS, *OTHER]
-# Name -> pooling mode, dense layers (width, bias, activation), whether it normalises.
+# Name -> pooling mode, dense layers (width, bias, activation), whether the model normalises.
 CASES = {
     "LaBSE": ("cls", [(32, True, torch.nn.Tanh())], True),
     "distiluse": ("mean", [(24, True, torch.nn.Tanh())], False),
@@ -57,7 +57,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def write(bert, tmp_path_factory):
-    """A folder as sentence-transformers writes it, and the model."""
+    """A function that saves a model of sentence-transformers; it returns folder and model."""
 
     def write(pooling, dense=(), normalizes=False, **options):
         folder = tmp_path_factory.mktemp("model")
@@ -96,7 +96,7 @@ def unit(x):
 
 @pytest.mark.parametrize("case", CASES)
 def test_embeddings_are_the_librarys(case, write, tmp_path):
-    """Also of a run that was saved and loaded, and lengths where nothing normalises."""
+    """Also after saving and loading; without normalisation, the lengths are equal too."""
     pooling, dense, normalizes = CASES[case]
     folder, model = write(pooling, dense, normalizes)
     dim = dense[-1][0] if dense else 32
@@ -125,7 +125,7 @@ def test_a_pooling_of_ones_own_goes_without_dense_layers(labse, bert):
 
 
 def test_a_run_of_before_has_no_dense_layers(labse, tmp_path):
-    """Whose tower.json says nothing of them."""
+    """The tower.json of earlier versions lists no dense layers."""
     encoder = xlir.Encoder.create(configured(labse[0], 32, pooling="cls"))
     encoder.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -144,7 +144,7 @@ def test_dense_layers_are_trained_with_the_tower(labse):
 
 
 def test_the_published_labse_has_its_dense_layer():
-    """Where the checkpoint is not at hand, for shapes."""
+    """Its shapes are known without the checkpoint."""
     config = configured("sentence-transformers/LaBSE", 768)
     described = towers.describe_published(config)["text"]
     assert (described.pooling, len(described.dense)) == ("cls", 1)
@@ -154,7 +154,7 @@ def test_the_published_labse_has_its_dense_layer():
 
 
 def test_older_fields_of_the_pooling(labse, tmp_path):
-    """One for each mode, and weights as a pickle."""
+    """Older models have a field for each pooling mode, and their weights in a pickle."""
     folder, model = labse
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode == "cls_token" for mode in ("cls_token", "mean_tokens")}

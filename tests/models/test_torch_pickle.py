@@ -1,4 +1,4 @@
-"""The reader of torch's files: what torch reads, and nothing that runs code."""
+"""The reader of torch's files: it reads what torch reads, and never runs code."""
 
 import os
 import pathlib
@@ -154,7 +154,7 @@ class Command:
 
 
 def attacks(witness: pathlib.Path) -> dict[str, tuple[bytes, str]]:
-    """Each would write the witness if it ran; with the global that it is refused for."""
+    """Pickles that would create the file `witness`, and the name that each is refused for."""
     command = f"open({str(witness)!r}, 'w').close()"
     return {
         "system": (pickle.dumps(Command(os.system, f"touch {witness}"), 2), r"posix\.system"),
@@ -163,7 +163,7 @@ def attacks(witness: pathlib.Path) -> dict[str, tuple[bytes, str]]:
             pickle.dumps({"w": Command(exec, command)}, 2),
             r"__builtin__\.exec",
         ),
-        # getattr(torch._utils._rebuild_tensor_v2, "__globals__") leads anywhere.
+        # From getattr(torch._utils._rebuild_tensor_v2, "__globals__") every module can be reached.
         "getattr": (
             opcodes(
                 Global("__builtin__", "getattr"),

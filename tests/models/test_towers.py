@@ -1,4 +1,4 @@
-"""Towers from checkpoints: their whole way from raw input against transformers in torch."""
+"""Compares towers of checkpoints, from raw input on, with transformers in torch."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ TEXT = {
     "intermediate_size": 64,
     "max_position_embeddings": 66,
 }
-# torch's legacy format, with os.system("true") where the state dict would be.
+# torch's legacy format, with os.system("true") in place of the state dict.
 MALICIOUS = b"".join(
     [
         pickle.dumps(LEGACY_MAGIC, protocol=2),
@@ -192,7 +192,7 @@ def test_a_size_of_ones_own(config):
 
 
 def test_squashing_shows_the_whole_photo(checkpoints, config, tmp_path):
-    """Also where the checkpoint resizes to more than it cuts out."""
+    """This holds also if the checkpoint crops after resizing."""
     folder, *_ = checkpoints
     processor = PROCESSOR | {"size": {"shortest_edge": 40}}
     shutil.copytree(folder / "image", tmp_path / "image")
@@ -216,7 +216,7 @@ def embedded_by_torch(model, folder, texts) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints(dtype, checkpoints, config, tmp_path):
-    """As transformers computes them in float32: tensors are cast before they are added up."""
+    """Tensors are converted to float32 before they are added, as in transformers."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     folder, *_ = checkpoints
@@ -236,8 +236,9 @@ def test_half_precision_checkpoints(dtype, checkpoints, config, tmp_path):
 
 
 def test_a_padding_token_in_a_text(checkpoints, config, tmp_path):
-    """It is a token without a position, wherever it stands: also where the vocabulary is trimmed,
-    in padded batches, and in what was saved and loaded."""
+    """The token has no position, wherever it is in the text. This also holds in padded batches,
+    with a trimmed vocabulary, and after saving and loading.
+    """
     transformers = pytest.importorskip("transformers")
     folder, *_ = checkpoints
     texts = [
@@ -273,7 +274,7 @@ def test_a_trimmed_vocabulary_may_move_the_padding():
 
 @pytest.mark.parametrize(("positions", "max_length"), [(79, 77), (66, 61)])
 def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, config, tmp_path):
-    """No batch is padded to more than the longest text may have."""
+    """No batch is padded beyond `max_length`."""
     transformers = pytest.importorskip("transformers")
     folder, *_ = checkpoints
     shutil.copytree(folder / "text", tmp_path / "text")
@@ -327,7 +328,7 @@ def test_texts_as_long_as_the_tower_takes(positions, max_length, checkpoints, co
 def test_a_config_json_that_asks_for_something_else(
     side, name, value, message, checkpoints, config, tmp_path
 ):
-    """One line that names the file and the field, before anything is read or computed."""
+    """The error is one line that names the file and the field, before any work is done."""
     folder, *_ = checkpoints
     shutil.copytree(folder / side, tmp_path / side)
     file = tmp_path / side / "config.json"
@@ -340,7 +341,7 @@ def test_a_config_json_that_asks_for_something_else(
 
 @pytest.mark.parametrize("tower", ["muse", "efficientnet-lite0", "toy-resnet"])
 def test_a_pooling_of_towers_that_have_their_own(tower, config):
-    """Also where the package that holds the tower is not installed."""
+    """An unknown pooling is refused even if the tower's package is not installed."""
     side = "text" if tower == "muse" else "image"
     config[side].tower, config[side].pooling = tower, "banana"
     describe = {"text": towers.describe_text, "image": towers.describe_image}[side]

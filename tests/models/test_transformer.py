@@ -1,4 +1,4 @@
-"""Text transformers against transformers' torch models: random weights, and E5's where they are."""
+"""Compares text transformers with transformers' torch models: random weights, and E5's."""
 
 import math
 import os
@@ -31,7 +31,7 @@ CONFIGS = {
     "bert": TINY | {"hidden_act": "relu"},
     "xlm-roberta": TINY
     | {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
-    # A padding id of its own moves the positions.
+    # Another padding id shifts the positions.
     "roberta": TINY | {"pad_token_id": 3, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
     "distilbert": {
         "vocab_size": 40,
@@ -46,7 +46,7 @@ TYPES = "embeddings.token_type_embeddings.weight"
 
 
 def reference(model_type: str, **fields):
-    """transformers' model, in which no parameter is zero, one or small."""
+    """The model of transformers; its random parameters all affect the outputs."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def reference(model_type: str, **fields):
 
 
 def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """The config and the tensors of a model's checkpoint, which has the names that the Hub has."""
+    """Saves a model; returns its config, and its tensors with the names used on the Hub."""
     model.save_pretrained(folder)
     return pretrained.read_config(folder), pretrained.read_checkpoint(folder)
 
@@ -72,7 +72,7 @@ def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
 def create(
     config: dict, *, pooling: str = "", dtype=jnp.float32, remat: bool = False
 ) -> TextTransformer:
-    """Shapes without values."""
+    """A model that has shapes, but no values."""
     family = registry.family_of("text", config)
     family.check_pooling(config, pooling)
     spec = TowerSpec(family, config, pooling)
@@ -94,7 +94,7 @@ def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> TextTrans
 
 
 def random_model(**options) -> TextTransformer:
-    """Without torch: every parameter at random."""
+    """A model with random parameters, made without torch."""
     fields = {name: value for name, value in options.items() if name in ("num_hidden_layers",)}
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     config = {"model_type": "bert"} | TINY | rates | fields
@@ -109,7 +109,7 @@ def random_model(**options) -> TextTransformer:
 
 
 def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
-    """Gradients by the names of their parameters."""
+    """The gradients, by the name of their parameter."""
     return {
         ".".join(map(str, path)): np.asarray(value[...])
         for path, value in nnx.to_flat_state(gradients)
@@ -122,14 +122,14 @@ def batch(lengths) -> tuple[jax.Array, jax.Array]:
 
 
 def texts(lengths, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids, among them no padding before a text's end, and the mask."""
+    """Random token ids, with the padding id only after the end of a text, and the mask."""
     ids = np.random.default_rng(0).integers(4, 40, (len(lengths), length)).astype(np.int32)
     mask = np.arange(length) < np.asarray(lengths)[:, None]
     return np.where(mask, ids, pad_id).astype(np.int32), mask
 
 
 def pooled(theirs, ids: np.ndarray, mask: np.ndarray, pooling: str):
-    """What users of the torch model compute."""
+    """Pools the outputs of the torch model as its users do."""
     import torch
 
     ids, mask = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask)
@@ -170,10 +170,10 @@ def test_outputs_equal_torch(model_type, pooling, tmp_path):
     [("bert", "pooler"), ("xlm-roberta", "mean"), ("roberta", "mean"), ("distilbert", "cls")],
 )
 def test_gradients_equal_torch(model_type, pooling, tmp_path):
-    """Torch's are written and renamed as if they were the weights.
+    """Torch's gradients are saved and renamed like weights, and then compared with ours.
 
-    The token type's row is added to each position's: positions have their gradients from torch,
-    and the row's is the sum of them.
+    The embedding of the token type is added at every position, so its gradient is the sum of the
+    positions' gradients.
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     theirs = reference(model_type)
@@ -204,7 +204,7 @@ def test_gradients_equal_torch(model_type, pooling, tmp_path):
 
 
 def test_files_of_other_tasks_and_of_older_versions_load(tmp_path):
-    """A masked language model's file, and TensorFlow's names of the layer norms."""
+    """Loads the file of a masked language model, and TensorFlow's names of layer norms."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     for model_type, prefix in (("bert", "bert."), ("xlm-roberta", "roberta.")):
@@ -350,9 +350,9 @@ def test_attention_dropout_is_unbiased():
     assert np.abs(draws[0] - plain).max() > 0.1
 
 
-# Parameters of transformers' model with its pooler -> of ours with mean pooling, which lacks the
-# pooler ((dim + 1) * dim; DistilBERT has none), the positions that no token uses (XLM-R's first
-# two) and the token types (each dim).
+# Number of parameters of transformers' model with its pooler, and of ours with mean pooling. Ours
+# lacks the pooler ((dim + 1) * dim; DistilBERT has none), the positions that no token uses (XLM-R's
+# first two) and the token types (dim for each).
 PARAMETERS = {
     "FacebookAI/xlm-roberta-base": (278_043_648, 277_450_752),
     "FacebookAI/xlm-roberta-large": (559_890_432, 558_837_760),
@@ -390,7 +390,7 @@ def test_published_totals_are_the_ones_of_transformers():
         assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[hub_id][0], hub_id
 
 
-# Recall@10 of a language's captions among XTD10's 1,000 English ones.
+# Recall@10 of finding XTD10's 1,000 English captions by the captions in another language.
 RECALLS = {"de": 0.988, "es": 0.988, "ko": 0.879, "tr": 0.900, "zh": 0.959}
 
 
@@ -403,11 +403,11 @@ def e5_folder() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def embed(e5_folder):
-    """Captions to unit vectors, as the model's card computes them."""
+    """A function that maps captions to unit vectors, as in the model's card."""
     config = pretrained.read_config(e5_folder)
     tokenizer = HuggingFaceTokenizer.from_checkpoint(e5_folder, config, prefix="query: ")
     graph, params = nnx.split(loaded(config, pretrained.read_checkpoint(e5_folder)))
-    # Here the time goes into computing.
+    # Most of the time is spent on computing, so that optimised machine code is faster.
     optimised = {"xla_backend_optimization_level": 3}
     apply = jax.jit(
         lambda params, ids, mask: nnx.merge(graph, params)(ids, mask), compiler_options=optimised
@@ -430,7 +430,7 @@ def captions(shared) -> dict[str, list[str]]:
 
 
 def test_e5_equals_torch(embed, e5_folder, captions):
-    """Every 200th caption in eleven languages, by the model's own tokenizer, one by one."""
+    """Compares every 200th caption in eleven languages; torch embeds them one by one."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
     assert len(captions) == 11

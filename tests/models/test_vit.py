@@ -1,4 +1,4 @@
-"""Vision transformers against transformers' torch models with random weights."""
+"""Compares vision transformers with transformers' torch models, with random weights."""
 
 import math
 import pathlib
@@ -49,13 +49,13 @@ CASES = {
     "SigLIP of odd size": ("SiglipVisionModel", TINY | {"image_size": 37}, "attention"),
     "SigLIP mean": ("SiglipVisionModel", TINY, "mean"),
 }
-# At the table's size, at another, and two rectangles, of which one is cut off.
+# The size of the position table, another size, and two rectangles, one with incomplete patches.
 SIZES = ((32, 32), (48, 48), (24, 56), (45, 31))
 ALL_SIZES = ("ViT", "CLIP", "DINOv2", "SigLIP")
 
 
 def reference(name: str, fields: dict):
-    """transformers' model, in which no parameter is zero, one or small."""
+    """The model of transformers; its random parameters all affect the outputs."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def reference(name: str, fields: dict):
 
 
 def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """The config and the tensors of a model's checkpoint, which has the names that the Hub has."""
+    """Saves a model; returns its config, and its tensors with the names used on the Hub."""
     model.save_pretrained(folder)
     return pretrained.read_config(folder), pretrained.read_checkpoint(folder)
 
@@ -83,7 +83,7 @@ def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
 def create(
     config: dict, *, pooling: str = "", dtype=jnp.float32, remat: bool = False
 ) -> VisionTransformer:
-    """Shapes without values."""
+    """A model that has shapes, but no values."""
     family = registry.family_of("image", config)
     family.check_pooling(config, pooling)
     spec = TowerSpec(family, config, pooling, preprocessing=Preprocessing(32, mean=MEAN, std=STD))
@@ -101,7 +101,7 @@ def loaded(config: dict, weights: dict[str, np.ndarray], **options) -> VisionTra
 
 
 def random_model(fields: dict | None = None, **options) -> VisionTransformer:
-    """Without torch: every parameter at random."""
+    """A model with random parameters, made without torch."""
     model = create({"model_type": "dinov2"} | DINOV2 | (fields or {}), **options)
     generator = np.random.default_rng(0)
     weights = {
@@ -113,7 +113,7 @@ def random_model(fields: dict | None = None, **options) -> VisionTransformer:
 
 
 def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
-    """Gradients by the names of their parameters."""
+    """The gradients, by the name of their parameter."""
     return {
         ".".join(map(str, path)): np.asarray(value[...])
         for path, value in nnx.to_flat_state(gradients)
@@ -121,19 +121,19 @@ def flat(gradients: nnx.State) -> dict[str, np.ndarray]:
 
 
 def photos_of(height: int, width: int, count: int = 2) -> np.ndarray:
-    """Smooth, as photos are."""
+    """Smooth random images, similar to photos."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 9, 9, 3), np.uint8)
     return np.stack([Image.fromarray(image).resize((width, height)) for image in coarse])
 
 
 def pooled(theirs, images: np.ndarray, pooling: str):
-    """What users of the torch model compute."""
+    """Pools the outputs of the torch model as its users do."""
     import torch
 
     pixels = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     kind = theirs.config.model_type
-    # DINOv2 interpolates unasked.
+    # DINOv2 interpolates its positions without this option.
     output = theirs(inputs, **({} if kind == "dinov2" else {"interpolate_pos_encoding": True}))
     if pooling == "mean":
         return output.last_hidden_state[:, 0 if kind == "siglip_vision_model" else 1 :].mean(1)
@@ -163,7 +163,7 @@ def test_outputs_equal_torch(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["ViT's pooler", "CLIP", "DINOv2", "DINOv2 gated", "SigLIP"])
 def test_gradients_equal_torch(case, tmp_path):
-    """Torch's are written and renamed as if they were the weights.
+    """Torch's gradients are saved and renamed like weights, and then compared with ours.
 
     The class token and its position have the same gradient, which is that of our one parameter.
     """
@@ -196,7 +196,7 @@ def test_gradients_equal_torch(case, tmp_path):
 
 
 def test_files_of_whole_models_and_of_older_versions_load(tmp_path):
-    """The image towers of CLIP and SigLIP, a classifier, and the names before transformers 5."""
+    """Loads towers of CLIP and SigLIP, of classifiers, and with names before transformers 5."""
     clip = {"vision_config": TINY, "text_config": TEXT, "projection_dim": 8}
     siglip = {"vision_config": TINY, "text_config": TEXT}
     for name, fields, part, prefix in (
@@ -283,7 +283,7 @@ def test_fields_that_a_config_lacks_have_the_defaults_of_transformers():
         ours = family.complete({"model_type": theirs["model_type"]})
         read = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
         assert all(not theirs.get(field) for field in read)
-        # DINOv2 has a ratio in place of it.
+        # DINOv2 has mlp_ratio instead of intermediate_size.
         ours.pop("intermediate_size" if "mlp_ratio" in theirs else "mlp_ratio", None)
         assert {field: theirs[field] for field in ours} == ours
 
@@ -345,7 +345,7 @@ def count(weights: dict) -> int:
     return sum(math.prod(value.shape) for value in weights.values())
 
 
-# Parameters of transformers' model of the image tower -> of ours.
+# Number of parameters of transformers' image tower, and of ours.
 PARAMETERS = {
     "google/vit-base-patch16-224": (86_389_248, 85_797_888),
     "google/vit-base-patch16-224-in21k": (86_389_248, 85_797_888),
@@ -370,7 +370,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("hub_id", PARAMETERS)
 def test_parameters_of_published_architectures(hub_id):
-    """Ours has one vector for the class token and its position, no pooler, and no mask token."""
+    """Ours has one vector for class token and position, and neither pooler nor mask token."""
     config = registry.architectures("image")[hub_id]
     model = create(config)
     weights = pretrained.flatten(model)

