@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--batch_size=N]
 
-The step of configs/xlmr.py (XLM-R base and ViT-B/16, both trained, float32) is compiled for one
-device of this machine, from shapes alone, and not run. For TPUs and larger meshes, see
+The step of configs/xlmr.py (XLM-R base and ViT-B/16, both trained, float32) is compiled from shapes
+for one device of this machine; it does not run. For TPUs and larger meshes, see
 `python -m xlir.main compile`.
 """
 

@@ -1,4 +1,4 @@
-"""Does pushing texts apart help? The recipe of configs/muse.py under every objective.
+"""Does pushing texts apart help? Trains the recipe of configs/muse.py with every objective.
 
     python benchmarks/objectives.py --data_dir=PATH/flickr8k [--seeds=3] [--workdir=runs/objectives]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/tagging.py --workdir=runs/flickr8k --images=PATH/images
 
-Tags 1,000 photos with a vocabulary of 1,000 names, as the verb `tag` does: once to compile, and
-once to measure the share of time in the towers' forward passes.
+Tags 1,000 photos with a vocabulary of 1,000 names, as the command `tag` does. The first pass
+compiles; the second one measures the share of time in the towers' forward passes.
 """
 
 import argparse

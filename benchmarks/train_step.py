@@ -41,7 +41,7 @@ def features(config):
 
 
 def ours(config, text, image):
-    """Yields the loss of one training step of xlir after another."""
+    """Trains in xlir; yields the loss of each step."""
     mesh = partition.create_mesh()
     encoder = Encoder.create(config, mesh=mesh)
     params, frozen = encoder.parameters
@@ -72,7 +72,7 @@ def head(features, config, options):
 
 
 def theirs(config, text, image, *, autocast=False, fused=True):
-    """Yields the loss of one training step in PyTorch after another."""
+    """Trains in PyTorch; yields the loss of each step."""
     text, image = torch.from_numpy(text), torch.from_numpy(image)
     heads = nn.ModuleList([head(512, config, config.text), head(1280, config, config.image)])
     log_scale = nn.Parameter(-torch.tensor(config.loss.temperature).log())
@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=config.data.batch_size)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default=config.head_dtype, help="of xlir's matrix products")
+    parser.add_argument("--dtype", default=config.head_dtype, help="xlir's matrix product dtype")
     arguments = parser.parse_args()
     config.data.batch_size = arguments.batch_size
     config.head_dtype = arguments.dtype

@@ -1,4 +1,4 @@
-"""The verbs that need only shapes: `shardings`, and `compile` (without a TPU)."""
+"""The commands that need only shapes: `shardings`, and `compile` (without a TPU)."""
 
 import dataclasses
 import re
@@ -95,7 +95,7 @@ def test_refusals(flags, message):
 
 
 def test_a_step_is_compiled_for_a_tpu(command):
-    """With a chunked loss and sharded parameters, as on a real mesh."""
+    """The step has a chunked loss and sharded parameters, as on a real mesh."""
     pytest.importorskip("libtpu")
     flags = ["--config.data.batch_size=64", "--config.mesh.fsdp=4", "--config.loss.chunk=16"]
     process = command("compile", "--config=configs/xlmr.py:tiny", "--topology=v5e:2x4", *flags)

@@ -218,7 +218,7 @@ def test_checkpoint_of_another_shape_is_named(run_copy):
 
 
 def test_damaged_files_of_a_run_are_named(run_copy):
-    """With digests, and without, as in runs of a version that saved no digests."""
+    """This holds with digests, and without them, as in runs of earlier versions."""
     weights = run_copy / "image_tower" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(

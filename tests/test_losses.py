@@ -1,4 +1,4 @@
-"""Every objective against an independent float64 reference: values, gradients, masking."""
+"""Compares every objective with a float64 reference: values, gradients, masking."""
 
 import functools
 import math

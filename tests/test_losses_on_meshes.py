@@ -1,4 +1,4 @@
-"""Every objective on meshes of eight devices against one device; memory of chunked losses."""
+"""Compares objectives on meshes of eight devices with one device; memory of chunked losses."""
 
 import functools
 import re

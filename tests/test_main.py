@@ -168,7 +168,7 @@ train.run = lambda values: print("a line\\n" * 100_000)
 
 @pytest.mark.parametrize("arguments", [["--help"], [QUICKSTART]])
 def test_a_reader_that_has_seen_enough_is_no_error(arguments):
-    """As in `tag ... | head`; the exit code is the same as for other programs."""
+    """This happens in `tag ... | head`; the exit code is the same as for other programs."""
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
@@ -271,7 +271,7 @@ def run(monkeypatch, capsys):
     """Runs the command line in this process; returns the exit code and stderr's lines."""
 
     def run(*arguments):
-        # As in a new process.
+        # A new process has not opened a data set yet.
         data.open_data_set.cache_clear()
         monkeypatch.setattr("sys.argv", ["xlir", *arguments])
         code = main.main()

@@ -129,7 +129,7 @@ def test_metrics_are_scikit_learns_without_ties():
 @pytest.mark.parametrize("noise", [0, 1e-7])
 @pytest.mark.parametrize(("photos", "dim"), [(200, 7), (899, 512), (1000, 1280)])
 def test_a_collapsed_encoder_scores_chance(photos, dim, noise):
-    """It does not score 1.0, as with strict comparison, whatever the order of summation.
+    """It would score 1.0 if ties counted as hits. The order of summation must not matter either.
 
     Chance with five captions per photo: 1 minus the probability that all k drawn captions belong to
     other photos.

@@ -1,9 +1,9 @@
 """A run folder that an earlier version wrote still loads, gives the same results, and resumes.
 
-`data/run-of-ea4c6af.zip` holds a run of toy towers that the version of commit ea4c6af was stopped
-in after 5 of 8 steps (both towers trained, a moving average, checkpoints of steps 4 and 5), its
-data set of 24 drawings, and what that version gave: the results and embeddings of the best
-checkpoint, and the loss curve and the results of the run that went on to its end.
+`data/run-of-ea4c6af.zip` holds a run of toy towers that commit ea4c6af trained for 5 of 8 steps
+(both towers trained, a moving average, checkpoints of steps 4 and 5), and its data set of 24
+drawings. It also holds that version's outputs: the results and embeddings of the best checkpoint,
+and the loss curve and results of the same run after all 8 steps.
 """
 
 import json
@@ -24,7 +24,7 @@ ARCHIVE = pathlib.Path(__file__).parent / "data" / "run-of-ea4c6af.zip"
 
 @pytest.fixture
 def expected(tmp_path, monkeypatch) -> dict:
-    """What the earlier version gave; the working folder holds its run in `run`."""
+    """The outputs of the earlier version; the working folder holds its run in `run`."""
     zipfile.ZipFile(ARCHIVE).extractall(tmp_path)
     # The run's configuration names the folder of its data set relative to the working folder.
     monkeypatch.chdir(tmp_path)
@@ -52,7 +52,7 @@ def test_an_earlier_run_resumes_to_the_same_curve(expected):
 
 
 def test_features_that_an_earlier_version_kept_are_found(expected):
-    """They are filed under the towers' descriptions, weights and names of parameters included."""
+    """File names are fingerprints of the towers, including weights and names of parameters."""
     encoder = Encoder.open(pathlib.Path("run"))
     found = [
         fingerprint(encoder.embedder.describe_tower(encoder.parameters, side))

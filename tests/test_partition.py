@@ -223,7 +223,7 @@ WITHOUT_TPU = {
 
 @pytest.mark.parametrize("script", WITHOUT_TPU.values(), ids=WITHOUT_TPU)
 def test_libtpu_says_nothing_where_there_is_no_tpu(script):
-    """`jax[tpu]` is installed to compile for TPUs, and JAX may choose the platform."""
+    """`jax[tpu]` is installed to compile for TPUs, and JAX_PLATFORMS is not set."""
     pytest.importorskip("libtpu")
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     process = subprocess.run(

@@ -160,7 +160,7 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("noise", [0, 1e-8])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_tagger_whose_scores_are_all_equal_scores_chance(noise, dtype):
-    """It scores chance whatever the rounding of cosines and the order of tags and photos."""
+    """This holds for any rounding of cosines, and for any order of tags and photos."""
     rng = np.random.default_rng(0)
     positive = rng.random((300, 40)) < 0.1
     scores = metrics.rounded((0.5 + noise * rng.normal(size=positive.shape)).astype(dtype))

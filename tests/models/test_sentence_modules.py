@@ -96,7 +96,7 @@ def unit(x):
 
 @pytest.mark.parametrize("case", CASES)
 def test_embeddings_are_the_librarys(case, write, tmp_path):
-    """Also after saving and loading; without normalisation, the lengths are equal too."""
+    """Embeddings are equal, and so are their lengths if the model does not normalise them."""
     pooling, dense, normalizes = CASES[case]
     folder, model = write(pooling, dense, normalizes)
     dim = dense[-1][0] if dense else 32
