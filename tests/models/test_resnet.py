@@ -105,7 +105,7 @@ def test_features_equal_torch(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_torch(name):
-    """Compares the gradients of pixels, of batch normalisation's biases, and of kernels.
+    """Compares gradients with respect to pixels, kernels and batch normalisation's biases.
 
     Our kernel is torch's kernel times gain / sqrt(variance + epsilon), so torch's gradient is our
     gradient times this factor.
@@ -212,7 +212,7 @@ def test_rematerialisation_changes_nothing():
     plain, remat = random_model(), random_model(remat=True)
     assert "remat" not in str(jax.make_jaxpr(plain)(images))
     jaxpr = str(jax.make_jaxpr(remat)(images))
-    # There are three blocks, each with one checkpoint.
+    # Each of the three blocks is rematerialised.
     assert jaxpr.count("checkpoint[") + jaxpr.count("remat2[") + jaxpr.count("remat[") == 3
     gradients = [flat(nnx.jit(nnx.grad(loss))(model, images)) for model in (plain, remat)]
     assert len(gradients[0]) == len(pretrained.flatten(plain))
