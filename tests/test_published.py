@@ -571,7 +571,7 @@ M_CLIP_FAULTS = {
         "has no open_clip_config.json, and the model_type in its config.json is 'xlm-roberta'; "
         "known: M-CLIP",
     ),
-    "tokenizer": (another_tokenizer, "tokens and the model an embedding of .* not of the same"),
+    "tokenizer": (another_tokenizer, "tokens and the model .* not belong to the same"),
     "head": (
         edit_weights("model.safetensors", lambda w: w.pop("LinearTransformation.bias")),
         r"its weights lack LinearTransformation\.bias",
