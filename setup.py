@@ -42,6 +42,11 @@ EXTRAS = {
         "emoji==2.16.0",  # their names in 14 languages
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
+    # An index of photos.
+    "search": [
+        "lancedb>=0.34",  # stores and searches embeddings
+        "pyarrow>=25",  # their columns
+    ],
     # PyPI's PyTorch brings gigabytes of CUDA libraries; to avoid them, install a CPU build first.
     "export": [
         "torch>=2.13.0",  # builds the exported modules and checks exported files

@@ -1,6 +1,6 @@
 """Cross-lingual image retrieval: train on English captions, search in other languages."""
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "Index"]
 
 
 def __getattr__(name: str):
@@ -9,4 +9,8 @@ def __getattr__(name: str):
         from xlir.encoder import Encoder
 
         return Encoder
+    if name == "Index":
+        from xlir.search.index import Index
+
+        return Index
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from input_pipeline import images, photo_limits
 
-Item = TypeVar("Item")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 # The forms in which a photo can be passed. An array holds pixels that are already decoded.
 Photo = str | os.PathLike | bytes | Image.Image | np.ndarray
 Pixels = UInt8[np.ndarray, "size size 3"]
@@ -46,8 +46,8 @@ def decode(photo: Photo, name: str, read: Callable[[bytes], Pixels]) -> Pixels:
 
 
 def decode_each(
-    function: Callable[[Item], Pixels], items: Iterable[Item], ahead: int
-) -> Iterator[tuple[Item, Pixels | ValueError | OSError]]:
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Result | ValueError | OSError]]:
     """Decodes photos in the program's pool of threads and yields them in order.
 
     If a photo can't be read or decoded, its error is yielded instead of its pixels, so that callers
@@ -95,8 +95,8 @@ def decode_all(
 
 
 def _result_or_error(
-    function: Callable[[Item], Pixels], item: Item
-) -> Pixels | ValueError | OSError:
+    function: Callable[[Item], Result], item: Item
+) -> Result | ValueError | OSError:
     try:
         return function(item)
     except (ValueError, OSError) as error:

@@ -220,16 +220,13 @@ class Embedder:
         It is the key of cached features. Parameters and the default pooling therefore have the
         names of the first version, so that features cached by that version are still found.
         """
-        weights, digest = self.weights(parameters, f"{side}_tower"), hashlib.sha256()
-        for name, array in sorted(parameter_names.weights_of(1, weights).items()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(array))
+        weights = self.weights(parameters, f"{side}_tower")
         options, tower = self.config[side], self.specs[side].to_json()
         if side == "image" and "pooling" in tower:
             tower["pooling"] = options.pooling
         description: dict[str, object] = {
             "tower": tower,
-            "weights": digest.hexdigest(),
+            "weights": digest(parameter_names.weights_of(1, weights)),
             "dtype": jnp.dtype(dual_encoder.compute_dtype(options.dtype)).name,
         }
         if side == "text":
@@ -275,6 +272,15 @@ class Embedder:
         if side == "text":
             return model.text_tower(batch["text_ids"], batch["text_mask"])
         return model.image_tower(batch["image"])
+
+
+def digest(weights: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of weights by name, in hexadecimal."""
+    summed = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        summed.update(name.encode())
+        summed.update(np.ascontiguousarray(array))
+    return summed.hexdigest()
 
 
 def padded_share(rows: Int[np.ndarray, " rows"], mesh: Mesh) -> Int[np.ndarray, " share"]:

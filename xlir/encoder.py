@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,17 +21,19 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from input_pipeline import files, tokenizers
+from input_pipeline import cache, files, tokenizers
 from xlir import embed, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
-from xlir.decoding import Photo
+from xlir.decoding import Photo, Pixels, decode_each
 from xlir.embed import SIDES, Embedder, Inputs, Parameters
 from xlir.models import dual_encoder, pretrained, towers
 from xlir.models.family import TowerSpec
 
 log = logging.getLogger(__name__)
+
+Item, Extra = TypeVar("Item"), TypeVar("Extra")
 
 # Files in the folder of each tower of a run.
 WEIGHTS_FILE = "weights.safetensors"
@@ -220,6 +224,27 @@ class Encoder:
         self.tokenizer.save(run_folder.tower_folder(workdir, "text"))
         run_folder.write_config(workdir, self.config)
 
+    def save_run(self, workdir: pathlib.Path) -> None:
+        """Writes the folder of a run that `load` reads, with these parameters as its checkpoint.
+
+        It is written under another name and then renamed, so `workdir` is never incomplete.
+        """
+        workdir = workdir.resolve()
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
+            unfinished = pathlib.Path(scratch) / "run"
+            self.save(unfinished)
+            with Checkpoints(unfinished) as checkpoints:
+                item = "ema" if self.config.optimizer.ema > 0 else "params"
+                checkpoints.save(self.step, {item: self.parameters.trained})
+            unfinished.rename(workdir)
+
+    def fingerprint(self) -> str:
+        """Identifies the model: encoders with the same fingerprint compute the same embeddings."""
+        towers = {side: self._describe_tower(side) for side in SIDES}
+        heads = {f"{side} head": embed.digest(self.weights(f"{side}_head")) for side in SIDES}
+        return cache.fingerprint({**towers, **heads})
+
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         """Unit-length embeddings of texts in any language; dot products are cosines.
 
@@ -264,6 +289,47 @@ class Encoder:
     def scale(self) -> float:
         """The inverse temperature, at most `dual_encoder.MAX_SCALE`."""
         return float(nnx.merge(self.embedder.graph, *self.parameters).scale)
+
+
+def encode_each(
+    encoder: Encoder,
+    items: Iterable[Item],
+    read: Callable[[Item], tuple[Pixels, Extra]],
+    skip: Callable[[str], None],
+) -> Iterator[tuple[list[Item], list[Extra], Float[np.ndarray, "images dim"]]]:
+    """Embeds any number of images, a batch at a time; threads decode ahead of the tower.
+
+    Args:
+      encoder: computes the embeddings.
+      items: stand for the images, for example their paths; `decoding.decode_each` takes them.
+      read: an item -> pixels, and anything else to keep of the image. It runs in threads.
+      skip: called with a one-line reason for each item for which `read` raises ValueError or
+        OSError; the item is left out.
+
+    Yields:
+      Items, what else `read` returned, and the embeddings, of unit length.
+    """
+    size, ready = embed.IMAGE_BATCH * encoder.mesh.size, []
+    whole = False
+    for item, result in decode_each(read, items, 2 * size):
+        if isinstance(result, Exception):
+            skip(str(result))
+            continue
+        ready.append((item, *result))
+        if len(ready) == size:
+            yield _encoded(encoder, ready, size)
+            ready, whole = [], True
+    if ready:
+        # After full batches, the last batch is padded, to avoid compiling another shape.
+        yield _encoded(encoder, ready, size if whole else len(ready))
+
+
+def _encoded(
+    encoder: Encoder, ready: Sequence[tuple[Item, Pixels, Extra]], size: int
+) -> tuple[list[Item], list[Extra], Float[np.ndarray, "images dim"]]:
+    items, pixels, extras = (list(part) for part in zip(*ready, strict=True))
+    filled = pixels + [pixels[-1]] * (size - len(pixels))
+    return items, extras, encoder.encode_image(filled)[: len(items)]
 
 
 def _lines(config: ConfigDict) -> Iterator[str]:

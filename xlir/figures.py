@@ -156,6 +156,35 @@ def plot_tags(
         pyplot.close(figure)
 
 
+def plot_hits(
+    queries: Sequence[str], pictures: Sequence[Sequence[bytes]], file: pathlib.Path
+) -> None:
+    """Draws a contact sheet: a row for each query, with the photos that were found, best first.
+
+    Args:
+      queries: the texts.
+      pictures: encoded photos of each query; empty bytes leave a place free.
+      file: where the picture goes.
+    """
+    columns = max([1, *map(len, pictures)])
+    with pyplot.rc_context({"font.family": _fonts()}):
+        figure, axes = pyplot.subplots(
+            *(len(queries), columns),
+            figsize=(2 * columns, 2.3 * len(queries)),
+            squeeze=False,
+            layout="constrained",
+        )
+        for row, query, found in zip(axes, queries, pictures, strict=True):
+            row[0].set_title(_wrap(query, 28 * columns), loc="left", fontsize=10)
+            for place, axis in enumerate(row):
+                if place < len(found) and found[place]:
+                    _draw_picture(axis, found[place], right=False)
+                else:
+                    axis.axis("off")
+        figure.savefig(file, dpi=110, bbox_inches="tight")
+        pyplot.close(figure)
+
+
 def _draw_query(axes: pyplot.Axes, language: str, caption: str, ranks: metrics.Ranks) -> None:
     axes.axis("off")
     lines = _wrap(caption, 30)

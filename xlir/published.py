@@ -11,7 +11,6 @@ import logging
 import math
 import pathlib
 import pickle
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from configs import base
 from input_pipeline.preprocessing import CLIP, Preprocessing
 from input_pipeline.tokenizers import HuggingFaceTokenizer
 from xlir import partition
-from xlir.checkpoint import Checkpoints
 from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
@@ -116,7 +114,7 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
         check_config(config)
     model = _model(config, {"text": text_side, "image": image_side}, (of_text, of_image))
     specs = {"text": text_side.spec, "image": image_side.spec}
-    _write(Encoder.from_model(config, model, tokenizer, specs), workdir)
+    Encoder.from_model(config, model, tokenizer, specs).save_run(workdir)
     log.info("%s: texts of %s, images of %s, %d dimensions", workdir, text, image, text_side.dim)
 
 
@@ -368,18 +366,6 @@ def _model(
 
 def _merge(module: nnx.Module, weights: Weights) -> None:
     pretrained.merge(module, {k: np.asarray(x, np.float32) for k, x in weights.items()})
-
-
-def _write(encoder: Encoder, workdir: pathlib.Path) -> None:
-    """Writes to a temporary folder, then renames it, so that workdir is never incomplete."""
-    workdir = workdir.resolve()
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
-        unfinished = pathlib.Path(scratch) / "run"
-        encoder.save(unfinished)
-        with Checkpoints(unfinished) as checkpoints:
-            checkpoints.save(0, {"params": encoder.parameters.trained})
-        unfinished.rename(workdir)
 
 
 def _pop(weights: Weights, *names: str) -> list[np.ndarray]:

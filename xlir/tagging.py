@@ -36,8 +36,7 @@ from jaxtyping import Float
 
 from input_pipeline import vocabularies
 from xlir import embed
-from xlir.decoding import decode_each
-from xlir.encoder import Encoder
+from xlir.encoder import Encoder, encode_each
 from xlir.reference_photos import Reference
 
 # The prompts of each language: the bare name, and "a photo of" it.
@@ -242,24 +241,7 @@ def embed_files(
       skip: called with a one-line reason for each file that can't be read or decoded; the file is
         left out.
     """
-    size, ready = embed.IMAGE_BATCH * encoder.mesh.size, []
-    whole = False
-    for file, pixels in decode_each(encoder.embedder.decode, files, 2 * size):
-        if isinstance(pixels, Exception):
-            skip(str(pixels))
-            continue
-        ready.append((file, pixels))
-        if len(ready) == size:
-            yield _embedded(encoder, ready, size)
-            ready, whole = [], True
-    if ready:
-        # After full batches, the last batch is padded, to avoid compiling another shape.
-        yield _embedded(encoder, ready, size if whole else len(ready))
-
-
-def _embedded(
-    encoder: Encoder, ready: Sequence[tuple[pathlib.Path, np.ndarray]], size: int
-) -> tuple[list[pathlib.Path], Float[np.ndarray, "images dim"]]:
-    files, pixels = (list(part) for part in zip(*ready, strict=True))
-    filled = pixels + [pixels[-1]] * (size - len(pixels))
-    return files, encoder.encode_image(filled)[: len(files)]
+    for batch, _, images in encode_each(
+        encoder, files, lambda file: (encoder.embedder.decode(file), None), skip
+    ):
+        yield batch, images

@@ -30,6 +30,8 @@ VERBS = {
     "prepare": "prepare",
     "eval": "evaluate",
     "tag": "tag",
+    "index": "index",
+    "search": "search",
     "export": "export",
     "import": "import_model",
     "shardings": "shardings",

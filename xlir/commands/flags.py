@@ -41,6 +41,10 @@ class Flags:
         """A flag with a list of texts, joined with commas."""
         self._declare(absl.flags.DEFINE_list, name, default, text)
 
+    def texts(self, name: str, text: str) -> None:
+        """A flag that may be given several times; the value is the list of its texts."""
+        self._declare(absl.flags.DEFINE_multi_string, name, [], text + " May be repeated.")
+
     def choice(
         self, name: str, text: str, choices: Sequence[str], default: str | None = None
     ) -> None:

@@ -174,10 +174,10 @@ def _tag(
 
     def skip(reason: str) -> None:
         skipped.append(reason)
-        log.warning("skipped: %s", _printable(reason))
+        log.warning("skipped: %s", printable(reason))
 
     top_k = values.top_k or (None if values.threshold is not None else 5)
-    with _opened(values.output) as output:
+    with opened(values.output) as output:
         for batch, embeddings in tagging.embed_files(encoder, images, skip):
             tags = {
                 language: tagger.tag(embeddings, top_k, values.threshold)
@@ -199,7 +199,7 @@ def _tag(
 
 
 @contextlib.contextmanager
-def _opened(output: str | None) -> Iterator[TextIO | None]:
+def opened(output: str | None) -> Iterator[TextIO | None]:
     """Where JSON lines are written: a file, standard output for "-", or None."""
     if output in (None, "-"):
         yield sys.stdout if output else None
@@ -234,7 +234,7 @@ def json_line(record: dict) -> str:
 def _table_rows(records: Sequence[dict]) -> str:
     """An image's tags for the terminal, a row per language; the first row has the file name."""
     rows = []
-    name = _printable(records[0]["image"])
+    name = printable(records[0]["image"])
     for one in records:
         cells = [
             f"{tag['name']} {tag['cosine'] if tag['percentile'] is None else tag['percentile']:.3f}"
@@ -245,7 +245,7 @@ def _table_rows(records: Sequence[dict]) -> str:
     return "\n".join(rows)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with line ends, control characters and bytes that are not UTF-8 escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

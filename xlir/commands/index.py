@@ -1,0 +1,85 @@
+"""Index photos, so that `search` finds them by queries in any language.
+
+PHOTOS are files, folders (searched at any depth), zip and tar archives, and patterns. The first run
+makes the index, with a copy of the run's encoder in it; later runs do not need --workdir, and embed
+only photos that are new or have changed. An interrupted run is resumed by the same command. Broken
+photos are skipped; the log names and counts them. Links inside folders are not followed.
+
+Needs `pip install 'xlir[search]'`.
+
+Examples:
+  python -m xlir.main index --workdir=runs/flickr8k --to=photos.index PHOTOS
+  python -m xlir.main index --to=photos.index --exclude=private --exclude='*.gif' --prune PHOTOS
+  python -m xlir.main index --workdir=runs/flickr8k --to=photos.index \\
+      --from=embeddings.npy paths.txt
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl.flags import FlagValues
+
+from input_pipeline import photo_limits
+from xlir.commands import processes
+from xlir.commands.errors import UsageError
+from xlir.commands.flags import Flags
+
+WORDS = "PHOTOS..."
+
+
+def define(flags: Flags) -> None:
+    """Declares the flags."""
+    flags.string("to", "Folder of the index; it is made if it does not exist.", needed=True)
+    flags.string(
+        "workdir", "Folder of the run whose encoder the index uses. Only a new index needs it."
+    )
+    flags.texts(
+        "exclude",
+        "Pattern of files and folders to leave out: of a name, or of the last parts of a path, "
+        "such as private/*.png.",
+    )
+    flags.switch(
+        "prune", "Remove photos from the index that were in PHOTOS and are no longer there."
+    )
+    flags.string(
+        "from",
+        "NumPy file (.npy) of embeddings of the same model, [photos, dim], to index instead of "
+        "embedding photos. PHOTOS is then one text file with the path of each row's photo.",
+    )
+
+
+def run(values: FlagValues, *words: str) -> None:
+    """Makes or extends an index."""
+    _check(values, words)
+    photo_limits.limit()
+    from xlir import search
+
+    search.check_installed()
+    processes.start_jax(values)
+    from xlir.search.index import Index, is_index
+
+    folder = pathlib.Path(values.to)
+    if is_index(folder):
+        index = Index.open(folder, values.workdir)
+    elif values.workdir is None:
+        raise UsageError(f"{folder} is not an index yet: a new index needs --workdir")
+    else:
+        index = Index.create(folder, values.workdir)
+    if values["from"].value:
+        added = index.add_embeddings(pathlib.Path(values["from"].value), pathlib.Path(words[0]))
+    else:
+        added = index.add(words, exclude=values.exclude, prune=values.prune)
+    print(
+        f"{folder}: {index.count():,} photos ({added.new:,} new, {added.changed:,} changed, "
+        f"{added.unchanged:,} unchanged, {added.removed:,} removed, {added.skipped:,} skipped)"
+    )
+
+
+def _check(values: FlagValues, words: Sequence[str]) -> None:
+    """Refuses contradictory flags."""
+    if not words:
+        raise UsageError("index needs photos: files, folders, archives or patterns")
+    if values["from"].value and (len(words) > 1 or values.prune or values.exclude):
+        raise UsageError(
+            "with --from, give one text file of paths, and neither --prune nor --exclude"
+        )

@@ -1,0 +1,126 @@
+"""Search an index of photos, with texts in any language or with a photo.
+
+Each QUERY is searched for on its own. --and, --not and --image add to every query: the photos
+should also show the first and the third, and should not show the second.
+
+--where is one or several terms, joined by `and`; each may begin with `not`:
+  folder NAME/NAME      in such a folder, or below it; with a leading slash, from the root
+  name PATTERN          the file's name; * is any text
+  taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; one of the two may be left out
+  width N..N, height N..N   pixels
+
+Needs `pip install 'xlir[search]'`.
+
+Examples:
+  python -m xlir.main search --index=photos.index "ein Hund am Strand" "해변의 개"
+  python -m xlir.main search --index=photos.index "deniz" --not="insanlar" \\
+      --where="folder holidays and taken 2021..2023-06"
+  python -m xlir.main search --index=photos.index --image=dog.jpg --sheet=like-dog.png
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl.flags import FlagValues
+
+from input_pipeline import files, photo_limits
+from xlir.commands import processes
+from xlir.commands.errors import UsageError
+from xlir.commands.flags import Flags
+from xlir.commands.tag import SHEET_SUFFIXES, opened, printable
+
+WORDS = "QUERY..."
+
+
+def define(flags: Flags) -> None:
+    """Declares the flags."""
+    flags.string("index", "Folder of the index.", needed=True)
+    flags.string("image", "A photo to search for; alone, or together with each QUERY.")
+    flags.texts("and", "What else the photos should show.")
+    flags.texts("not", "What the photos should not show.")
+    flags.integer("top_k", "Largest number of photos for a query; default: 10.", least=1, most=1000)
+    flags.string("where", "Which photos to consider; see above.", default="")
+    flags.switch("exact", "Compare with every photo; a large index otherwise may miss a few.")
+    flags.string(
+        "output", "File for the results as JSON lines; with -, they are printed instead of a table."
+    )
+    flags.string(
+        "sheet",
+        "File for a contact sheet, a picture of the photos that were found "
+        f"({', '.join(SHEET_SUFFIXES)}).",
+    )
+
+
+def run(values: FlagValues, *queries: str) -> None:
+    """Searches."""
+    _check(values, queries)
+    from xlir import search
+
+    search.check_installed()
+    from xlir.search import filters
+
+    filters.parse(values.where)
+    image = [photo_limits.read(values.image)] if values.image else []
+    processes.start_jax(values)
+    from xlir.search.index import Index
+
+    index = Index.open(values.index)
+    found = []
+    with opened(values.output) as output:
+        for query in queries or [""]:
+            parts = [*([query] if query else []), *values["and"].value, *image]
+            hits = index.search(
+                *parts,
+                without=values["not"].value,
+                count=values.top_k or 10,
+                where=values.where,
+                exact=values.exact,
+            )
+            found.append((query or values.image, hits))
+            if output:
+                output.write(json_line(query, hits) + "\n")
+            if output is not sys.stdout:
+                print(table(query or f"[{values.image}]", hits))
+    if values.sheet:
+        _draw(index, found, pathlib.Path(values.sheet))
+
+
+def _check(values: FlagValues, queries: Sequence[str]) -> None:
+    """Refuses invalid values of flags, and files that can't be written."""
+    if not queries and not values.image:
+        raise UsageError("search needs a query, or --image")
+    if any(not query.strip() for query in queries):
+        raise UsageError("a query is empty")
+    if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
+        raise UsageError(f"--sheet={values.sheet} should end in {', '.join(SHEET_SUFFIXES)}")
+    for place in (values.output, values.sheet):
+        if place not in (None, "-"):
+            files.check_writable(pathlib.Path(place))
+    sys.stdout.reconfigure(
+        encoding="utf8" if values.output == "-" else None, errors="backslashreplace"
+    )
+
+
+def json_line(query: str, hits: Sequence) -> str:
+    """A query and its hits as one line of JSON, with the fields of `xlir.search.index.Hit`."""
+    fields = [dataclasses.asdict(hit) for hit in hits]
+    for one in fields:
+        one["cosine"] = round(one["cosine"], 5)
+    return json.dumps({"query": query, "hits": fields}, ensure_ascii=False)
+
+
+def table(query: str, hits: Sequence) -> str:
+    """A query and its hits for the terminal, a row per photo."""
+    rows = [f"{hit.cosine:7.3f}  {printable(hit.path)}" for hit in hits]
+    return "\n".join([printable(query), *(rows or ["  no photo matches the filter"])])
+
+
+def _draw(index, found: Sequence[tuple[str, Sequence]], file: pathlib.Path) -> None:
+    """Draws the best photos of each query, from the thumbnails in the index."""
+    from xlir import figures
+
+    thumbnails = [index.thumbnails([hit.id for hit in hits]) for _, hits in found]
+    figures.plot_hits([query for query, _ in found], thumbnails, file)

@@ -1,0 +1,140 @@
+"""Filters: which photos of an index a search considers.
+
+A filter is terms joined by `and`, each of which may begin with `not`:
+
+    folder holidays/greece and taken 2023-06..2023-08 and not name *.png
+
+- `folder NAME/NAME`: photos in folders of these names, one in the other, and below them. With a
+  leading slash, the names begin at the root. Case does not matter.
+- `name PATTERN`: the file's name, with `*` for any text. Case does not matter.
+- `taken DATE` or `taken DATE..DATE`: when the photo was taken. Both dates are included, and either
+  may be missing. A date is 2023, 2023-06 or 2023-06-15.
+- `width N..N`, `height N..N`: pixels. Both are included, and either may be missing.
+
+A value with spaces is put in quotes.
+"""
+
+import calendar
+import dataclasses
+import datetime
+import re
+import shlex
+import unicodedata
+
+_RANGES = ("taken", "width", "height")
+COLUMNS = ("folder", "name", *_RANGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One condition on a photo.
+
+    Attributes:
+      column: the column of an index that is compared: "folder", "name" or one of the ranges.
+      pattern: for folder and name, case-folded text in which "*" is any text. None for ranges.
+      least, most: for ranges, the bounds, both included; None for none. `taken` counts seconds
+        since 1970.
+      negated: whether the photo must not match.
+    """
+
+    column: str
+    pattern: str | None = None
+    least: int | None = None
+    most: int | None = None
+    negated: bool = False
+
+
+Filter = tuple[Term, ...]
+
+
+def parse(text: str) -> Filter:
+    """Reads a filter; an empty text matches all photos.
+
+    Raises:
+      ValueError: the text is not a filter; the message says what is wrong with it.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the filter {text!r} has a quote that is not closed") from error
+    terms: list[Term] = []
+    while words:
+        if terms:
+            _expect(words, "and", text)
+        negated = words[0].lower() == "not" if words else False
+        column, value = _pair(words[1:] if negated else words, text)
+        del words[: 3 if negated else 2]
+        terms.append(dataclasses.replace(_term(column, value), negated=negated))
+    return tuple(terms)
+
+
+def _expect(words: list[str], word: str, text: str) -> None:
+    if words[0].lower() != word or len(words) == 1:
+        raise ValueError(
+            f"the filter {text!r} is not terms joined by 'and', near {words[0]!r}; put values with "
+            "spaces in quotes"
+        )
+    del words[0]
+
+
+def _pair(words: list[str], text: str) -> tuple[str, str]:
+    column = words[0].lower() if words else ""
+    if column not in COLUMNS:
+        raise ValueError(f"the filter {text!r} has no term; terms begin with {', '.join(COLUMNS)}")
+    if len(words) == 1:
+        raise ValueError(f"the filter {text!r} lacks a value for {column}")
+    return column, words[1]
+
+
+def _term(column: str, value: str) -> Term:
+    if column == "folder":
+        return Term(column, _folder_pattern(value))
+    if column == "name":
+        return Term(column, _folded(value))
+    least, dots, most = value.partition("..")
+    bound = _date if column == "taken" else _number
+    return Term(
+        column,
+        least=bound(least, column, last=False) if least else None,
+        most=bound(most if dots else least, column, last=True) if (most or not dots) else None,
+    )
+
+
+def _folder_pattern(value: str) -> str:
+    """ "/greece/" anywhere in the path or, with a leading slash, at its beginning."""
+    parts = [part for part in _folded(value).split("/") if part]
+    names = f"/{'/'.join(parts)}/" if parts else "/"
+    return f"{names}*" if value.startswith("/") else f"*{names}*"
+
+
+def _folded(value: str) -> str:
+    return unicodedata.normalize("NFC", value).casefold()
+
+
+def _number(value: str, column: str, *, last: bool) -> int:
+    if not (value.isascii() and value.isdecimal()):
+        raise ValueError(f"{column} takes whole numbers such as 1000..2000, not {value!r}")
+    return int(value)
+
+
+def _date(value: str, column: str, *, last: bool) -> int:
+    """The first or the last second of a year, month or day."""
+    found = re.fullmatch(r"(\d{4})(?:-(\d\d?))?(?:-(\d\d?))?", value, re.ASCII)
+    try:
+        year, month, day = (int(part) if part else None for part in found.groups())
+        first_day = (year, month or 1, day or 1)
+        if not last:
+            return _seconds(*first_day)
+        month = month or 12
+        days = calendar.monthrange(year, month)[1]
+        if day and day > days:
+            raise ValueError
+        return _seconds(year, month, day or days) + 24 * 3600 - 1
+    except (AttributeError, ValueError, calendar.IllegalMonthError) as error:
+        raise ValueError(
+            f"{column} takes dates such as 2023, 2023-06 or 2023-06-15..2023-07, not {value!r}"
+        ) from error
+
+
+def _seconds(year: int, month: int, day: int) -> int:
+    return int((datetime.date(year, month, day) - datetime.date(1970, 1, 1)).total_seconds())

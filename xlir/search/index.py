@@ -1,0 +1,436 @@
+"""An index: the embeddings of photos, and the encoder that answers queries about them.
+
+    index = xlir.Index.create("photos.index", "runs/flickr8k")
+    index.add(["/photos"])
+    for hit in index.search("ein Hund am Strand"):
+        print(hit.path, hit.cosine)
+
+The folder of an index holds everything that a search needs: `index.json`, the encoder as a run's
+folder (`encoder/`), and the rows of the photos (`store/`). The photos stay where they are.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from tqdm import tqdm
+
+from input_pipeline import files
+from xlir.decoding import Photo as AnyPhoto
+from xlir.encoder import Encoder, encode_each
+from xlir.search import filters, photos
+from xlir.search.stores import Store, schema
+from xlir.search.stores.lance import LanceStore
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+INDEX_FILE, LOCK_FILE, ENCODER, STORE = "index.json", ".lock", "encoder", "store"
+# Photos are stored when there are this many, or after this many seconds.
+ROWS_AT_ONCE, SECONDS_AT_ONCE = 512, 5.0
+# Rows of embeddings from elsewhere that are stored at a time.
+EMBEDDED_AT_ONCE = 50_000
+# A part of a query that photos should not show counts this much, and is subtracted.
+WITHOUT_WEIGHT = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A photo that a search found.
+
+    Attributes:
+      id: identifies the photo in the index.
+      path: where the photo is (or was when it was indexed).
+      cosine: cosine similarity of query and photo, -1 to 1.
+      taken: when it was taken, in seconds since 1970 by the camera's clock.
+      width, height: pixels.
+      size: bytes.
+    """
+
+    id: str
+    path: str
+    cosine: float
+    taken: int
+    width: int
+    height: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What `Index.add` did, as numbers of photos."""
+
+    new: int
+    changed: int
+    unchanged: int
+    skipped: int
+    removed: int
+
+
+class Index:
+    """Photos that can be searched. Use `create` or `open`.
+
+    Attributes:
+      folder: the folder of the index.
+    """
+
+    def __init__(self, folder: pathlib.Path, store: Store, dim: int):
+        self.folder, self._store, self._dim = folder, store, dim
+        self._encoder: Encoder | None = None
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike, workdir: str | os.PathLike) -> "Index":
+        """A new, empty index, with a copy of a run's encoder.
+
+        Args:
+          folder: the folder of the index; must not exist, or be empty.
+          workdir: the folder of a run.
+
+        Raises:
+          ValueError: the folder holds something else.
+          FileNotFoundError, ValueError: as `Encoder.load`.
+        """
+        folder = pathlib.Path(folder)
+        if is_index(folder):
+            raise ValueError(f"{folder} is an index already: open it")
+        # What an interrupted `create` leaves behind is written again.
+        others = set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE} if folder.exists() else ()
+        if others:
+            raise ValueError(f"{folder} is not empty and not an index: choose another folder")
+        encoder = Encoder.load(workdir)
+        files.make_writable_folder(folder)
+        with _locked(folder):
+            encoder.save_run(folder / ENCODER)
+            dim = encoder.config.embedding_dim
+            store = LanceStore(folder / STORE, dim, create=True)
+            content = {"version": VERSION, "dim": dim, "model": encoder.fingerprint()}
+            files.write_whole(folder / INDEX_FILE, json.dumps(content, indent=1))
+        index = cls(folder, store, dim)
+        index._encoder = encoder
+        return index
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, workdir: str | os.PathLike | None = None) -> "Index":
+        """An existing index.
+
+        Args:
+          folder: the folder of the index.
+          workdir: if given, the run that the index must have been made with.
+
+        Raises:
+          FileNotFoundError: the folder is not an index.
+          ValueError: a file is damaged, or the index was made with another model.
+        """
+        folder = pathlib.Path(folder)
+        if not is_index(folder):
+            raise FileNotFoundError(f"{folder} is not an index (it has no {INDEX_FILE})")
+        try:
+            content = json.loads((folder / INDEX_FILE).read_text(encoding="utf8"))
+            version, dim, model = content["version"], int(content["dim"]), content["model"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / INDEX_FILE} is damaged: restore it from a copy, or make the index again"
+            ) from error
+        if version != VERSION:
+            raise ValueError(f"{folder} was made by another version of xlir: make the index again")
+        index = cls(folder, LanceStore(folder / STORE, dim), dim)
+        if workdir is not None:
+            encoder = Encoder.load(workdir)
+            if encoder.fingerprint() != model:
+                raise ValueError(
+                    f"{folder} was made with another model than that of {workdir}, so their "
+                    "embeddings can't be compared. Use another index, or leave --workdir out"
+                )
+            index._encoder = encoder
+        return index
+
+    @property
+    def encoder(self) -> Encoder:
+        """Embeds photos and queries; loaded on first use."""
+        if self._encoder is None:
+            self._encoder = Encoder.load(self.folder / ENCODER)
+        return self._encoder
+
+    def add(
+        self,
+        places: Sequence[str | os.PathLike],
+        *,
+        exclude: Sequence[str] = (),
+        prune: bool = False,
+        skip: Callable[[str], None] = log.warning,
+    ) -> Added:
+        """Embeds the photos that are new or have changed since they were indexed.
+
+        Photos are stored after a few seconds at most; an interrupted call is resumed by the next.
+
+        Args:
+          places, exclude: as of `photos.find`.
+          prune: remove photos from the index that were in these places and are no longer found.
+          skip: called with one line for each photo that can't be read or decoded.
+
+        Raises:
+          FileNotFoundError: a place does not exist.
+          ValueError: another process changes the index; or a store's error.
+        """
+        with _locked(self.folder):
+            self._store.refresh()
+            known = self._known()
+            found, counts = set(), {"new": 0, "changed": 0, "unchanged": 0}
+            for photo in photos.find(places, exclude):
+                found.add(photo.id)
+                counts[_state(photo, known)] += 1
+            wanted = counts["new"] + counts["changed"]
+            skipped = 0
+
+            def skip_one(reason: str) -> None:
+                nonlocal skipped
+                skipped += 1
+                skip(reason)
+
+            todo = (
+                photo
+                for photo in photos.find(places, exclude, skip)
+                if _state(photo, known) != "unchanged"
+            )
+            with tqdm(total=wanted, desc="indexing", unit="") as bar:
+                for rows in _rows_at_once(self._embedded(todo, skip_one)):
+                    changed = [row in known for row in rows["id"].to_pylist()]
+                    (self._store.replace if any(changed) else self._store.add)(rows)
+                    bar.update(len(rows))
+            gone = self._gone(places, exclude, found) if prune else []
+            self._store.remove(gone)
+            if wanted or gone:
+                self._store.optimize()
+        return Added(**counts, skipped=skipped, removed=len(gone))
+
+    def add_embeddings(self, vectors: pathlib.Path, paths: pathlib.Path) -> Added:
+        """Adds photos that were embedded elsewhere by the model of this index.
+
+        Such photos have no size, time or thumbnail in the index.
+
+        Args:
+          vectors: a .npy file, [photos, dim], of any length above 0.
+          paths: a text file with the path of each row's photo.
+
+        Raises:
+          ValueError: the files do not fit each other or the index.
+        """
+        array = np.load(vectors, mmap_mode="r", allow_pickle=False)
+        named = paths.read_text(encoding="utf8").splitlines()
+        if array.ndim != 2 or array.shape[1] != self._dim or len(array) != len(named):
+            raise ValueError(
+                f"{vectors} has the shape {list(array.shape)}; for this index and the "
+                f"{len(named):,} paths in {paths}, it should be [{len(named)}, {self._dim}]"
+            )
+        if len(set(named)) < len(named):
+            raise ValueError(f"{paths} names a path twice")
+        found = [photos.Photo(os.path.realpath(path), 0, 0, bytes) for path in named]
+        with _locked(self.folder):
+            self._store.refresh()
+            known = self._known()
+            old = sum(photo.id in known for photo in found)
+            for start in tqdm(range(0, len(found), EMBEDDED_AT_ONCE), desc="indexing", unit=""):
+                batch = found[start : start + EMBEDDED_AT_ONCE]
+                part = np.asarray(array[start : start + EMBEDDED_AT_ONCE], np.float32)
+                lengths = np.linalg.norm(part, axis=1, keepdims=True)
+                if not (np.isfinite(lengths) & (lengths > 0)).all():
+                    raise ValueError(f"{vectors} has a row that is zero or not finite")
+                described = [photos.Described(0, 0, 0, b"")] * len(batch)
+                rows = _table(batch, described, part / lengths)
+                (self._store.replace if old else self._store.add)(rows)
+            self._store.optimize()
+        return Added(len(found) - old, old, 0, 0, 0)
+
+    def remove(self, paths: Iterable[str | os.PathLike]) -> None:
+        """Removes photos from the index, by their paths; the photos themselves stay."""
+        ids = [photos.identifier(os.path.realpath(path)) for path in paths]
+        with _locked(self.folder):
+            self._store.refresh()
+            self._store.remove(ids)
+
+    def count(self, where: str = "") -> int:
+        """The number of photos that match a filter (`xlir.search.filters`)."""
+        return self._store.count(filters.parse(where))
+
+    def search(
+        self,
+        *queries: str | AnyPhoto,
+        without: Sequence[str | AnyPhoto] = (),
+        count: int = 10,
+        where: str = "",
+        exact: bool = False,
+    ) -> list[Hit]:
+        """The photos that fit a query best, the best first.
+
+        Args:
+          queries: texts in any language, and PIL images or encoded bytes of photos. Several are
+            one query: a photo should fit all of them.
+          without: what the photos should not show.
+          count: the largest number of photos.
+          where: a filter (`xlir.search.filters`).
+          exact: compare with every photo; a large index otherwise may miss a few.
+
+        Raises:
+          ValueError: there is no query, or the filter is not valid.
+        """
+        query = self.embed_query(queries, without)
+        return self.find(query, count, where, exact=exact)
+
+    def embed_query(
+        self, queries: Sequence[str | AnyPhoto], without: Sequence[str | AnyPhoto] = ()
+    ) -> Float[np.ndarray, " dim"]:
+        """One unit-length vector for a query; see `search`."""
+        if not queries:
+            raise ValueError("a query needs a text or a photo to search for")
+        total = self._embed(queries).sum(axis=0)
+        if without:
+            total = total - WITHOUT_WEIGHT * self._embed(without).sum(axis=0)
+        return total / np.linalg.norm(total)
+
+    def find(
+        self,
+        query: Float[np.ndarray, " dim"],
+        count: int = 10,
+        where: str = "",
+        *,
+        exact: bool = False,
+    ) -> list[Hit]:
+        """As `search`, for a query that is embedded already."""
+        hits = self._store.search(query, count, filters.parse(where), exact=exact)
+        columns = [field.name for field in dataclasses.fields(Hit) if field.name != "cosine"]
+        rows = {row["id"]: row for row in self._store.read(hits.ids, columns).to_pylist()}
+        # A photo that was removed a moment ago is left out.
+        return [
+            Hit(cosine=float(cosine), **rows[identifier])
+            for identifier, cosine in zip(*hits, strict=True)
+            if identifier in rows
+        ]
+
+    def thumbnails(self, ids: Sequence[str]) -> list[bytes]:
+        """The thumbnails of photos, as JPEG."""
+        return self._store.read(ids, ["thumbnail"])["thumbnail"].to_pylist()
+
+    def refresh(self) -> None:
+        """Makes photos visible that other processes have added."""
+        self._store.refresh()
+
+    def _embed(self, parts: Sequence[str | AnyPhoto]) -> Float[np.ndarray, "parts dim"]:
+        texts = [part for part in parts if isinstance(part, str)]
+        pictures = [part for part in parts if not isinstance(part, str)]
+        embedded = [self.encoder.encode_text(texts)] if texts else []
+        embedded += [self.encoder.encode_image(pictures)] if pictures else []
+        return np.concatenate(embedded)
+
+    def _known(self) -> dict[str, tuple[int, int]]:
+        """Id -> (size, modified) of all photos in the store."""
+        known = {}
+        for batch in self._store.scan(["id", "size", "modified"]):
+            columns = (batch[name].to_pylist() for name in ("id", "size", "modified"))
+            known |= {name: (size, modified) for name, size, modified in zip(*columns, strict=True)}
+        return known
+
+    def _embedded(
+        self, found: Iterable[photos.Photo], skip: Callable[[str], None]
+    ) -> Iterator[pa.Table]:
+        """The rows of photos, a batch at a time."""
+        decode = self.encoder.embedder.decode
+
+        def read(photo: photos.Photo) -> tuple[np.ndarray, photos.Described]:
+            data = photo.read()
+            try:
+                described = photos.describe(data, photo.modified)
+                return decode(data, photo.path), described
+            except ValueError as error:
+                text = str(error)
+                named = text if text.startswith(photo.path) else f"{photo.path}: {text}"
+                raise ValueError(named) from error
+
+        in_order = (photos.loaded(photo) for photo in found)
+        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip):
+            yield _table(batch, described, vectors)
+
+    def _gone(
+        self, places: Sequence[str | os.PathLike], exclude: Sequence[str], found: set[str]
+    ) -> list[str]:
+        """The ids of photos in the index that were in places and are no longer found there."""
+        if not found:
+            named = ", ".join(map(os.fspath, places))
+            raise ValueError(
+                f"{named}: no photos are found there, so nothing is removed from the index. Is a "
+                "disk not mounted?"
+            )
+        prefixes = tuple(f"{root.rstrip('/')}/" for root in photos.roots(places))
+        gone = []
+        for batch in self._store.scan(["id", "path"]):
+            for name, path in zip(batch["id"].to_pylist(), batch["path"].to_pylist(), strict=True):
+                if path.startswith(prefixes) and name not in found:
+                    gone.append(name)
+        return gone
+
+
+def is_index(folder: pathlib.Path) -> bool:
+    """Whether the folder holds an index: index.json is written last."""
+    return (folder / INDEX_FILE).is_file()
+
+
+def _state(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> str:
+    """Whether a photo is "new", "changed" or "unchanged"."""
+    if photo.id not in known:
+        return "new"
+    return "unchanged" if known[photo.id] == (photo.size, photo.modified) else "changed"
+
+
+def _table(
+    batch: Sequence[photos.Photo],
+    described: Sequence[photos.Described],
+    vectors: Float[np.ndarray, "photos dim"],
+) -> pa.Table:
+    """The rows of photos in the columns of a store."""
+    columns = {
+        "id": [photo.id for photo in batch],
+        "path": [photo.path for photo in batch],
+        "folder": [photos.folder_of(photo.path) for photo in batch],
+        "name": [photos.name_of(photo.path) for photo in batch],
+        "size": [photo.size for photo in batch],
+        "modified": [photo.modified for photo in batch],
+    }
+    for field in dataclasses.fields(photos.Described):
+        columns[field.name] = [getattr(one, field.name) for one in described]
+    flat = pa.array(vectors.astype(np.float16).reshape(-1))
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table(columns, schema=schema(vectors.shape[1]))
+
+
+def _rows_at_once(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins small tables, until they have enough rows or enough time has passed."""
+    waiting, since = [], time.monotonic()
+    for table in tables:
+        waiting.append(table)
+        full = sum(map(len, waiting)) >= ROWS_AT_ONCE
+        if full or time.monotonic() - since >= SECONDS_AT_ONCE:
+            yield pa.concat_tables(waiting)
+            waiting, since = [], time.monotonic()
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from changing an index; the system frees the lock of a killed one."""
+    with open(folder / LOCK_FILE, "a+") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is changing {folder}: wait until it has ended"
+            ) from error
+        yield

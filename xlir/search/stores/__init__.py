@@ -1,0 +1,96 @@
+"""Where the rows of an index are stored: on this machine (LanceDB) or on a server (Milvus).
+
+A store holds one row for each photo, in the columns of `schema`. Both stores do the same, which
+tests/search/test_stores.py checks on each.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from xlir.search.filters import Filter
+
+
+class Hits(NamedTuple):
+    """The photos nearest to a query, the nearest first.
+
+    Attributes:
+      ids: the ids of the photos.
+      cosines: their cosine similarities with the query.
+    """
+
+    ids: list[str]
+    cosines: Float[np.ndarray, " hits"]
+
+
+class Store(Protocol):
+    """The rows of an index. Each method raises OSError or ValueError, in one line, if it fails."""
+
+    def add(self, rows: pa.Table) -> None:
+        """Adds rows whose ids are not in the store; when it returns, they survive a crash."""
+
+    def replace(self, rows: pa.Table) -> None:
+        """As `add`, for ids that may be in the store; their old rows are replaced."""
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Removes rows; ids that are not in the store are ignored."""
+
+    def search(
+        self,
+        query: Float[np.ndarray, " dim"],
+        count: int,
+        where: Filter = (),
+        *,
+        exact: bool = False,
+    ) -> Hits:
+        """The rows with the highest cosine similarities with a unit-length query.
+
+        Args:
+          query: of unit length.
+          count: the largest number of rows.
+          where: which rows to consider.
+          exact: compare with every row; otherwise a large store may miss a few.
+        """
+
+    def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """The columns of rows, in the order of their ids, which must be different; ids that are not
+        in the store are left out."""
+
+    def scan(self, columns: Sequence[str], where: Filter = ()) -> Iterator[pa.RecordBatch]:
+        """The columns of all rows that match, in any order."""
+
+    def count(self, where: Filter = ()) -> int:
+        """The number of rows that match."""
+
+    def optimize(self) -> None:
+        """Builds or extends the indexes of a large store, and removes what is no longer used."""
+
+    def refresh(self) -> None:
+        """Makes rows visible that other processes have added."""
+
+
+def schema(dim: int) -> pa.Schema:
+    """The columns of a store for embeddings of a width.
+
+    `id`, `path`, `size` (bytes), `modified` (nanoseconds), `taken` (seconds), `width`, `height` and
+    `thumbnail` are explained in `xlir.search.photos`; `folder` and `name` are case-folded for
+    filters. `vector` is the embedding, of unit length before it is rounded to 16 bits.
+    """
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("path", pa.string(), nullable=False),
+            pa.field("folder", pa.string(), nullable=False),
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("size", pa.int64(), nullable=False),
+            pa.field("modified", pa.int64(), nullable=False),
+            pa.field("taken", pa.int64(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("thumbnail", pa.binary(), nullable=False),
+            pa.field("vector", pa.list_(pa.float16(), dim), nullable=False),
+        ]
+    )

@@ -1,0 +1,189 @@
+"""A store on this machine: a LanceDB table in a folder.
+
+Every `add` is a new version of the table, which is on disk when the call returns. A process that is
+killed in between leaves the last version.
+
+A small table is searched exactly. A large one has an index over the vectors (IVF_SQ: the nearest of
+many clusters, and one byte for each component), whose candidates are compared again with the whole
+vectors. A filter that leaves few rows would leave few candidates, so such a search is exact.
+"""
+
+import contextlib
+import datetime
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from lancedb.index import BTree, IvfSq
+
+from xlir.search.filters import Filter, Term
+from xlir.search.stores import Hits, schema
+
+TABLE = "photos"
+# From this many rows on, a table has an index over its vectors; searching fewer takes up to 0.1 s.
+LARGE = 50_000
+# A filter that leaves fewer rows than this is answered exactly.
+FEW = 150_000
+# Rows of a cluster of the index, and the share of all clusters that a query looks into.
+CLUSTER_ROWS, PROBED = 1000, 0.04
+# Candidates that are compared again, for each requested row.
+REFINE = 4
+# Columns with an index for filters.
+INDEXED = ("id", "taken", "width", "height")
+# The names of indexes over the vectors begin with this; the number of clusters follows.
+CLUSTERS = "vectors_"
+# Old versions of the table are kept for readers this long.
+KEPT = datetime.timedelta(minutes=10)
+
+
+class LanceStore:
+    """Implements `xlir.search.stores.Store`.
+
+    Args:
+      folder: the folder of the table; created if it does not exist.
+      dim: the width of the embeddings.
+      create: whether to create the table if there is none.
+
+    Raises:
+      FileNotFoundError: there is no table, and `create` is false.
+      ValueError: the table is damaged.
+    """
+
+    def __init__(self, folder: pathlib.Path, dim: int, *, create: bool = False):
+        self._folder, self._schema = folder, schema(dim)
+        with self._errors():
+            database = lancedb.connect(folder)
+            if TABLE in database.table_names():
+                self._table = database.open_table(TABLE)
+            elif create:
+                self._table = database.create_table(TABLE, schema=self._schema)
+            else:
+                raise FileNotFoundError(f"{folder} holds no index")
+            self._indexed = bool(self._vector_indexes())
+
+    def add(self, rows: pa.Table) -> None:
+        """See `Store.add`."""
+        with self._errors():
+            self._table.add(rows)
+
+    def replace(self, rows: pa.Table) -> None:
+        """See `Store.replace`."""
+        with self._errors():
+            merge = self._table.merge_insert("id")
+            merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """See `Store.remove`."""
+        with self._errors():
+            for start in range(0, len(ids), 1000):
+                self._table.delete(f"id IN ({_strings(ids[start : start + 1000])})")
+
+    def search(
+        self,
+        query: Float[np.ndarray, " dim"],
+        count: int,
+        where: Filter = (),
+        *,
+        exact: bool = False,
+    ) -> Hits:
+        """See `Store.search`."""
+        with self._errors():
+            search = self._table.search(query.astype(np.float32)).distance_type("cosine")
+            search = search.select(["id", "_distance"]).limit(count)
+            if where:
+                search = search.where(sql(where), prefilter=True)
+            if not self._indexed or exact or (where and self.count(where) < FEW):
+                search = search.bypass_vector_index()
+            else:
+                probes = max(1, round(self._table.count_rows() / CLUSTER_ROWS * PROBED))
+                search = search.nprobes(probes).refine_factor(REFINE)
+            found = search.to_arrow()
+        return Hits(found["id"].to_pylist(), 1 - found["_distance"].to_numpy())
+
+    def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """See `Store.read`."""
+        names = list(dict.fromkeys(["id", *columns]))
+        with self._errors():
+            found = self._table.search().where(f"id IN ({_strings(ids)})").select(names)
+            rows = found.limit(len(ids)).to_arrow()
+        places = {identifier: row for row, identifier in enumerate(rows["id"].to_pylist())}
+        order = [places[identifier] for identifier in ids if identifier in places]
+        return rows.take(order).select(list(columns))
+
+    def scan(self, columns: Sequence[str], where: Filter = ()) -> Iterator[pa.RecordBatch]:
+        """See `Store.scan`."""
+        with self._errors():
+            search = self._table.search().select(list(columns))
+            yield from (search.where(sql(where)) if where else search).to_batches()
+
+    def count(self, where: Filter = ()) -> int:
+        """See `Store.count`."""
+        with self._errors():
+            return self._table.count_rows(sql(where) if where else None)
+
+    def optimize(self) -> None:
+        """See `Store.optimize`."""
+        with self._errors():
+            self._table.optimize(cleanup_older_than=KEPT)
+            rows = self._table.count_rows()
+            if rows < LARGE:
+                return
+            indexed = {index.columns[0] for index in self._table.list_indices()}
+            for column in INDEXED:
+                if column not in indexed:
+                    self._table.create_index(column, config=BTree())
+            clusters = rows // CLUSTER_ROWS
+            old = {name: int(name.removeprefix(CLUSTERS)) for name in self._vector_indexes()}
+            # Rows join the nearest clusters; when there are twice as many, new clusters are made.
+            if not old or max(old.values()) * 2 <= clusters:
+                config = IvfSq(distance_type="cosine", num_partitions=clusters)
+                self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
+                for name in old:
+                    self._table.drop_index(name)
+            self._indexed = True
+
+    def refresh(self) -> None:
+        """See `Store.refresh`."""
+        with self._errors():
+            self._table.checkout_latest()
+            self._indexed = bool(self._vector_indexes())
+
+    def _vector_indexes(self) -> list[str]:
+        """The names of the indexes over the vectors: one, or two while one replaces the other."""
+        return [index.name for index in self._table.list_indices() if index.columns == ["vector"]]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns LanceDB's errors into one line."""
+        try:
+            yield
+        except (RuntimeError, OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            reason = re.sub(r", ?/?[\w/.-]+\.rs:\d+:\d+", "", " ".join(str(error).split()))[:300]
+            raise ValueError(f"{self._folder}: {reason}") from error
+
+
+def sql(where: Filter) -> str:
+    """A filter in LanceDB's SQL."""
+    return " AND ".join(f"NOT ({_sql(term)})" if term.negated else _sql(term) for term in where)
+
+
+def _sql(term: Term) -> str:
+    if term.pattern is not None:
+        like = re.sub(r"([%_\\])", r"\\\1", term.pattern).replace("*", "%").replace("'", "''")
+        return f"{term.column} LIKE '{like}' ESCAPE '\\'"
+    bounds = [
+        f"{term.column} {sign} {bound}"
+        for sign, bound in ((">=", term.least), ("<=", term.most))
+        if bound is not None
+    ]
+    return " AND ".join(bounds) or "TRUE"
+
+
+def _strings(values: Sequence[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
