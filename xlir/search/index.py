@@ -291,10 +291,7 @@ class Index:
         """One unit-length vector for a query; see `search`."""
         if not queries:
             raise ValueError("a query needs a text or a photo to search for")
-        total = self._embed(queries).sum(axis=0)
-        if without:
-            total = total - WITHOUT_WEIGHT * self._embed(without).sum(axis=0)
-        return total / np.linalg.norm(total)
+        return combined(self._embed(queries), self._embed(without) if without else None)
 
     def find(
         self,
@@ -314,6 +311,20 @@ class Index:
             for identifier, cosine in zip(*hits, strict=True)
             if identifier in rows
         ]
+
+    def vector(self, identifier: str) -> Float[np.ndarray, " dim"] | None:
+        """The stored embedding of a photo, of unit length; None if the index lacks the photo."""
+        rows = self._store.read([identifier], ["vector"])["vector"].to_pylist()
+        if not rows:
+            return None
+        stored = np.asarray(rows[0], np.float32)
+        return stored / np.linalg.norm(stored)
+
+    def photo(self, identifier: str) -> Hit | None:
+        """What the index knows about a photo, with a cosine of 1; None if it lacks the photo."""
+        columns = [field.name for field in dataclasses.fields(Hit) if field.name != "cosine"]
+        rows = self._store.read([identifier], columns).to_pylist()
+        return Hit(cosine=1.0, **rows[0]) if rows else None
 
     def thumbnails(self, ids: Sequence[str]) -> list[bytes]:
         """The thumbnails of photos, as JPEG."""
@@ -375,6 +386,28 @@ class Index:
                 if path.startswith(prefixes) and name not in found:
                     gone.append(name)
         return gone
+
+
+def combined(
+    wanted: Float[np.ndarray, "parts dim"],
+    unwanted: Float[np.ndarray, "others dim"] | None = None,
+) -> Float[np.ndarray, " dim"]:
+    """One unit-length vector for a query of several parts.
+
+    Args:
+      wanted: the embeddings of what photos should show.
+      unwanted: the embeddings of what they should not show.
+
+    Raises:
+      ValueError: the parts cancel out.
+    """
+    total = wanted.sum(axis=0)
+    if unwanted is not None:
+        total = total - WITHOUT_WEIGHT * unwanted.sum(axis=0)
+    length = np.linalg.norm(total)
+    if length < 1e-3:
+        raise ValueError("the parts of the query cancel out, so nothing is left to search for")
+    return total / length
 
 
 def is_index(folder: pathlib.Path) -> bool:
