@@ -107,12 +107,14 @@ class LanceStore:
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
         names = list(dict.fromkeys(["id", *columns]))
+        if not ids:
+            return self._schema.empty_table().select(list(columns))
         with self._errors():
             found = self._table.search().where(f"id IN ({_strings(ids)})").select(names)
             rows = found.limit(len(ids)).to_arrow()
         places = {identifier: row for row, identifier in enumerate(rows["id"].to_pylist())}
         order = [places[identifier] for identifier in ids if identifier in places]
-        return rows.take(order).select(list(columns))
+        return rows.take(pa.array(order, pa.int64())).select(list(columns))
 
     def scan(self, columns: Sequence[str], where: Filter = ()) -> Iterator[pa.RecordBatch]:
         """See `Store.scan`."""
