@@ -169,7 +169,7 @@ class Guard:
         client = _client(scope)
         self._clients[client] += 1
         self._metrics.in_flight.inc()
-        body = _Body(receive, self._limits.body)
+        body = _Body(receive, self._limits.body, whole=not _has_body(scope))
         try:
             async with asyncio.timeout(self._limits.seconds):
                 await self._app(scope, body.receive, answer.send)
@@ -200,10 +200,10 @@ class _Answer:
 
 
 class _Body:
-    """Receives a request's body, up to a limit."""
+    """Receives a request's body, up to a limit; `whole`: it has arrived, or there is none."""
 
-    def __init__(self, receive: Receive, limit: int):
-        self._receive, self._left, self._limit, self.whole = receive, limit, limit, False
+    def __init__(self, receive: Receive, limit: int, *, whole: bool):
+        self._receive, self._left, self._limit, self.whole = receive, limit, limit, whole
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -228,6 +228,11 @@ def _name(headers: Headers) -> str:
     host = headers.get("host", "").lower()
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdecimal() else host
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _client(scope: Scope) -> str:
