@@ -104,7 +104,9 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
             ["prepare", QUICKSTART, "--workdir=x"],
             ["--workdir is a flag of train, eval, tag, export and"],
         ),
-        (["--workdir", "train", "eval"], ["the verb comes first: eval"]),
+        ([QUICKSTART, "--config.text.frozen", "prepare"], ["the verb comes first: prepare"]),
+        (["photo", "eval"], ["unknown verb 'photo'"]),
+        (["--workdir", "eval"], ["train needs --config"]),
         (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images is a flag of eval and export, not of prepare"],
@@ -130,6 +132,34 @@ def test_usage_errors_are_one_line_and_need_no_jax(arguments, parts, command):
     line = refusal(command(*arguments, script=NO_JAX, check=False), code=2)
     for part in [*parts, "--help"]:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb"),
+    [
+        ("tag --vocabulary=coco eval", "tag"),
+        ("--workdir eval", None),
+        ("--workdir train eval", "eval"),
+        ("-vocabulary export tag", "tag"),
+        ("--config configs/xlmr.py prepare", "prepare"),
+        ("--distributed eval", "eval"),  # as `launch.sh` puts it
+        ("--nodrop_junk --unknown eval", "eval"),
+        ("-- eval", "eval"),
+        ("photo eval", None),
+        ("help eval", "eval"),
+        ("--help eval", "eval"),
+        ("--workdir", None),
+        ("", None),
+    ],
+)
+def test_the_verb_is_the_first_word_that_is_no_value_of_a_flag(arguments, verb):
+    assert commands.find_verb(arguments.split()) == verb
+
+
+def test_words_after_the_verb_may_be_verbs():
+    arguments = ["xlir", "tag", *TAG[:2], "train", "help"]
+    assert commands.find_verb(arguments[1:]) == "tag"
+    assert commands.parse("tag", arguments)[1] == ["train", "help"]
 
 
 @pytest.mark.parametrize(
