@@ -33,6 +33,7 @@ sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir, 
 """
 QUICKSTART = "--config=configs/quickstart.py"
 TAG = ["--workdir=x", "--vocabulary=coco", "a.jpg"]
+TESTING = ["eval", "export"]  # the verbs with --test_set
 PROCESS = ["--coordinator=localhost:1"]
 
 
@@ -108,6 +109,10 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["photo", "eval"], ["unknown verb 'photo'"]),
         (["--workdir", "eval"], ["train needs --config"]),
         (
+            ["export", "--workdir=x", "--to=y", "--test_set=xtd10,split:test"],
+            ["--test_set=xtd10,split:test names several test sets; an export is checked on one"],
+        ),
+        (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images is a flag of eval and export, not of prepare"],
         ),
@@ -160,6 +165,11 @@ def test_words_after_the_verb_may_be_verbs():
     arguments = ["xlir", "tag", *TAG[:2], "train", "help"]
     assert commands.find_verb(arguments[1:]) == "tag"
     assert commands.parse("tag", arguments)[1] == ["train", "help"]
+
+
+def test_help_says_how_many_test_sets_a_verb_takes():
+    told = {verb: commands.declared_flags(verb).values["test_set"].help for verb in TESTING}
+    assert [verb for verb, text in told.items() if "Join several" in text] == ["eval"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.workdir()
     flags.choice("task", "What to evaluate.", ("retrieval", "tagging"), default="retrieval")
-    flags.test_set()
+    flags.test_set(several=True)
     flags.switch("drop_junk", "Leave out XTD10's six German captions that are not translations.")
     flags.string(
         "vocabulary",
