@@ -113,6 +113,10 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
             ["--test_set=xtd10,split:test names several test sets; an export is checked on one"],
         ),
         (
+            ["eval", "--workdir=x", "--task=tagging", "--test_set=xtd10"],
+            ["--test_set=xtd10: --task=tagging needs split:NAME"],
+        ),
+        (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images is a flag of eval and export, not of prepare"],
         ),

@@ -461,7 +461,7 @@ def test_eval_of_tags_from_captions(tagged):
         (["--task=taging"], 2, "taging"),
         (["--task=tagging", "--images=x"], 2, "--images is not a flag of --task=tagging"),
         (["--vocabulary=coco"], 2, "--vocabulary is not a flag of --task=retrieval"),
-        (["--task=tagging", "--test_set=xtd10"], 1, "--task=tagging needs split:NAME"),
+        (["--task=tagging", "--test_set=xtd10"], 2, "--task=tagging needs split:NAME"),
     ],
 )
 def test_refusals_of_eval_are_one_line(workdir, arguments, code, part):

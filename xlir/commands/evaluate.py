@@ -67,7 +67,7 @@ def _splits(test_set: str) -> list[str]:
     names = (test_set or "split:test").split(",")
     for name in names:
         if not name.startswith("split:"):
-            raise ValueError(f"--test_set={name}: --task=tagging needs split:NAME")
+            raise UsageError(f"--test_set={name}: --task=tagging needs split:NAME")
     return [name.removeprefix("split:") for name in names]
 
 
