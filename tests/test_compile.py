@@ -102,6 +102,7 @@ def test_a_step_is_compiled_for_a_tpu(command):
     assert "v5e:2x4: 8 chips, mesh data=2, fsdp=4; batch 64, 8 a chip" in process.stdout
     assert "reduce-scatter" in process.stdout
     assert "it fits" in process.stdout
+    assert "this takes several minutes" in process.stderr
     assert "INVALID" not in process.stderr
 
 

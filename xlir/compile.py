@@ -240,7 +240,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     config = _as_on_tpu(config)
     mesh = partition.create_mesh(config.mesh, devices)
     traced = trace(config, mesh)
-    log.info("compiling a step for %d chips; this takes one to three minutes", len(devices))
+    log.info("compiling a step for %d chips; this takes several minutes", len(devices))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

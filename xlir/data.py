@@ -178,7 +178,7 @@ def test_sets(
       FileNotFoundError: a folder, one of its files, or a photo is missing.
       ValueError: the folder's files contradict each other.
     """
-    chosen = [_named(config, name) for name in _listed(names)] if names else _own(config)
+    chosen = [_named(config, name) for name in listed(names)] if names else _own(config)
     found = []
     for entry, options in chosen:
         if images:
@@ -228,6 +228,6 @@ def _named(config: ConfigDict, name: str) -> tuple[Entry, Options]:
     return test_set_types.find("folder"), Options("NAME", captions=name)
 
 
-def _listed(names: str) -> list[str]:
-    """Splits names at commas, unless they are one folder whose name contains a comma."""
+def listed(names: str) -> list[str]:
+    """Splits test sets at commas, unless they are one folder whose name contains a comma."""
     return [names] if os.path.isdir(names) else names.split(",")

@@ -14,6 +14,7 @@ import sys
 from absl.flags import FlagValues
 
 from xlir.commands import processes
+from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
 
@@ -33,11 +34,17 @@ def define(flags: Flags) -> None:
         "default: ema if the run keeps an average.",
         ("ema", "raw"),
     )
-    flags.test_set()
+    flags.test_set(several=False)
 
 
 def run(values: FlagValues) -> None:
     """Exports."""
+    from xlir import data
+
+    if len(data.listed(values.test_set)) > 1:
+        raise UsageError(
+            f"--test_set={values.test_set} names several test sets; an export is checked on one"
+        )
     # SIGTERM raises an exception, as Ctrl-C does, so that a half-written folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes.start_jax(values)
