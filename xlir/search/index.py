@@ -184,33 +184,25 @@ class Index:
         with _locked(self.folder):
             self._store.refresh()
             known = self._known()
-            found, counts = set(), {"new": 0, "changed": 0, "unchanged": 0}
+            found, wanted = set(), 0
             for photo in photos.find(places, exclude):
                 found.add(photo.id)
-                counts[_state(photo, known)] += 1
-            wanted = counts["new"] + counts["changed"]
-            skipped = 0
-
-            def skip_one(reason: str) -> None:
-                nonlocal skipped
-                skipped += 1
-                skip(reason)
-
-            todo = (
-                photo
-                for photo in photos.find(places, exclude, skip)
-                if _state(photo, known) != "unchanged"
-            )
+                wanted += _differs(photo, known)
+            skipped: list[str] = []
+            todo = (photo for photo in photos.find(places, exclude, skip) if _differs(photo, known))
+            new = changed = 0
             with tqdm(total=wanted, desc="indexing", unit="") as bar:
-                for rows in _rows_at_once(self._embedded(todo, skip_one)):
-                    changed = [row in known for row in rows["id"].to_pylist()]
-                    (self._store.replace if any(changed) else self._store.add)(rows)
+                for rows in _rows_at_once(self._embedded(todo, skipped, skip)):
+                    old = sum(name in known for name in rows["id"].to_pylist())
+                    (self._store.replace if old else self._store.add)(rows)
+                    new, changed = new + len(rows) - old, changed + old
                     bar.update(len(rows))
             gone = self._gone(places, exclude, found) if prune else []
             self._store.remove(gone)
             if wanted or gone:
                 self._store.optimize()
-        return Added(**counts, skipped=skipped, removed=len(gone))
+        unchanged = len(found) - wanted
+        return Added(new, changed, unchanged, skipped=len(skipped), removed=len(gone))
 
     def add_embeddings(self, vectors: pathlib.Path, paths: pathlib.Path) -> Added:
         """Adds photos that were embedded elsewhere by the model of this index.
@@ -339,10 +331,14 @@ class Index:
         return known
 
     def _embedded(
-        self, found: Iterable[photos.Photo], skip: Callable[[str], None]
+        self, found: Iterable[photos.Photo], skipped: list[str], skip: Callable[[str], None]
     ) -> Iterator[pa.Table]:
-        """The rows of photos, a batch at a time."""
+        """The rows of photos, a batch at a time; the reasons of skipped ones are also collected."""
         decode = self.encoder.embedder.decode
+
+        def skip_one(reason: str) -> None:
+            skipped.append(reason)
+            skip(reason)
 
         def read(photo: photos.Photo) -> tuple[np.ndarray, photos.Described]:
             data = photo.read()
@@ -355,7 +351,7 @@ class Index:
                 raise ValueError(named) from error
 
         in_order = (photos.loaded(photo) for photo in found)
-        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip):
+        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip_one):
             yield _table(batch, described, vectors)
 
     def _gone(
@@ -382,11 +378,9 @@ def is_index(folder: pathlib.Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
-def _state(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> str:
-    """Whether a photo is "new", "changed" or "unchanged"."""
-    if photo.id not in known:
-        return "new"
-    return "unchanged" if known[photo.id] == (photo.size, photo.modified) else "changed"
+def _differs(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether a photo is new or has changed since it was indexed."""
+    return known.get(photo.id) != (photo.size, photo.modified)
 
 
 def _table(

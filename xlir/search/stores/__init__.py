@@ -5,7 +5,7 @@ tests/search/test_stores.py checks on each.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ class Hits(NamedTuple):
     cosines: Float[np.ndarray, " hits"]
 
 
+@runtime_checkable
 class Store(Protocol):
     """The rows of an index. Each method raises OSError or ValueError, in one line, if it fails."""
 

@@ -30,7 +30,7 @@ LARGE = 50_000
 FEW = 150_000
 # Rows of a cluster of the index, and the share of all clusters that a query looks into.
 CLUSTER_ROWS, PROBED = 1000, 0.04
-# Candidates that are compared again, for each requested row.
+# Candidates of the index whose whole vectors are compared, for each row of the answer.
 REFINE = 4
 # Columns with an index for filters.
 INDEXED = ("id", "taken", "width", "height")
@@ -57,7 +57,7 @@ class LanceStore:
         self._folder, self._schema = folder, schema(dim)
         with self._errors():
             database = lancedb.connect(folder)
-            if TABLE in database.table_names():
+            if (folder / f"{TABLE}.lance").is_dir():
                 self._table = database.open_table(TABLE)
             elif create:
                 self._table = database.create_table(TABLE, schema=self._schema)
@@ -93,7 +93,8 @@ class LanceStore:
         """See `Store.search`."""
         with self._errors():
             search = self._table.search(query.astype(np.float32)).distance_type("cosine")
-            search = search.select(["id", "_distance"]).limit(count)
+            # LanceDB rounds the query to 16 bits too, so nearly equal rows may change places.
+            search = search.select(["id", "vector", "_distance"]).limit(2 * count + 10)
             if where:
                 search = search.where(sql(where), prefilter=True)
             if not self._indexed or exact or (where and self.count(where) < FEW):
@@ -102,17 +103,23 @@ class LanceStore:
                 probes = max(1, round(self._table.count_rows() / CLUSTER_ROWS * PROBED))
                 search = search.nprobes(probes).refine_factor(REFINE)
             found = search.to_arrow()
-        return Hits(found["id"].to_pylist(), 1 - found["_distance"].to_numpy())
+        flat = found["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
+        vectors = flat.reshape(len(found), len(query))
+        cosines = vectors @ query / np.linalg.norm(vectors, axis=1)
+        best = np.argsort(-cosines, kind="stable")[:count]
+        return Hits(found["id"].take(best).to_pylist(), cosines[best])
 
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
         names = list(dict.fromkeys(["id", *columns]))
         with self._errors():
-            found = self._table.search().where(f"id IN ({_strings(ids)})").select(names)
-            rows = found.limit(len(ids)).to_arrow()
+            # An empty list is not valid SQL.
+            chosen = f"id IN ({_strings(ids or [''])})"
+            found = self._table.search().where(chosen).select(names)
+            rows = found.limit(len(ids) + 1).to_arrow()
         places = {identifier: row for row, identifier in enumerate(rows["id"].to_pylist())}
         order = [places[identifier] for identifier in ids if identifier in places]
-        return rows.take(order).select(list(columns))
+        return rows.take(pa.array(order, pa.int64())).select(list(columns))
 
     def scan(self, columns: Sequence[str], where: Filter = ()) -> Iterator[pa.RecordBatch]:
         """See `Store.scan`."""
