@@ -74,7 +74,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
     assert f"python -m xlir.main {'' if verb == 'train' else verb}" in text.split("Example")[1]
     listed = [line.split()[0] for line in flags.splitlines() if line.startswith("  --")]
     assert listed == [f"--{name}" for name in commands.declared_flags(verb).values]
-    assert ("--sheet" in listed) == (verb == "tag")
+    assert ("--sheet" in listed) == (verb in ("tag", "search"))
     assert command("help", verb, script=NO_JAX).stdout == process.stdout
 
 
@@ -103,7 +103,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["prepare"], ["prepare needs --config"]),
         (
             ["prepare", QUICKSTART, "--workdir=x"],
-            ["--workdir is a flag of train, eval, tag, export and"],
+            ["--workdir is a flag of train, eval, tag, index, export and"],
         ),
         ([QUICKSTART, "--config.text.frozen", "prepare"], ["the verb comes first: prepare"]),
         (["photo", "eval"], ["unknown verb 'photo'"]),
@@ -123,7 +123,10 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["eval"], ["eval needs --workdir"]),
         (["import", "--workdir=x"], ["import needs --text"]),
         (["import", "--text=x"], ["import needs --workdir"]),
-        (["eval", "--workdir=x", "--image=x"], ["--image is a flag of import, not of eval"]),
+        (
+            ["eval", "--workdir=x", "--image=x"],
+            ["--image is a flag of search and import, not of eval"],
+        ),
         (["eval", QUICKSTART, "--workdir=x"], ["--config is a flag of train", "not of eval"]),
         (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
         (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
