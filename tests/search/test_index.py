@@ -113,6 +113,52 @@ def test_parts_of_a_query(index, album, encoder):
         index.search()
 
 
+def test_percentiles_tell_whether_anything_fits(photos, workdir, tmp_path):
+    index = xlir.Index.create(tmp_path / "index", workdir)
+    index.add([photos / "images"])
+    captions = ["A red circle, left.", "A blue line, middle.", "ein grünes Quadrat, rechts"]
+    hits = [index.search(caption, count=60) for caption in captions]
+    for found in hits:
+        shares = [hit.percentile for hit in found]
+        assert shares == sorted(shares, reverse=True)
+        assert 0 <= shares[-1] < 0.2 < shares[0] <= 1
+        some = index.search(captions[hits.index(found)], count=60, cutoff=0.1)
+        assert some == [hit for hit in found if hit.percentile >= 0.1]
+    # The scores of held-out captions spread over the whole range by construction.
+    val = [number for number in range(30, 36)]
+    held_out = xlir.Index.create(tmp_path / "held-out", workdir)
+    held_out.add([photos / "images" / f"{number}.jpg" for number in val])
+    entries = json.loads((photos / "dataset_shapes.json").read_text())["images"]
+    best = [
+        held_out.search(entries[number]["sentences"][0]["raw"], count=1)[0].percentile
+        for number in val
+    ]
+    np.testing.assert_allclose(sorted(best), np.arange(6) / 6, atol=1 / 6 + 1e-6)
+    photo = index.search((photos / "images" / "00.jpg").read_bytes(), cutoff=1.0)
+    assert len(photo) == 10
+    assert photo[0].percentile is None
+
+
+def test_without_the_data_set_there_are_no_percentiles(toy_run, photos, album, tmp_path, caplog):
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    shutil.rmtree(run / "tagging", ignore_errors=True)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["dir"] = str(tmp_path / "missing")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "SHA256SUMS").unlink()
+    index = xlir.Index.create(tmp_path / "index", run)
+    assert "no calibrated percentiles" in caplog.text
+    index.add([album])
+    assert [hit.percentile for hit in index.search("rot", count=3, cutoff=0.9)] == [None] * 3
+
+
+def test_a_damaged_calibration(index, folder):
+    file = folder / "calibration.npz"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"calibration\.npz is damaged"):
+        xlir.Index.open(folder)
+
+
 def test_only_new_and_changed_photos_are_embedded(index, album, monkeypatch):
     added = index.add([album])
     assert (added.new, added.changed, added.unchanged) == (12, 0, 0)
@@ -284,7 +330,16 @@ def test_the_command_line(toy_run, album, tmp_path):
     made = run_main("index", f"--workdir={toy_run}", f"--to={to}", str(album), "--exclude=*/00.jpg")
     assert "11 photos (11 new" in made.stdout
     found = run_main(
-        *("search", f"--index={to}", "rot", "train", "--top_k=3", f"--sheet={sheet}", "--not=blau")
+        *(
+            "search",
+            f"--index={to}",
+            "rot",
+            "train",
+            "--top_k=3",
+            f"--sheet={sheet}",
+            "--not=blau",
+            "--cutoff=0",
+        )
     )
     rows = found.stdout.splitlines()
     assert (rows[0], rows[4]) == ("rot", "train")
@@ -292,12 +347,14 @@ def test_the_command_line(toy_run, album, tmp_path):
     assert rows[1].endswith(".jpg")
     with Image.open(sheet) as image:
         assert image.width > 300
-    found = run_main("search", f"--index={to}", "--output=-", "--where=folder b", "أحمر")
+    found = run_main(
+        "search", f"--index={to}", "--output=-", "--where=folder b", "--cutoff=0", "أحمر"
+    )
     (line,) = map(json.loads, found.stdout.splitlines())
     assert line["query"] == "أحمر"
     assert sorted(hit["path"] for hit in line["hits"]) == files_of(album / "b")
     nothing = run_main("search", f"--index={to}", "--where=folder c", f"--image={album}/a/01.jpg")
-    assert "no photo matches the filter" in nothing.stdout
+    assert "nothing fits" in nothing.stdout
 
 
 @pytest.mark.parametrize(
@@ -310,6 +367,7 @@ def test_the_command_line(toy_run, album, tmp_path):
         (["search", "--index={to}", "x"], 1, "is not an index"),
         (["search", "--index={index}"], 2, "search needs a query, or --image"),
         (["search", "--index={index}", " "], 2, "a query is empty"),
+        (["search", "--index={index}", "x", "--cutoff=2"], 2, "not between 0 and 1"),
         (["search", "--index={index}", "x", "--where=taken x"], 1, "taken takes dates"),
         (["search", "--index={index}", "--image=nothing.jpg"], 1, "nothing.jpg"),
         (["search", "--index={index}", "x", "--sheet=x.txt"], 2, "should end in"),

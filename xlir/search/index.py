@@ -27,7 +27,7 @@ from tqdm import tqdm
 from input_pipeline import files
 from xlir.decoding import Photo as AnyPhoto
 from xlir.encoder import Encoder, encode_each
-from xlir.search import filters, photos
+from xlir.search import calibration, filters, photos
 from xlir.search.stores import Store, schema
 from xlir.search.stores.lance import LanceStore
 
@@ -51,6 +51,8 @@ class Hit:
       id: identifies the photo in the index.
       path: where the photo is (or was when it was indexed).
       cosine: cosine similarity of query and photo, -1 to 1.
+      percentile: how well the photo fits a text query, 0 to 1 (`xlir.search.calibration`); None
+        for queries with a photo, and if the index is not calibrated.
       taken: when it was taken, in seconds since 1970 by the camera's clock.
       width, height: pixels.
       size: bytes.
@@ -59,6 +61,7 @@ class Hit:
     id: str
     path: str
     cosine: float
+    percentile: float | None
     taken: int
     width: int
     height: int
@@ -86,6 +89,7 @@ class Index:
     def __init__(self, folder: pathlib.Path, store: Store, dim: int):
         self.folder, self._store, self._dim = folder, store, dim
         self._encoder: Encoder | None = None
+        self._calibration = calibration.Calibration.read(folder, dim)
 
     @classmethod
     def create(cls, folder: str | os.PathLike, workdir: str | os.PathLike) -> "Index":
@@ -103,13 +107,20 @@ class Index:
         if is_index(folder):
             raise ValueError(f"{folder} is an index already: open it")
         # What an interrupted `create` leaves behind is written again.
-        others = set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE} if folder.exists() else ()
+        others = (
+            set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE, calibration.FILE}
+            if folder.exists()
+            else ()
+        )
         if others:
             raise ValueError(f"{folder} is not empty and not an index: choose another folder")
         encoder = Encoder.load(workdir)
         files.make_writable_folder(folder)
         with _locked(folder):
             encoder.save_run(folder / ENCODER)
+            calibrated = calibration.of_run(encoder, pathlib.Path(workdir))
+            if calibrated is not None:
+                calibrated.write(folder)
             dim = encoder.config.embedding_dim
             store = LanceStore(folder / STORE, dim, create=True)
             content = {"version": VERSION, "dim": dim, "model": encoder.fingerprint()}
@@ -259,6 +270,7 @@ class Index:
         without: Sequence[str | AnyPhoto] = (),
         count: int = 10,
         where: str = "",
+        cutoff: float = 0.0,
         exact: bool = False,
     ) -> list[Hit]:
         """The photos that fit a query best, the best first.
@@ -269,13 +281,16 @@ class Index:
           without: what the photos should not show.
           count: the largest number of photos.
           where: a filter (`xlir.search.filters`).
+          cutoff: photos with a lower percentile are left out; photos without one are kept.
           exact: compare with every photo; a large index otherwise may miss a few.
 
         Raises:
           ValueError: there is no query, or the filter is not valid.
         """
         query = self.embed_query(queries, without)
-        return self.find(query, count, where, exact=exact)
+        texts = all(isinstance(part, str) for part in [*queries, *without])
+        found = self.find(query, count, where, calibrated=texts, exact=exact)
+        return [hit for hit in found if hit.percentile is None or hit.percentile >= cutoff]
 
     def embed_query(
         self, queries: Sequence[str | AnyPhoto], without: Sequence[str | AnyPhoto] = ()
@@ -294,16 +309,26 @@ class Index:
         count: int = 10,
         where: str = "",
         *,
+        calibrated: bool = True,
         exact: bool = False,
     ) -> list[Hit]:
-        """As `search`, for a query that is embedded already."""
+        """As `search`, for an embedded query of unit length, and without a cutoff.
+
+        Args:
+          query, count, where, exact: see `search`.
+          calibrated: whether the hits have percentiles, which only mean something for texts.
+        """
         hits = self._store.search(query, count, filters.parse(where), exact=exact)
-        columns = [field.name for field in dataclasses.fields(Hit) if field.name != "cosine"]
+        columns = [field.name for field in dataclasses.fields(photos.Described)]
+        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
         rows = {row["id"]: row for row in self._store.read(hits.ids, columns).to_pylist()}
+        shares: list[float | None] = [None] * len(hits.ids)
+        if calibrated and self._calibration is not None:
+            shares = self._calibration.percentiles(query, hits.cosines).tolist()
         # A photo that was removed a moment ago is left out.
         return [
-            Hit(cosine=float(cosine), **rows[identifier])
-            for identifier, cosine in zip(*hits, strict=True)
+            Hit(cosine=float(cosine), percentile=share, **rows[identifier])
+            for identifier, cosine, share in zip(*hits, shares, strict=True)
             if identifier in rows
         ]
 
