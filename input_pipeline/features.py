@@ -165,11 +165,11 @@ class _Rows:
         if damaged:
             first = int(np.argmin(self.intact))
             log.warning(
-                "%s: %d of %d rows are damaged (from row %d on); they are computed anew",
+                "%s: %d of %d rows are damaged (from row %d on); they are computed again",
                 *(self._file, damaged, self._count, first),
             )
         elif rows_there and not blocks:
-            log.warning("%s: its rows have no digests; they are computed anew", self._file)
+            log.warning("%s: its rows have no digests; they are computed again", self._file)
         if header != self._header and not self._obstacle:
             self._write(0, self._header)
 

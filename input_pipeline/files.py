@@ -175,7 +175,7 @@ def read_digested(file: pathlib.Path) -> Any | None:
     expected, _, text = file.read_bytes().partition(b"\n")
     if digest(text).encode() == expected:
         return json.loads(text)
-    log.warning("%s is damaged or was written by an earlier version: it is made anew", file)
+    log.warning("%s is damaged or was written by an earlier version: it is made again", file)
     return None
 
 

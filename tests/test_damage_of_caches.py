@@ -111,7 +111,7 @@ def test_a_damaged_set(folder, prepared, name):
         if line:
             noticed += 1
             assert line.startswith(str(prepared))
-            assert f"Delete {prepared}: the set is prepared anew" in line
+            assert f"Delete {prepared}: the set is then prepared again" in line
             assert "\n" not in line
         (prepared / name).write_bytes(whole)
     print(f"{name}: {TRIALS} of {TRIALS}, noticed {noticed}")

@@ -35,8 +35,8 @@ def prepared_by_tfds(data_dir: str | os.PathLike) -> tfds.core.DatasetBuilder:
         info = dict(json.loads((folder / "dataset_info.json").read_bytes()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions anew with "
-            f"TFDS, or restore {folder} from a copy"
+            f"{folder / 'dataset_info.json'} is damaged ({error}); prepare coco_captions again "
+            f"with TFDS, or restore {folder} from a copy"
         ) from error
     if info.get("name") != "coco_captions":
         raise ValueError(f"{folder} holds {info.get('name')}, not TFDS's coco_captions")

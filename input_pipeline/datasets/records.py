@@ -142,8 +142,8 @@ def _small_files(folder: pathlib.Path) -> list[str]:
 def way_out_of(folder: pathlib.Path) -> str:
     """A sentence that says what to do about a damaged set."""
     if any([*folder.glob("rows-*.json"), *folder.glob(files.SUMS)]):
-        return f"Delete {folder}: the set is prepared anew from its source"
-    return f"Prepare it anew with TFDS, or restore {folder} from a copy"
+        return f"Delete {folder}: the set is then prepared again from its source"
+    return f"Prepare it again with TFDS, or restore {folder} from a copy"
 
 
 def _unfinished(folder: pathlib.Path) -> pathlib.Path:
@@ -262,7 +262,7 @@ def _finished(file: pathlib.Path, beside: pathlib.Path) -> dict[str, Any] | None
     """The description of a shard that an earlier preparation completed, else None."""
     content = files.read_digested(beside)
     if content and not (file.exists() and files.sha256(file) == content["sha256"]):
-        log.warning("%s is damaged: it is written anew", file)
+        log.warning("%s is damaged: it is written again", file)
         return None
     return content
 

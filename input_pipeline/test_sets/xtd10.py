@@ -99,7 +99,7 @@ def read_captions(
         error, what = FileNotFoundError, "lacks"
         if altered := [name for name in absent if name in there]:
             error, what, absent = ValueError, "differs from XTD10 as published in", altered
-        raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 anew with {command}")
+        raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 again with {command}")
     names, lines = line_aligned.read_lines(found.pop(line_aligned.NAMES_FILE)), {}
     for name, file in found.items():
         code = line_aligned.CAPTIONS_FILE.fullmatch(name)[1]

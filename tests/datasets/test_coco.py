@@ -290,7 +290,7 @@ def test_what_was_read_of_tfds_records_is_read_anew_where_it_is_damaged(
     file.write_bytes(spoil(whole))
     again = CaptionedImages(builder, "train")
     assert (again.captions, again.fingerprint) == (before.captions, before.fingerprint)
-    (line,) = (record.getMessage() for record in caplog.records if "anew" in record.getMessage())
+    (line,) = (record.getMessage() for record in caplog.records if "again" in record.getMessage())
     assert line.startswith(f"{file} is damaged")
     assert file.read_bytes() == whole
 
@@ -313,7 +313,7 @@ def test_tfds_records_are_read_where_the_cache_cannot_be_written(
 def test_damaged_metadata_of_tfds_is_named(tfds_data_dir, content):
     (info,) = tfds_data_dir.rglob("dataset_info.json")
     info.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged .*prepare coco_captions anew") as error:
+    with pytest.raises(ValueError, match=r"is damaged .*prepare coco_captions again") as error:
         coco_captions.prepared_by_tfds(tfds_data_dir)
     assert str(info) in str(error.value)
     assert "\n" not in str(error.value)
@@ -322,7 +322,7 @@ def test_damaged_metadata_of_tfds_is_named(tfds_data_dir, content):
 def test_damaged_records_of_tfds_are_named(tfds_data_dir):
     shard = next(iter(tfds_data_dir.rglob("*-val.array_record*")))
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(ValueError, match="Prepare it anew with TFDS, or restore") as error:
+    with pytest.raises(ValueError, match="Prepare it again with TFDS, or restore") as error:
         CaptionedImages(coco_captions.prepared_by_tfds(tfds_data_dir), "val")
     assert str(error.value).startswith(str(shard))
 

@@ -49,7 +49,7 @@ def refused(folder) -> str:
         images = read(folder, "train+val")
         return [images.images[row] for row in range(len(images))]
 
-    with pytest.raises(ValueError, match=r"Delete .*: the set is prepared anew") as error:
+    with pytest.raises(ValueError, match=r"Delete .*: the set is then prepared again") as error:
         read_all()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_named_with_the_way_out(folder, prepared, name, spoil)
     line = refused(folder)
     assert line.startswith(f"{prepared / name} is damaged") or name == SUMS
     assert line.startswith(str(prepared))
-    assert f"Delete {prepared}: the set is prepared anew from its source" in line
+    assert f"Delete {prepared}: the set is then prepared again from its source" in line
     shutil.rmtree(prepared)
     assert read(folder, "train+val").images[5] == jpeg(5)
 
@@ -114,7 +114,7 @@ def test_a_damaged_shard_is_named_with_the_way_out(folder, prepared, spoil):
     spoil(prepared / SHARD)
     line = refused(folder)
     assert line.startswith(f"{prepared / SHARD} can't be read: ")
-    assert line.endswith(f"Delete {prepared}: the set is prepared anew from its source")
+    assert line.endswith(f"Delete {prepared}: the set is then prepared again from its source")
 
 
 def test_the_shard_is_named_that_is_damaged(folder, cache, monkeypatch):

@@ -240,7 +240,7 @@ def test_junk_lines_are_dropped_in_german_only(clone, cache):
 def test_an_altered_file_is_named_with_the_command_that_gets_it(clone, cache, name):
     file = clone / name
     file.write_bytes(file.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=f"{file.name}; get XTD10 anew with git clone") as error:
+    with pytest.raises(ValueError, match=f"{file.name}; get XTD10 again with git clone") as error:
         xtd10.read_captions(clone)
     assert "\n" not in str(error.value)
 
