@@ -4,7 +4,7 @@ __all__ = ["Encoder"]
 
 
 def __getattr__(name: str):
-    """Loads the encoder, and JAX with it, when it is first asked for."""
+    """Loads the encoder, and JAX with it, when it is first used."""
     if name == "Encoder":
         from xlir.encoder import Encoder
 

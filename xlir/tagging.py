@@ -22,8 +22,8 @@ threshold, prominences are better: with a threshold on scores, some images get m
 none (measured in docs/results.md).
 
 Prominences are distributed differently in each language. A calibrated percentile means the same in
-every language: of all pairs of a held-out photo (of the validation split) and a tag, it is the
-share with a lower prominence, 0 to 1.
+every language: it is the share, 0 to 1, of all pairs of a held-out photo (of the validation split)
+and a tag whose prominence is lower.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ class Tag:
     Attributes:
       tag: the tag's identifier in the vocabulary.
       name: the tag's first name in the language.
-      percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag with a lower
-        prominence; None without held-out photos.
+      percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag whose
+        prominence is lower; None without held-out photos.
       cosine: the cosine similarity of image and tag, -1 to 1.
     """
 
