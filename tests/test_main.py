@@ -104,7 +104,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
             ["prepare", QUICKSTART, "--workdir=x"],
             ["--workdir is a flag of train, eval, tag, export and"],
         ),
-        (["--workdir", "train", "eval"], ["the verb comes first: eval"]),
+        (["--workdir", "train", "eval"], ["put the verb eval before the flags"]),
         (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images is a flag of eval and export, not of prepare"],

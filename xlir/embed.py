@@ -32,7 +32,7 @@ TEXT_BATCH = 128
 TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Pairs of a batch's row numbers and this process's share of the batch (as in a training batch).
+# Pairs: the row numbers of a batch, and this process's share of it (keys as in a training batch).
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 

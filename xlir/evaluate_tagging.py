@@ -71,7 +71,7 @@ def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -
     chosen = vocabularies.load(vocabulary or own)
     if "en" not in chosen.names:
         raise ValueError(
-            f"vocabulary {chosen.name} is a list; evaluation needs a table that starts with 'en'"
+            f"vocabulary {chosen.name} is a list; evaluation needs a table with the column 'en'"
         )
     photos = prepared.source(split)
     positive, source = _labels(config, chosen, photos, split)

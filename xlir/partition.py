@@ -185,7 +185,7 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
     """The axes to try to shard; none if the array is meant to stay whole.
 
-    Vectors stay whole: sending a message for each would cost more than the memory saved.
+    Vectors stay whole: sending a message for each would cost more than it saves in memory.
     """
     if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
