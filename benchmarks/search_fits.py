@@ -1,8 +1,9 @@
 """Do percentiles tell queries that fit something in an index from queries that do not?
 
-Indexes the 970 test photos of Flickr8k. Queries that fit are the 899 test captions in each language.
-Queries that do not fit are the names of emoji in the same language if no word of the English name
-(of three letters or more, singular or plural) is in any English caption of Flickr8k, without flags.
+Indexes the 970 test photos of Flickr8k. Queries that fit are the 899 test captions in each
+language. Queries that do not fit are the names of emoji in the same language if no word of the
+English name (of three letters or more, singular or plural) is in any English caption of Flickr8k.
+Flags are left out.
 
   python benchmarks/search_fits.py RUN PATH/flickr8k
 
@@ -20,7 +21,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 import xlir
-from input_pipeline import vocabularies
+from input_pipeline.datasets import emoji
 
 LANGUAGES = ("en", "de", "fr", "zh")
 CUTOFFS = (0.05, 0.1)
@@ -30,8 +31,7 @@ FLAGS = range(0x1F1E6, 0x1F200)
 def names_of_nothing(captions: list[str]) -> dict[str, list[str]]:
     """Language -> the names of emoji that no caption mentions."""
     words = {word for caption in captions for word in re.findall("[a-z]+", caption.lower())}
-    emoji = vocabularies.load("emoji")
-    names = {language: [first for first, *_ in emoji.names_in(language)] for language in LANGUAGES}
+    names = emoji.names()
 
     def mentioned(name: str) -> bool:
         parts = [part for part in re.findall("[a-z]+", name.lower()) if len(part) > 2]
@@ -40,7 +40,7 @@ def names_of_nothing(captions: list[str]) -> dict[str, list[str]]:
 
     kept = [
         row
-        for row, (name, character) in enumerate(zip(names["en"], emoji.tags, strict=True))
+        for row, (name, character) in enumerate(zip(names["en"], emoji.characters(), strict=True))
         if not mentioned(name) and ord(character[0]) not in FLAGS
     ]
     return {language: [names[language][row] for row in kept] for language in LANGUAGES}

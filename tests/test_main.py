@@ -105,7 +105,10 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
             ["prepare", QUICKSTART, "--workdir=x"],
             ["--workdir is a flag of train, eval, tag, index, export and"],
         ),
-        ([QUICKSTART, "--config.text.frozen", "prepare"], ["the verb comes first: prepare"]),
+        (
+            [QUICKSTART, "--config.text.frozen", "prepare"],
+            ["put the verb prepare before the flags"],
+        ),
         (["photo", "eval"], ["unknown verb 'photo'"]),
         (["--workdir", "eval"], ["train needs --config"]),
         (

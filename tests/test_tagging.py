@@ -453,7 +453,7 @@ def test_eval_of_tags_from_captions(tagged):
     assert english["cosine"].keys() == english.keys() - {"cosine", "predicted_tags"}
     assert results["zero_shot_macro"]["mAP"] == results["languages"]["de"]["mAP"]
     assert file.with_suffix(".tags.png").is_file()
-    assert "most against fewest" in process.stdout
+    assert "between the languages with the most and the fewest" in process.stdout
     assert str(file) in process.stdout
 
 

@@ -111,8 +111,8 @@ def check_batch_size(config: ConfigDict, captions: int) -> None:
     if config.data.batch_size > captions:
         raise ValueError(
             f"config.data.batch_size is {config.data.batch_size:,}, but the training split "
-            f"({config.data.train}) has {captions:,} captions: each pair would be in a batch "
-            f"several times; it must be at most {captions:,}"
+            f"({config.data.train}) has {captions:,} captions: a batch would hold a pair "
+            f"more than once; the batch size must be at most {captions:,}"
         )
 
 
@@ -141,8 +141,8 @@ def prepared_set(config: ConfigDict) -> PreparedSet:
     if not name:
         raise ValueError(
             "no data set is named (config.data.name is empty; known: "
-            f"{', '.join(datasets.NAMES)}); a test set of its own needs none: --test_set=FOLDER "
-            "--images=FOLDER"
+            f"{', '.join(datasets.NAMES)}); to use a test set that needs none, give "
+            "--test_set=FOLDER --images=FOLDER"
         )
     if datasets.find(name).in_folder and not folder:
         raise ValueError("name the data set's folder with --config.data.dir=PATH")

@@ -85,7 +85,7 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[absl.flags.FlagValues, l
         raise UsageError(_unknown_flag(error.flagname, verb)) from error
     if words and words[0] != verb:
         if words[0] in VERBS:
-            raise UsageError(f"the verb comes first: {words[0]}")
+            raise UsageError(f"put the verb {words[0]} before the flags")
         raise UsageError(f"unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     if words[1:] and not hasattr(load(verb), "WORDS"):
         raise UsageError(f"expected one verb, got {' '.join(words)}")

@@ -1,6 +1,7 @@
 """Export the best checkpoint of a run to a folder that works without JAX.
 
-Before the folder appears, another process loads the exported model and compares it with the run.
+The folder appears only after another process has loaded the exported model and compared it with the
+run.
 
 Examples:
   python -m xlir.main export --workdir=runs/flickr8k --to=exported
