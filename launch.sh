@@ -9,8 +9,8 @@ Usage:
   ./launch.sh local [--processes=2] [--devices=4] -- ARGS
 
 tpu: waits for a Cloud TPU, installs this working tree on its workers, mounts the bucket there as
-bucket/ (and its folder runs/ as runs/), and runs python -m xlir.main --distributed ARGS on all of
-them. It deletes the TPU at the end, also after a failure or Ctrl-C. A preempted TPU is replaced,
+bucket/ (and its folder runs/ as runs/), and runs python -m xlir.main --distributed ARGS on all
+workers. It deletes the TPU at the end, also after a failure or Ctrl-C. A preempted TPU is replaced,
 and the run resumes from its last checkpoint. docs/cloud_tpu.md says what you have to set up first.
   --type=TYPE       accelerator type, for example v5litepod-64
   --version=V       runtime version, by default v2-alpha-tpuv5-lite (for v5e)
@@ -18,10 +18,10 @@ and the run resumes from its last checkpoint. docs/cloud_tpu.md says what you ha
   --spot            uses a cheaper TPU, which may be preempted
   --dry-run         prints the commands instead of running them
 
-local: runs python -m xlir.main ARGS in 1 to 64 processes with 1 to 256 CPU devices each. Output of
-process 0 is shown as it is; output of process 1 goes to stderr after [1], and so on. Signals are
-passed on. After a signal or a failure, processes that are left get 60 seconds ($XLIR_GRACE) to end.
-Python is $PYTHON, or else .venv/bin/python, or else python3.
+local: runs python -m xlir.main ARGS in 1 to 64 processes with 1 to 256 CPU devices each. The output
+of process 0 is shown unchanged. Lines of process 1 go to stderr after [1], and so on. Signals are
+passed on to all processes. After a signal or a failure, the remaining processes have 60 seconds
+($XLIR_GRACE) to end. Python is $PYTHON, or else .venv/bin/python, or else python3.
 
 The exit code is 0, or the first exit code of a process that is not 0.
 HELP
@@ -79,8 +79,8 @@ run_tpu() {
 check_tpu() {
   local flag
   for flag in name zone type bucket; do [[ -n ${!flag} ]] || fail "--$flag is missing"; done
-  [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name is not like my-tpu-2"
-  [[ $bucket =~ ^gs://[a-z0-9][-_.a-z0-9]+$ ]] || fail "--bucket=$bucket is not like gs://my-bucket"
+  [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name must look like my-tpu-2"
+  [[ $bucket =~ ^gs://[a-z0-9][-_.a-z0-9]+$ ]] || fail "--bucket=$bucket must look like gs://my-bucket"
   [[ " ${args[*]}" =~ \ --?workdir[=\ ]([^ ]*) && ${BASH_REMATCH[1]} != @(runs|bucket)/* ]] &&
     fail "--workdir=${BASH_REMATCH[1]} would be lost with the TPU: use runs/NAME or bucket/NAME"
   [[ -z $dry_run ]] || return 0

@@ -44,8 +44,8 @@ EXTRAS = {
     ],
     # An index of photos.
     "search": [
-        "lancedb>=0.34",  # stores and searches embeddings
-        "pyarrow>=25",  # their columns
+        "lancedb>=0.40.0",  # stores and searches embeddings
+        "pyarrow>=26.0.1",  # their columns
     ],
     # The search page and its API; needs `search` too.
     "serve": [

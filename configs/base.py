@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     # and GPU). Parameters, sums, normalisation, logits and losses are float32.
     config.head_dtype = "auto"
 
-    # Number of devices along the two axes of the mesh; -1 for one of them: all remaining devices.
+    # Number of devices along the two axes of the mesh. One may be -1, for all remaining devices.
     # Parameters are replicated along "data". Along "fsdp" parameters, gradients and optimizer state
     # are sharded, and gathered one layer at a time. A batch is split over all devices.
     config.mesh = ConfigDict()
@@ -41,9 +41,9 @@ def get_config() -> ConfigDict:
     config.profile.steps = (0, 0)
 
     config.data = _data()
-    # Test sets to evaluate on at the end of a run: a name that you choose -> what `test_set` below
-    # returns. Photos of "folder" test sets are left out of training, photos of "split" test sets
-    # are not; XTD10's photos are always left out. Empty: evaluate on the split "test".
+    # Test sets to evaluate on at the end of a run: each has a name that you choose, and the fields
+    # of `test_set` below. Photos of "folder" test sets are left out of training, photos of "split"
+    # test sets are not; XTD10's photos are always left out. Empty: evaluate on the split "test".
     config.evals = ConfigDict()
 
     config.text = _text()
@@ -146,7 +146,7 @@ def _tower() -> ConfigDict:
     # the mean without that file. Setting a text pooling here drops these dense layers, which were
     # trained for the folder's pooling.
     config.pooling = ""
-    # Data type that the tower computes in; values as for head_dtype.
+    # Data type that the tower computes in; it takes the same values as head_dtype.
     config.dtype = "auto"
     # A frozen tower is not trained, and its outputs are computed once and cached on disk.
     config.frozen = True
@@ -178,9 +178,9 @@ def _loss() -> ConfigDict:
     # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
     loss.temperature = 0.07
     loss.bias = -10.0
-    # infonce, sigmoid: number of images whose logits are in memory at a time; 0: all. Saves memory
-    # with large batches. The loss has the same value and takes a third longer, as the backward pass
-    # recomputes the logits.
+    # infonce, sigmoid: number of images whose logits are in memory at a time; 0: all. This saves
+    # memory with large batches. The loss has the same value, but takes a third longer, because the
+    # backward pass recomputes the logits.
     loss.chunk = 0
     # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
     loss.metric = "euclidean"

@@ -25,7 +25,7 @@ def get_config(variant: str = "muse"):
     config.steps = 150
     config.eval_every = 50
     config.log_every = 10
-    # Trains 1.5 times as fast on a CPU with native bfloat16 (AVX512-BF16, AMX).
+    # Training is 1.5 times as fast on a CPU with native bfloat16 (AVX512-BF16, AMX).
     config.head_dtype = "bfloat16"
     config.data.name = "captions"
     config.data.batch_size = 1024
@@ -43,9 +43,9 @@ def get_config(variant: str = "muse"):
     if variant != "muse":
         config.text.tower = "intfloat/multilingual-e5-small"
         config.text.prefix = "query: "
-        # Takes half the time on a CPU with native bfloat16.
+        # The tower takes half the time on a CPU with native bfloat16.
         config.text.dtype = "bfloat16"
-        # Truncates one caption in a thousand.
+        # One caption in a thousand is longer.
         config.text.max_length = 40
     if variant == "e5_tuned":
         _tune(config)
@@ -59,7 +59,7 @@ def _tune(config):
     config.text.frozen = False
     # On a CPU, recomputing activations is faster than reading them from memory.
     config.text.remat = True
-    # Truncates one caption in a hundred, and takes a fifth less work than 40.
+    # One caption in a hundred is longer. This takes a fifth less work than 40.
     config.text.max_length = 32
     # Captions in these languages use only a tenth of the 250,037 tokens.
     config.text.trim_vocab = "multilingual_test"

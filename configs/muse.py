@@ -4,7 +4,8 @@
     python -m xlir.main --config=configs/muse.py:patr --config.data.dir=PATH
 
 The variant is the loss: m3l (the default), patr, triplet, infonce, sigmoid. PATH is a folder as for
-configs/flickr8k.py. The paper uses features of ResNet-152, this configuration EfficientNet-lite2's.
+configs/flickr8k.py. The paper uses features of ResNet-152, and this configuration those of
+EfficientNet-lite2.
 """
 
 from configs import flickr8k

@@ -25,6 +25,8 @@ MAX_ASPECT_RATIO = 32
 CONVERTED_AT_ONCE = 1 << 18
 # `check` decodes a photo as if to resize it to this many pixels, more than any tower takes.
 CHECKED_SIZE = 1024
+# A PNG without any of these has no EXIF and no XMP.
+PNG_MARKS = (b"eXIf", b"Raw profile type", b"adobe.xmp")
 
 
 class ImageError(ValueError):
@@ -119,7 +121,7 @@ def preview(data: bytes, longest: int) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def facts(data: bytes) -> tuple[int, int, int | None]:
-    """Reads what a photo says about itself, without decoding its pixels.
+    """Reads what a photo says about itself. Of most photos, no pixels are decoded.
 
     Returns:
       Width and height in pixels, upright; and when it was taken (EXIF DateTimeOriginal), in
@@ -136,8 +138,14 @@ def facts(data: bytes) -> tuple[int, int, int | None]:
     width, height = image.size
     # Pillow's readers of EXIF raise nearly anything on damaged data; the photo is of use without.
     with contextlib.suppress(Exception):
+        if image.format == "PNG" and "exif" not in image.info:
+            # Pillow decodes a PNG to find what comes after its pixels.
+            if not any(mark in data for mark in PNG_MARKS):
+                return width, height, None
+            photo_limits.check_header(image, data, image.size)
         exif = image.getexif()
-        if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+        # Pillow has turned the size of a TIFF already.
+        if image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
             width, height = height, width
         text = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
         taken = calendar.timegm(time.strptime(text.strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S"))

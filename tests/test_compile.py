@@ -68,15 +68,15 @@ def test_the_verdict_leaves_a_tenth_of_the_memory():
     fuller = dataclasses.replace(REPORT, temporaries=12 * 2**30)
     assert fuller.needed < fuller.chip.hbm
     assert not fuller.fits
-    assert "it does not fit: 6% of the memory is free, 10% is required" in str(fuller)
+    assert "the step does not fit: 6% of the memory is free, 10% must be free" in str(fuller)
 
 
 def test_the_report_names_what_takes_the_time():
     text = str(REPORT)
-    assert "8 chips, mesh data=2, fsdp=4; batch 1,024, 128 a chip" in text
+    assert "8 chips, mesh data=2, fsdp=4; batch 1,024, 128 per chip" in text
     times = re.findall(r"(\d+\.\d) ms", text)
     assert times == ["100.0", "100.0", "10.0"]
-    assert "a step: 0.100 s if everything overlaps, 0.210 s if nothing does" in text
+    assert "a step takes 0.100 s if everything overlaps, 0.210 s if nothing does" in text
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,10 @@ def test_a_step_is_compiled_for_a_tpu(command):
     pytest.importorskip("libtpu")
     flags = ["--config.data.batch_size=64", "--config.mesh.fsdp=4", "--config.loss.chunk=16"]
     process = command("compile", "--config=configs/xlmr.py:tiny", "--topology=v5e:2x4", *flags)
-    assert "v5e:2x4: 8 chips, mesh data=2, fsdp=4; batch 64, 8 a chip" in process.stdout
+    assert "v5e:2x4: 8 chips, mesh data=2, fsdp=4; batch 64, 8 per chip" in process.stdout
     assert "reduce-scatter" in process.stdout
-    assert "it fits" in process.stdout
+    assert "the step fits" in process.stdout
+    assert "this takes several minutes" in process.stderr
     assert "INVALID" not in process.stderr
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 
 from configs import base
 from input_pipeline import datasets, test_sets
-from input_pipeline.test_sets import split, xtd10
+from input_pipeline.test_sets import line_aligned, split, xtd10
+from input_pipeline.test_sets.retrieval_set import Options
 from tests.datasets.test_coco import CocoCaptions
 from xlir import data
 
@@ -182,6 +184,14 @@ def test_xtd10s_photos_from_a_folder(coco_folder, photos, shared):
     config.evals.human.images = str(coco_folder)
     (test_set,) = data.test_sets(config)
     assert [file.name for file in test_set.images] == xtd10_names()
+
+
+@pytest.mark.parametrize(("count", "names"), [(1, "0"), (3, "0, 1, 2"), (4, "0, 1, 2, ...")])
+def test_photos_that_the_run_lacks_are_named(count, names, photos):
+    captions = line_aligned.LineAligned("mine", list(map(str, range(count))), {})
+    run = data.run_data(config_of(photos, "captions"))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"prepared shapes ({names}): name")):
+        line_aligned.with_photos_of_run(captions, Options("mine"), run)
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path):

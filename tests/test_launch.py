@@ -259,9 +259,12 @@ def test_help_is_asked_for_in_three_ways(run):
         ([*TPU, "--config=configs/xlmr.py"], "or it belongs after --"),
         ([*TPU, "train"], "can't use train"),
         (TPU, "nothing to run"),
-        ([*TPU, "--name=My_Job", *ARGS], "--name=My_Job is not like my-tpu-2"),
+        ([*TPU, "--name=My_Job", *ARGS], "--name=My_Job must look like my-tpu-2"),
         *(
-            ([*TPU, f"--bucket={bucket}", *ARGS], f"--bucket={bucket} is not like gs://my-bucket")
+            (
+                [*TPU, f"--bucket={bucket}", *ARGS],
+                f"--bucket={bucket} must look like gs://my-bucket",
+            )
             for bucket in ("bucket", "gs://", "gs://bucket/folder", "gs://bucket; reboot")
         ),
         ([*TPU, *ARGS, "--workdir=/tmp/run"], "--workdir=/tmp/run would be lost"),

@@ -33,6 +33,7 @@ sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir, 
 """
 QUICKSTART = "--config=configs/quickstart.py"
 TAG = ["--workdir=x", "--vocabulary=coco", "a.jpg"]
+TESTING = ["eval", "export"]  # the verbs with --test_set
 PROCESS = ["--coordinator=localhost:1"]
 
 
@@ -73,7 +74,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
     assert f"python -m xlir.main {'' if verb == 'train' else verb}" in text.split("Example")[1]
     listed = [line.split()[0] for line in flags.splitlines() if line.startswith("  --")]
     assert listed == [f"--{name}" for name in commands.declared_flags(verb).values]
-    assert ("--sheet" in listed) == (verb == "tag")
+    assert ("--sheet" in listed) == (verb in ("tag", "search"))
     assert command("help", verb, script=NO_JAX).stdout == process.stdout
 
 
@@ -102,9 +103,22 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["prepare"], ["prepare needs --config"]),
         (
             ["prepare", QUICKSTART, "--workdir=x"],
-            ["--workdir is a flag of train, eval, tag, export and"],
+            ["--workdir is a flag of train, eval, tag, index, export and"],
         ),
-        (["--workdir", "train", "eval"], ["the verb comes first: eval"]),
+        (
+            [QUICKSTART, "--config.text.frozen", "prepare"],
+            ["put the verb prepare before the flags"],
+        ),
+        (["photo", "eval"], ["unknown verb 'photo'"]),
+        (["--workdir", "eval"], ["train needs --config"]),
+        (
+            ["export", "--workdir=x", "--to=y", "--test_set=xtd10,split:test"],
+            ["--test_set=xtd10,split:test names several test sets; an export is checked on one"],
+        ),
+        (
+            ["eval", "--workdir=x", "--task=tagging", "--test_set=xtd10"],
+            ["--test_set=xtd10: --task=tagging needs split:NAME"],
+        ),
         (
             ["prepare", QUICKSTART, "--images=x"],
             ["--images is a flag of eval and export, not of prepare"],
@@ -112,7 +126,10 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["eval"], ["eval needs --workdir"]),
         (["import", "--workdir=x"], ["import needs --text"]),
         (["import", "--text=x"], ["import needs --workdir"]),
-        (["eval", "--workdir=x", "--image=x"], ["--image is a flag of import, not of eval"]),
+        (
+            ["eval", "--workdir=x", "--image=x"],
+            ["--image is a flag of search and import, not of eval"],
+        ),
         (["eval", QUICKSTART, "--workdir=x"], ["--config is a flag of train", "not of eval"]),
         (["shardings", QUICKSTART, "--devices=0"], ["--devices=0"]),
         (["shardings", QUICKSTART, "--devices=1000000000000"], ["--devices=1000000000000"]),
@@ -130,6 +147,39 @@ def test_usage_errors_are_one_line_and_need_no_jax(arguments, parts, command):
     line = refusal(command(*arguments, script=NO_JAX, check=False), code=2)
     for part in [*parts, "--help"]:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb"),
+    [
+        ("tag --vocabulary=coco eval", "tag"),
+        ("--workdir eval", None),
+        ("--workdir train eval", "eval"),
+        ("-vocabulary export tag", "tag"),
+        ("--config configs/xlmr.py prepare", "prepare"),
+        ("--distributed eval", "eval"),  # as `launch.sh` puts it
+        ("--nodrop_junk --unknown eval", "eval"),
+        ("-- eval", "eval"),
+        ("photo eval", None),
+        ("help eval", "eval"),
+        ("--help eval", "eval"),
+        ("--workdir", None),
+        ("", None),
+    ],
+)
+def test_the_verb_is_the_first_word_that_is_no_value_of_a_flag(arguments, verb):
+    assert commands.find_verb(arguments.split()) == verb
+
+
+def test_words_after_the_verb_may_be_verbs():
+    arguments = ["xlir", "tag", *TAG[:2], "train", "help"]
+    assert commands.find_verb(arguments[1:]) == "tag"
+    assert commands.parse("tag", arguments)[1] == ["train", "help"]
+
+
+def test_help_says_how_many_test_sets_a_verb_takes():
+    told = {verb: commands.declared_flags(verb).values["test_set"].help for verb in TESTING}
+    assert [verb for verb, text in told.items() if "Join several" in text] == ["eval"]
 
 
 @pytest.mark.parametrize(

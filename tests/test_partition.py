@@ -108,7 +108,7 @@ def test_what_can_not_be_split_is_said(caplog):
     with caplog.at_level("INFO"):
         partition.shardings(tree, mesh)
     assert caplog.messages == [
-        "1 arrays (4.0 MB) are whole on every device, because no axis divides by 8: table"
+        "1 arrays (4.0 MB) are not sharded, because no axis is a multiple of 8: table"
     ]
 
 
@@ -150,7 +150,7 @@ def test_data_goes_across_the_slices_of_a_tpu():
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (slices == slices[:, :1]).all(), "a gather would cross slices"
     assert {tuple(column) for column in slices.T} == {(0, 0, 1, 1)}
-    with pytest.raises(ValueError, match="does not divide over 2 TPU slices"):
+    with pytest.raises(ValueError, match="is not a multiple of the 2 TPU slices"):
         partition.create_mesh({"data": 1, "fsdp": 32}, devices)
 
 

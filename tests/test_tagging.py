@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pathlib
+import re
+import runpy
 import shutil
 import subprocess
 import types
@@ -16,7 +18,7 @@ from PIL import Image
 from configs import base
 from input_pipeline import vocabularies
 from input_pipeline.datasets import emoji
-from tests.runs import run_main
+from tests.runs import REPOSITORY, run_main
 from tests.test_main import NO_JAX, refusal
 from tests.test_photo_limits import odd_files, png, within
 from xlir import embed, encoder, evaluate_tagging, figures, metrics, reference_photos, tagging
@@ -451,7 +453,7 @@ def test_eval_of_tags_from_captions(tagged):
     assert english["cosine"].keys() == english.keys() - {"cosine", "predicted_tags"}
     assert results["zero_shot_macro"]["mAP"] == results["languages"]["de"]["mAP"]
     assert file.with_suffix(".tags.png").is_file()
-    assert "most against fewest" in process.stdout
+    assert "between the languages with the most and the fewest" in process.stdout
     assert str(file) in process.stdout
 
 
@@ -461,7 +463,7 @@ def test_eval_of_tags_from_captions(tagged):
         (["--task=taging"], 2, "taging"),
         (["--task=tagging", "--images=x"], 2, "--images is not a flag of --task=tagging"),
         (["--vocabulary=coco"], 2, "--vocabulary is not a flag of --task=retrieval"),
-        (["--task=tagging", "--test_set=xtd10"], 1, "--task=tagging needs split:NAME"),
+        (["--task=tagging", "--test_set=xtd10"], 2, "--task=tagging needs split:NAME"),
     ],
 )
 def test_refusals_of_eval_are_one_line(workdir, arguments, code, part):
@@ -552,3 +554,16 @@ def test_sheets_of_any_number_and_script(photos_folder, tmp_path, count, tags):
     figures.plot_tags(pictures, {code: [names] * count for code, names in tags.items()}, file, 1)
     with Image.open(file) as image:
         image.load()
+
+
+def test_the_benchmark_of_throughput_runs(workdir, photos, monkeypatch, capsys):
+    flags = [f"--workdir={workdir}", f"--images={photos / 'images'}", "--photos=40", "--tags=30"]
+    monkeypatch.setattr("sys.argv", ["tagging.py", *flags])
+    runpy.run_path(str(REPOSITORY / "benchmarks" / "tagging.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["with compilation", "measured"]
+    for line in lines:
+        text, image = map(float, re.findall(r"tower (\d+\.\d) s", line))
+        share = float(re.search(r"towers (\d+\.\d)%", line)[1])
+        assert 0 < share < 100
+        assert text + image <= float(re.search(r"(\d+\.\d) s:", line)[1]) + 0.1

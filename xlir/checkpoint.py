@@ -43,7 +43,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     Args:
       workdir: the run's folder.
-      read_only: for use without training: nothing is created, moved or deleted.
+      read_only: nothing is created, moved or deleted; for every use except training.
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
@@ -155,7 +155,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 while aside.exists():  # the step was saved again, and damaged again
                     aside = aside.with_name(f"{aside.name}-again")
                 (self.folder / str(step)).rename(aside)
-                log.warning("it was moved to %s", aside)
+                log.warning("checkpoint %d was moved to %s", step, aside)
         if first:
             log.warning("using the checkpoint of step %d", used)
         if self._read_only:

@@ -96,7 +96,7 @@ def sharding_table(config: ConfigDict, devices: int) -> str:
             name = x.path if part == "trained" else f"{x.path} (frozen)"
             rows.append((name, x.describe_shape(), x.describe_layout(), f"{x.bytes_a_device:,}"))
     rows.append(("", "", "", ""))
-    rows.append(("in all", "", "whole", "bytes a device"))
+    rows.append(("total", "", "bytes", "bytes a device"))
     for part, arrays in parts.items():
         whole, share = (sum(getattr(x, n) for x in arrays) for n in ("bytes", "bytes_a_device"))
         rows.append((part, f"{len(arrays)} arrays", f"{whole:,}", f"{share:,}"))
@@ -188,17 +188,17 @@ class Report:
         spare = 1 - self.needed / self.chip.hbm
         lines = [
             f"{self.topology}: {self.chips} chips, mesh {axes}; batch {self.batch_size:,}, "
-            f"{self.batch_size // self.chips:,} a chip",
+            f"{self.batch_size // self.chips:,} per chip",
             "",
-            "memory of a chip            GiB",
+            "memory per chip             GiB",
             f"  parameters, state, batch{self.arguments / GIB:7.2f}",
             f"  temporaries             {self.temporaries / GIB:7.2f}",
             f"  needed                  {self.needed / GIB:7.2f}  of {self.chip.hbm / GIB:.2f}",
             "",
-            "a step, of a chip                             at its peak rate",
+            "work per chip and step                    time at peak rate",
             _rate("arithmetic", self.flops / 1e12, "TFLOP", times.compute),
             _rate("memory traffic", self.hbm_bytes / 1e9, "GB", times.memory),
-            _rate("received", received / 1e9, "GB", times.network),
+            _rate("data received", received / 1e9, "GB", times.network),
         ]
         lines += [
             f"    {kind:<20}{each.bytes / 1e9:6.2f} GB     in {each.count:,.0f} messages"
@@ -206,11 +206,11 @@ class Report:
         ]
         slow, fast = (self.batch_size / seconds for seconds in (times.serial, times.overlapped))
         lines += [
-            f"  a step: {times.overlapped:.3f} s if everything overlaps, {times.serial:.3f} s if "
-            f"nothing does: {slow:,.0f} to {fast:,.0f} examples/s at most",
+            f"  a step takes {times.overlapped:.3f} s if everything overlaps, {times.serial:.3f} s "
+            f"if nothing does: {slow:,.0f} to {fast:,.0f} examples/s at most",
             "",
-            f"it {'fits' if self.fits else 'does not fit'}: {100 * spare:.0f}% of the memory "
-            f"{'is' if spare > 0 else 'would be'} free, {100 * SPARE:.0f}% is required",
+            f"the step {'fits' if self.fits else 'does not fit'}: {100 * spare:.0f}% of the memory "
+            f"{'is' if spare > 0 else 'would be'} free, {100 * SPARE:.0f}% must be free",
         ]
         return "\n".join(lines)
 
@@ -240,13 +240,14 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     config = _as_on_tpu(config)
     mesh = partition.create_mesh(config.mesh, devices)
     traced = trace(config, mesh)
-    log.info("compiling a step for %d chips; this takes one to three minutes", len(devices))
+    log.info("compiling a step for %d chips; this takes several minutes", len(devices))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(f"it does not fit a chip of {topology}: {error}".splitlines()[0]) from None
+        fault = str(error).splitlines()[0]
+        raise ValueError(f"the step does not fit a chip of {topology}: {fault}") from None
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     return Report(
         topology=topology,
@@ -267,7 +268,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
 def _devices(topology: str) -> list[jax.Device]:
     """The devices of a topology, which this machine need not have."""
     # Otherwise libtpu looks for a TPU on this machine, queries the cloud's metadata server, keeps
-    # other processes from using the TPU, and prints that there is none.
+    # other processes from using the TPU, and prints errors if there is none.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     # One device per chip, not one per core.

@@ -57,7 +57,7 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """Finite numbers from `least` to `most`; an end of the range that is open is excluded."""
+    """Finite numbers from `least` to `most`; `open_below` and `open_above` exclude them."""
 
     least: float | int
     most: float | int = LARGEST

@@ -1,4 +1,4 @@
-"""Cost of one compiled step on a TPU chip: arithmetic, memory traffic, network, and from them time.
+"""Cost of one compiled step on a TPU chip: arithmetic, memory traffic, network and estimated time.
 
 `compiled.cost_analysis()` counts the body of every loop once, however often it runs, on TPUs and
 CPUs alike, and counts data that stays in on-chip memory as traffic. Here arithmetic is counted from
@@ -326,7 +326,7 @@ def _moved(module: _Module, name: str, instruction: _Instruction) -> dict:
     if opcode.endswith("-start") and len(sizes) > 1:  # the result lists source and destination
         if opcode.removesuffix("-start") in _RECEIVED:
             return {"bytes": sum(sizes)}
-        size = min(_sizes(instruction.shape)[:2])  # of a copy, or of a slice on its way
+        size = min(_sizes(instruction.shape)[:2])  # of a copy, or of a slice in transfer
         return {"bytes": size * sum(end > 0 for end in sizes[:2])}
     read = sum(_read(module, name, each, instruction) for each in set(instruction.operands))
     return {"bytes": read + _written(module, name, instruction)}

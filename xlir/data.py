@@ -111,8 +111,8 @@ def check_batch_size(config: ConfigDict, captions: int) -> None:
     if config.data.batch_size > captions:
         raise ValueError(
             f"config.data.batch_size is {config.data.batch_size:,}, but the training split "
-            f"({config.data.train}) has {captions:,} captions: each pair would be in a batch "
-            f"several times; it must be at most {captions:,}"
+            f"({config.data.train}) has {captions:,} captions: a batch would hold a pair "
+            f"more than once; the batch size must be at most {captions:,}"
         )
 
 
@@ -141,8 +141,8 @@ def prepared_set(config: ConfigDict) -> PreparedSet:
     if not name:
         raise ValueError(
             "no data set is named (config.data.name is empty; known: "
-            f"{', '.join(datasets.NAMES)}); a test set of its own needs none: --test_set=FOLDER "
-            "--images=FOLDER"
+            f"{', '.join(datasets.NAMES)}); to use a test set that needs none, give "
+            "--test_set=FOLDER --images=FOLDER"
         )
     if datasets.find(name).in_folder and not folder:
         raise ValueError("name the data set's folder with --config.data.dir=PATH")
@@ -178,7 +178,7 @@ def test_sets(
       FileNotFoundError: a folder, one of its files, or a photo is missing.
       ValueError: the folder's files contradict each other.
     """
-    chosen = [_named(config, name) for name in _listed(names)] if names else _own(config)
+    chosen = [_named(config, name) for name in listed(names)] if names else _own(config)
     found = []
     for entry, options in chosen:
         if images:
@@ -228,6 +228,6 @@ def _named(config: ConfigDict, name: str) -> tuple[Entry, Options]:
     return test_set_types.find("folder"), Options("NAME", captions=name)
 
 
-def _listed(names: str) -> list[str]:
-    """Splits names at commas, unless they are one folder whose name contains a comma."""
+def listed(names: str) -> list[str]:
+    """Splits test sets at commas, unless they are one folder whose name contains a comma."""
     return [names] if os.path.isdir(names) else names.split(",")

@@ -55,8 +55,9 @@ def decode_each(
 
     Args:
       function: one item -> its pixels, such as `Embedder.decode`. It runs in a thread.
-      items: the photos, for example paths. An item is read only when it is about to be decoded,
-        so `items` may be a long iterator.
+      items: the photos, for example paths. When a photo is yielded, `ahead` items after it have
+        been taken (fewer at the end), so `items` may be a long iterator. Items are taken in the
+        caller's thread.
       ahead: number of photos that are decoded in advance and held in memory.
 
     Yields:

@@ -32,7 +32,7 @@ TEXT_BATCH = 128
 TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Pairs: the rows in a batch, and this process's share of it, under a training batch's keys.
+# Pairs: the row numbers of a batch, and this process's share of it (keys as in a training batch).
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -149,7 +149,7 @@ class Embedder:
         return self.text_batches(inputs) if side == "text" else self.image_batches(inputs)
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
-        """(rows, batch) pairs: texts of similar length together, in few distinct shapes."""
+        """(rows, batch) pairs: texts of similar length are together; there are few shapes."""
         longest = self.config.text.max_length
         ids = self.tokenizer(texts, max_length=longest)
         size, tokens = TEXT_BATCH * self.mesh.size, TEXT_TOKENS * self.mesh.size
@@ -162,7 +162,7 @@ class Embedder:
             yield rows, {"text_ids": text_ids, "text_mask": text_mask}
 
     def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
-        """(rows, batch) pairs; photos are decoded two batches ahead of the tower."""
+        """(rows, batch) pairs; threads decode photos two batches in advance."""
         batches = list(_row_batches(len(images), IMAGE_BATCH * self.mesh.size, self.mesh))
         # Padding repeats the last row, which is decoded once.
         shares = [np.unique(share, return_inverse=True) for _, share in batches]

@@ -141,7 +141,7 @@ class Encoder:
 
         Raises:
           FileNotFoundError: the folder is not the folder of a run, or has no checkpoint yet.
-          ValueError: an argument has another value than these, the run keeps no moving average, or
+          ValueError: an argument has an unknown value, the run keeps no moving average, or
             a file of the run is damaged or belongs to another model.
         """
         if checkpoint not in ("best", "latest"):
@@ -155,7 +155,7 @@ class Encoder:
         untrained = cls.open(workdir, mesh, config)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             if not checkpoints.steps():
-                raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train it first")
+                raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train first")
             averaged = config.optimizer.ema > 0
             if weights == "ema" and not averaged:
                 raise ValueError(f"{workdir} keeps no moving average (config.optimizer.ema is 0)")

@@ -72,8 +72,8 @@ def retrieval(
       step: the training step, for the record.
 
     Returns:
-      The content of a results file. `zero_shot_macro` averages over the languages other than
-      English, which training never saw; it is None if there are no others.
+      The content of a results file. `zero_shot_macro` averages over all languages except English,
+      which training never saw; it is None if there is only English.
 
     Raises:
       ValueError: an embedding is not finite.

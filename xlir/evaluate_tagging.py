@@ -71,7 +71,7 @@ def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -
     chosen = vocabularies.load(vocabulary or own)
     if "en" not in chosen.names:
         raise ValueError(
-            f"vocabulary {chosen.name} is a list; evaluation needs a table: 'en<TAB>de'"
+            f"vocabulary {chosen.name} is a list; evaluation needs a table with the column 'en'"
         )
     photos = prepared.source(split)
     positive, source = _labels(config, chosen, photos, split)
@@ -157,7 +157,7 @@ def evaluate_set(
 
 
 def spread(results: dict, threshold: str) -> float:
-    """The highest over the lowest mean number of tags per photo among languages, minus one."""
+    """The largest mean number of tags per photo of a language over the smallest, minus one."""
     counts = [one["predicted_tags"][threshold] for one in results["languages"].values()]
     return max(counts) / max(min(counts), 1e-9) - 1
 
@@ -168,10 +168,11 @@ def table(results: dict) -> str:
         "@"
     )[1]
     columns = ("mAP", f"precision@{k}", f"micro_F1@{k}", f"macro_F1@{k}", "hit@1", "hit@10")
-    head = ("mAP", f"P@{k}", f"F1@{k} micro", "macro", "hit@1", "hit@10", "tags a photo")
+    head = ("mAP", f"P@{k}", f"F1@{k} micro", "macro", "hit@1", "hit@10", "tags/photo")
     lines = [
         f"{results['dataset']}, step {results['step']}, {results['images']} images, "
-        f"{results['tags']} tags, {results['tags_per_image']:.1f} an image by {results['labels']}",
+        f"{results['tags']} tags, {results['tags_per_image']:.1f} true tags per image (from "
+        f"{results['labels']})",
         f"{'':<10}{head[0]:>6}{head[1]:>7}{head[2]:>12}{head[3]:>7}{head[4]:>7}{head[5]:>8}{head[6]:>14}",
     ]
     rows = dict(results["languages"])
@@ -193,9 +194,9 @@ def table(results: dict) -> str:
         )
     )
     lines.append(
-        f"Tags a photo, most against fewest: {calibrated:+.0%} with one percentile for all "
-        f"languages ({strict:+.0%} at {STRICT} tags, {loose:+.0%} at {LOOSE}), {plain:+.0%} with "
-        "one cosine"
+        "Difference in tags per photo between the languages with the most and the fewest: "
+        f"{calibrated:+.0%} with one percentile for all languages ({strict:+.0%} at {STRICT} tags "
+        f"per photo, {loose:+.0%} at {LOOSE}), {plain:+.0%} with one cosine"
     )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ def main() -> int:
     verb = commands.find_verb(sys.argv[1:])
     try:
         code = _run(verb, sys.argv)
-        # Flushed here, so that a failing write is reported, which it would not be at exit.
+        # Flushed here, because a write that fails at exit would not be reported.
         sys.stdout.flush()
         return code
     except errors.UsageError as error:

@@ -27,7 +27,7 @@ finally:
 
 log = logging.getLogger(__name__)
 
-# Seconds between two flushes of TensorBoard's file, each of which a mounted bucket uploads whole.
+# Seconds between flushes of TensorBoard's file. A mounted bucket uploads the whole file each time.
 FLUSH = 120
 
 
@@ -104,7 +104,7 @@ class Progress:
 
         `data` is the time per step of waiting for the batch, `step` the rest of the time per step.
         `evaluation` and `save` (starting to save) are totals since the last lap, and absent if
-        there was none; the speed does not include them.
+        nothing was evaluated or saved; the speed does not include them.
         """
         steps = max(step - self._step, 1)
         waiting = self._seconds.pop("data", 0.0) / steps

@@ -80,7 +80,7 @@ def decays(params: Any) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """Layer-wise learning rate decay: a factor on the tower's rate for each parameter.
 
-    As in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): the factor is 1 after the last
+    As in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): the factor is 1 above the last
     layer, `decay` in the last layer, `decay`^2 in the layer below it, and so on down to the
     embeddings. In a tower without repeated layers, it is 1 everywhere.
 

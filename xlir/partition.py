@@ -72,7 +72,7 @@ def check_platforms() -> None:
     asked = jax.config.jax_platforms
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # CUDA without a GPU: the latter
+    except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA without a GPU
         if not asked:
             raise
         jax.config.update("jax_platforms", None)
@@ -85,7 +85,7 @@ def check_platforms() -> None:
 
 
 def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that `config.mesh` asks for.
+    """The mesh that `config.mesh` describes.
 
     Devices are ordered so that neighbours on the mesh are neighbours in the machine. If they belong
     to several TPU slices, `data` extends across the slices.
@@ -96,8 +96,8 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
       devices: default: the devices of all processes.
 
     Raises:
-      ValueError: the product of the two numbers is not the number of devices, or "data" does not
-        divide over the slices.
+      ValueError: the product of the two numbers is not the number of devices, or "data" is not
+        a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(options or {"data": -1, "fsdp": 1}, len(devices))
@@ -105,7 +105,7 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
     if slices > 1:
         if shape[0] % slices:
             raise ValueError(
-                f"config.mesh.data={shape[0]} does not divide over {slices} TPU slices"
+                f"config.mesh.data={shape[0]} is not a multiple of the {slices} TPU slices"
             )
         within = (shape[0] // slices, shape[1])
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -185,7 +185,7 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
     """The axes to try to shard; none if the array is meant to stay whole.
 
-    Vectors stay whole: sending a message for each would cost more than the memory saved.
+    Vectors stay whole: sending a message for each would cost more than it saves in memory.
     """
     if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
@@ -195,7 +195,7 @@ def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) ->
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """The sharding of every array in a tree of arrays or shapes.
 
-    Arrays that should be sharded but have no axis that divides stay whole; the log lists them.
+    Arrays that should be sharded stay whole if no axis is divisible; the log lists them.
     """
     unsplit: dict[str, int] = {}
 
@@ -209,7 +209,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     result = jax.tree.map_with_path(sharding, tree)
     if unsplit:
         log.info(
-            "%d arrays (%.1f MB) are whole on every device, because no axis divides by %d: %s",
+            "%d arrays (%.1f MB) are not sharded, because no axis is a multiple of %d: %s",
             *(len(unsplit), sum(unsplit.values()) / 1e6, mesh.shape["fsdp"], ", ".join(unsplit)),
         )
     return result

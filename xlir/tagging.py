@@ -22,8 +22,8 @@ threshold, prominences are better: with a threshold on scores, some images get m
 none (measured in docs/results.md).
 
 Prominences are distributed differently in each language. A calibrated percentile means the same in
-every language: of all pairs of a held-out photo (of the validation split) and a tag, it is the
-share with a lower prominence, 0 to 1.
+every language: it is the share, 0 to 1, of all pairs of a held-out photo (of the validation split)
+and a tag whose prominence is lower.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ TEMPLATES = {
 }
 # Number of nearest neighbours in a neighbourhood, as in the paper.
 NEIGHBOURS = 10
-# Number of an image's best tags that prominence is relative to. With fewer, all images get the same
-# number of tags. With more, that number depends on which few photos a small data set holds out.
+# Number of an image's best tags that prominence is relative to. With fewer, all images get the
+# same number of tags. With more, that number depends on which photos a small set holds out.
 BEST_TAGS = 20
 # Images on a contact sheet, and tags per image and language.
 SHEET_PHOTOS, SHEET_TAGS = 12, 4
@@ -73,8 +73,8 @@ class Tag:
     Attributes:
       tag: the tag's identifier in the vocabulary.
       name: the tag's first name in the language.
-      percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag with a lower
-        prominence; None without held-out photos.
+      percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag whose
+        prominence is lower; None without held-out photos.
       cosine: the cosine similarity of image and tag, -1 to 1.
     """
 

@@ -170,7 +170,7 @@ def _prepare(
 def _centered(
     config: ConfigDict, params: PyTree, features: dict[str, np.ndarray], mesh: Mesh
 ) -> PyTree:
-    """The parameters, in which heads that subtract the training set's mean have that mean."""
+    """Sets the training set's mean in heads that subtract it; returns all parameters."""
     for side, array in features.items():
         if config[side].head == "center":
             mean = np.mean(array, axis=0, dtype=np.float64).astype(np.float32)

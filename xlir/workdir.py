@@ -115,7 +115,7 @@ class Lock(contextlib.AbstractContextManager):
                 "training in it. Wait until it has ended, or choose another --workdir"
             )
         except OSError as error:
-            log.warning("%s: no file locks here (%s); train in it only once", self._workdir, error)
+            log.warning("%s can't be locked (%s): start no second run in it", self._workdir, error)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()
@@ -142,7 +142,7 @@ def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathli
     if differing := sorted(_differences(old, new)):
         raise ValueError(
             f"{workdir} was started with another configuration; it differs in "
-            f"{', '.join(differing)}. Use another --workdir, or the old values to resume"
+            f"{', '.join(differing)}. Use another --workdir, or resume with the old values"
         )
 
 
@@ -182,7 +182,7 @@ def check_data(workdir: pathlib.Path, data: dict[str, Any], *, accept_changes: b
         raise ValueError(
             f"the data differ from those that {workdir} was started with: {_describe(data)}; "
             f"before: {_describe(before)}. Restore the data to resume, start in a new --workdir, "
-            "or resume with the new data by --accept_changed_data"
+            "or resume with the new data and --accept_changed_data"
         )
     if jax.process_index() == 0:
         files.write_whole(file, json.dumps(data, indent=1))

@@ -60,7 +60,7 @@ def prepare() -> tfds.core.DatasetBuilder:
     Raises:
       FileNotFoundError: one of the two packages is not installed.
     """
-    ids = {emoji: row for row, emoji in enumerate(_emoji())}
+    ids = {emoji: row for row, emoji in enumerate(characters())}
     splits = {
         split: [
             records.Unread(
@@ -92,13 +92,14 @@ def names() -> dict[str, list[str]]:
     """Language -> the names of all emoji of the set, in the order of their code points."""
     table = _names()
     return {
-        language: [_clean(table[emoji][language]) for emoji in _emoji()] for language in LANGUAGES
+        language: [_clean(table[emoji][language]) for emoji in characters()]
+        for language in LANGUAGES
     }
 
 
 def rows(split: str) -> list[int]:
     """The rows of a split's emoji in `names`, in the order of the split's pictures."""
-    row_of = {emoji: row for row, emoji in enumerate(_emoji())}
+    row_of = {emoji: row for row, emoji in enumerate(characters())}
     return [row_of[emoji] for emoji in _split()[split]]
 
 
@@ -140,7 +141,7 @@ def _pictures() -> dict[str, pathlib.Path]:
 
 
 @functools.cache
-def _emoji() -> list[str]:
+def characters() -> list[str]:
     """All emoji of the set, in the order of their code points."""
     return sorted(_pictures())
 
@@ -162,7 +163,7 @@ def _split() -> dict[str, list[str]]:
 
 def _groups() -> dict[str, str]:
     """Emoji -> the name of its group."""
-    emoji = _emoji()
+    emoji = characters()
     group = {character: _base(character) for character in emoji}
     for i, j in _alike([_pixels(_pictures()[character]) for character in emoji]):
         old, new = sorted((group[emoji[i]], group[emoji[j]]))

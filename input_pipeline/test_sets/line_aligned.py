@@ -122,7 +122,7 @@ def find_photos(captions: LineAligned, folder: str | os.PathLike) -> list[pathli
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(wanted)} photos of {captions.name} are not below "
-            f"{folder}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"{folder}: {_first(missing)}"
         )
     return [found[name] for name in captions.filenames]
 
@@ -152,12 +152,17 @@ def with_photos_of_run(captions: LineAligned, options: Options, run: RunData) ->
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(captions.filenames)} photos of {captions.name} are not in "
-            f"the prepared {data.name} ({', '.join(missing[:3])}, ...): name a folder that holds "
+            f"the prepared {data.name} ({_first(missing)}): name a folder that holds "
             "them, at any depth, with --images=DIR (to train: "
             f"--config.evals.{options.name}.images=DIR)"
         )
     photos = source.select(captions.filenames)
     return _retrieval_set(captions, photos.images, photos.fingerprint)
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first three names, and whether there are more."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def _retrieval_set(captions: LineAligned, images: Sequence, fingerprint: str) -> RetrievalSet:

@@ -16,6 +16,7 @@ import pathlib
 import re
 import urllib.request
 
+from input_pipeline import files
 from input_pipeline.cache import cache_folder
 from input_pipeline.test_sets import line_aligned
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
@@ -142,17 +143,15 @@ def download(folder: str | os.PathLike) -> None:
             if hashlib.sha256(data).hexdigest() != expected:
                 raise ValueError(f"{url} is not the file that was published (its SHA-256 differs)")
             target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_suffix(".partial")
-            unfinished.write_bytes(data)
-            unfinished.rename(target)
+            files.write_whole(target, data)
     log.info("XTD10's captions are in %s", folder)
 
 
 def is_xtd10(folder: str | os.PathLike) -> bool:
     """Whether a folder holds XTD10's published list of photos."""
     name = line_aligned.NAMES_FILE
-    files = line_aligned.text_files(pathlib.Path(folder))
-    return any(_sha256(file) == SHA256[name] for file in files if file.name == name)
+    texts = line_aligned.text_files(pathlib.Path(folder))
+    return any(_sha256(file) == SHA256[name] for file in texts if file.name == name)
 
 
 def origin(filename: str) -> str | None:

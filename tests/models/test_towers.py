@@ -202,6 +202,18 @@ def test_squashing_shows_the_whole_photo(checkpoints, config, tmp_path):
     assert (preprocessing.size, preprocessing.resize, preprocessing.crop) == (32, 32, "squash")
 
 
+def test_a_checkpoint_whose_size_is_below_its_patches(checkpoints, config, tmp_path):
+    """The message has the checkpoint's size; config.image.size is 0."""
+    folder, *_ = checkpoints
+    processor = PROCESSOR | {"size": {"shortest_edge": 4}, "crop_size": {"height": 4, "width": 4}}
+    shutil.copytree(folder / "image", tmp_path / "image")
+    (tmp_path / "image" / "preprocessor_config.json").write_text(json.dumps(processor))
+    config.image.tower = str(tmp_path / "image")
+    message = "photos of 4 pixels a side are too small .* patches of 8: set config.image.size to at"
+    with pytest.raises(ValueError, match=message):
+        xlir.Encoder.create(config)
+
+
 def embedded_by_torch(model, folder, texts) -> np.ndarray:
     """Mean-pooled, unit-length embeddings of a text model of transformers."""
     torch = pytest.importorskip("torch")

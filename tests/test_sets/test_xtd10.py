@@ -1,5 +1,7 @@
 """Reads multilingual test sets, as published and as saved by various text editors."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -279,6 +281,16 @@ def test_a_download_that_differs_is_refused_and_not_kept(mirror, tmp_path):
     with pytest.raises(ValueError, match=r"test_1kcaptions_jp\.txt is not the file"):
         xtd10.download(tmp_path / "new")
     assert not list((tmp_path / "new").rglob("*jp*"))
+
+
+def test_a_download_on_a_full_disk_leaves_nothing(mirror, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        xtd10.download(tmp_path / "new")
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
 
 
 def test_a_download_without_a_network_says_what_to_do(mirror, tmp_path):

@@ -48,8 +48,18 @@ def load(verb: str) -> types.ModuleType:
 
 
 def find_verb(arguments: Sequence[str]) -> str | None:
-    """The first argument that is a verb, or None."""
-    return next((argument for argument in arguments if argument in VERBS), None)
+    """The first positional argument if it is a verb, otherwise None.
+
+    The value in `--flag value` is not positional, and neither is the word `help` at the start.
+    """
+    remaining = iter(arguments[1:] if arguments[:1] == ["help"] else arguments)
+    for argument in remaining:
+        if argument == "--" or not argument.startswith("-"):
+            word = next(remaining, None) if argument == "--" else argument
+            return word if word in VERBS else None
+        if "=" not in argument and _takes_value(argument.lstrip("-")):
+            next(remaining, None)
+    return None
 
 
 def declared_flags(verb: str) -> Flags:
@@ -76,7 +86,7 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[absl.flags.FlagValues, l
         raise UsageError(_unknown_flag(error.flagname, verb)) from error
     if words and words[0] != verb:
         if words[0] in VERBS:
-            raise UsageError(f"the verb comes first: {words[0]}")
+            raise UsageError(f"put the verb {words[0]} before the flags")
         raise UsageError(f"unknown verb {words[0]!r}; known: {', '.join(VERBS)}")
     if words[1:] and not hasattr(load(verb), "WORDS"):
         raise UsageError(f"expected one verb, got {' '.join(words)}")
@@ -101,6 +111,13 @@ def help_of(verb: str) -> str:
 
 def _summary(verb: str) -> str:
     return load(verb).__doc__.splitlines()[0].rstrip(".")
+
+
+def _takes_value(name: str) -> bool:
+    """Whether any verb has a flag of this name, or --config.FIELD, that is not a boolean."""
+    name, *_ = name.split(".")
+    flags = (declared_flags(verb).values for verb in VERBS)
+    return any(name in values and not values[name].boolean for values in flags)
 
 
 def _unknown_flag(name: str, verb: str) -> str:

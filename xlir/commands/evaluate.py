@@ -27,7 +27,7 @@ def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.workdir()
     flags.choice("task", "What to evaluate.", ("retrieval", "tagging"), default="retrieval")
-    flags.test_set()
+    flags.test_set(several=True)
     flags.switch("drop_junk", "Leave out XTD10's six German captions that are not translations.")
     flags.string(
         "vocabulary",
@@ -67,7 +67,7 @@ def _splits(test_set: str) -> list[str]:
     names = (test_set or "split:test").split(",")
     for name in names:
         if not name.startswith("split:"):
-            raise ValueError(f"--test_set={name}: --task=tagging needs split:NAME")
+            raise UsageError(f"--test_set={name}: --task=tagging needs split:NAME")
     return [name.removeprefix("split:") for name in names]
 
 

@@ -1,6 +1,7 @@
 """Export the best checkpoint of a run to a folder that works without JAX.
 
-Before the folder appears, another process loads the exported model and compares it with the run.
+The folder appears only after another process has loaded the exported model and compared it with the
+run.
 
 Examples:
   python -m xlir.main export --workdir=runs/flickr8k --to=exported
@@ -14,6 +15,7 @@ import sys
 from absl.flags import FlagValues
 
 from xlir.commands import processes
+from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
 
@@ -33,11 +35,17 @@ def define(flags: Flags) -> None:
         "default: ema if the run keeps an average.",
         ("ema", "raw"),
     )
-    flags.test_set()
+    flags.test_set(several=False)
 
 
 def run(values: FlagValues) -> None:
     """Exports."""
+    from xlir import data
+
+    if len(data.listed(values.test_set)) > 1:
+        raise UsageError(
+            f"--test_set={values.test_set} names several test sets; an export is checked on one"
+        )
     # SIGTERM raises an exception, as Ctrl-C does, so that a half-written folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     processes.start_jax(values)

@@ -77,13 +77,17 @@ class Flags:
         """The required flag --workdir, the folder of an existing run."""
         self.string("workdir", "Folder of the run.", needed=True)
 
-    def test_set(self) -> None:
-        """The flags --test_set and --images."""
+    def test_set(self, *, several: bool) -> None:
+        """The flags --test_set and --images; `several`: they may name more than one test set."""
         self.string(
             "test_set",
             "A test set: a name in the run's config.evals, a folder in XTD10's layout, 'xtd10', or "
-            "'split:NAME' (a split of the run's data set). Join several with commas. Default: all "
-            "of config.evals.",
+            "'split:NAME' (a split of the run's data set). "
+            + (
+                "Join several with commas. Default: all of config.evals."
+                if several
+                else "The export is checked on it. Default: one of config.evals."
+            ),
             default="",
         )
         self.string(

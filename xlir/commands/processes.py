@@ -9,7 +9,7 @@ from absl.flags import FlagValues
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
-# Seconds until the other processes notice that a process has ended.
+# Seconds after which the other processes notice that a process has ended.
 HEARTBEAT = 30
 # Seconds that the other processes wait at the end while the first one writes the results.
 REPORTING = 3600
@@ -61,7 +61,7 @@ def _is_one_of_several(values: FlagValues) -> bool:
     """Whether there are other processes to join; raises UsageError if the flags contradict."""
     together = (values.coordinator, values.processes, values.process)
     if len({value is None for value in together}) > 1:
-        raise UsageError("--coordinator, --processes and --process need each other")
+        raise UsageError("--coordinator, --processes and --process must be given together")
     if values.process is not None and values.process >= values.processes:
         raise UsageError(
             f"--process={values.process} must be less than --processes={values.processes}: "

@@ -3,6 +3,11 @@
 Each QUERY is searched for on its own. --and, --not and --image add to every query: the photos
 should also show the first and the third, and should not show the second.
 
+The number beside a photo is its calibrated percentile: 0.3 means that the photo fits better than
+the best photo of 30% of the run's validation captions does. Photos below --cutoff are not shown; if
+none is left, nothing in the index fits. Queries with a photo, and indexes that could not be
+calibrated, show cosine similarities instead, and all photos.
+
 --where is one or several terms, joined by `and`; each may begin with `not`:
   folder NAME/NAME      in such a folder, or below it; with a leading slash, from the root
   name PATTERN          the file's name; * is any text
@@ -33,6 +38,8 @@ from xlir.commands.flags import Flags
 from xlir.commands.tag import SHEET_SUFFIXES, opened, printable
 
 WORDS = "QUERY..."
+# One in twenty validation captions would find nothing among the validation photos.
+CUTOFF = 0.05
 
 
 def define(flags: Flags) -> None:
@@ -43,6 +50,10 @@ def define(flags: Flags) -> None:
     flags.texts("not", "What the photos should not show.")
     flags.integer("top_k", "Largest number of photos for a query; default: 10.", least=1, most=1000)
     flags.string("where", "Which photos to consider; see above.", default="")
+    flags.number(
+        "cutoff",
+        f"Only photos whose percentile is at least this, from 0 to 1; default: {CUTOFF}.",
+    )
     flags.switch("exact", "Compare with every photo; a large index otherwise may miss a few.")
     flags.string(
         "output", "File for the results as JSON lines; with -, they are printed instead of a table."
@@ -77,6 +88,7 @@ def run(values: FlagValues, *queries: str) -> None:
                 without=values["not"].value,
                 count=values.top_k or 10,
                 where=values.where,
+                cutoff=CUTOFF if values.cutoff is None else values.cutoff,
                 exact=values.exact,
             )
             found.append((query or values.image, hits))
@@ -92,6 +104,8 @@ def _check(values: FlagValues, queries: Sequence[str]) -> None:
     """Refuses invalid values of flags, and files that can't be written."""
     if not queries and not values.image:
         raise UsageError("search needs a query, or --image")
+    if values.cutoff is not None and not 0 <= values.cutoff <= 1:
+        raise UsageError(f"--cutoff={values.cutoff} is not between 0 and 1")
     if any(not query.strip() for query in queries):
         raise UsageError("a query is empty")
     if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
@@ -108,14 +122,17 @@ def json_line(query: str, hits: Sequence) -> str:
     """A query and its hits as one line of JSON, with the fields of `xlir.search.index.Hit`."""
     fields = [dataclasses.asdict(hit) for hit in hits]
     for one in fields:
-        one["cosine"] = round(one["cosine"], 5)
+        one |= {name: round(value, 5) for name, value in one.items() if isinstance(value, float)}
     return json.dumps({"query": query, "hits": fields}, ensure_ascii=False)
 
 
 def table(query: str, hits: Sequence) -> str:
     """A query and its hits for the terminal, a row per photo."""
-    rows = [f"{hit.cosine:7.3f}  {printable(hit.path)}" for hit in hits]
-    return "\n".join([printable(query), *(rows or ["  no photo matches the filter"])])
+    rows = [
+        f"{hit.cosine if hit.percentile is None else hit.percentile:7.3f}  {printable(hit.path)}"
+        for hit in hits
+    ]
+    return "\n".join([printable(query), *(rows or ["  nothing fits"])])
 
 
 def _draw(index, found: Sequence[tuple[str, Sequence]], file: pathlib.Path) -> None:

@@ -5,8 +5,8 @@ megabytes of memory while it is read and decoded (default: 500). Larger photos a
 skipped; the log counts and names them.
 
 The number beside a tag is its calibrated percentile, a measure of how far the tag stands out among
-the photo's best tags: 0.98 means further than 98% of all pairs of a validation photo and a tag. If
-the run's data set is missing, the number is the cosine similarity of image and tag.
+the photo's best tags: 0.98 means that 98% of all pairs of a validation photo and a tag stand out
+less. If the run's data set is missing, the number is the cosine similarity of image and tag.
 
 Examples:
   python -m xlir.main tag --workdir=runs/flickr8k --vocabulary=coco --language=de,ja PHOTOS
@@ -59,8 +59,8 @@ def define(flags: Flags) -> None:
     )
     flags.number(
         "threshold",
-        "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, a photo "
-        "gets a hundredth of the vocabulary on average, in every language.",
+        "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, 1% of "
+        "the vocabulary become tags of a photo on average, in every language.",
     )
     flags.string(
         "output", "File for the tags as JSON lines; with -, they are printed instead of the table."

@@ -26,7 +26,7 @@ def define(flags: Flags) -> None:
     )
     flags.switch(
         "accept_changed_data",
-        "Resume a run although its training or validation data have changed.",
+        "Resume a run even if its training or validation data have changed.",
     )
     processes.define(flags)
 

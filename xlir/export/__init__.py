@@ -100,8 +100,9 @@ def export(
       format: a key of `FORMATS`; default: sentence-transformers if it can represent the model,
         else torch.
       weights: "ema" or "raw"; default: the moving average if the run keeps one.
-      test_set, images: arguments of `data.test_sets`. The export is checked on the first test
-        set that it returns; default: the run's own.
+      test_set: the test set that the export is checked on, as `data.test_sets` takes it; default:
+        the first of the run's own.
+      images: the folder of its photos, as for `data.test_sets`.
 
     Raises:
       FileExistsError: `to` exists already.

@@ -273,8 +273,8 @@ def _image_spec(
         chosen = dataclasses.replace(chosen, crop=options.crop)
     if chosen.size < (least := family.smallest_image(config)):
         raise ValueError(
-            f"config.image.size is {options.size}; {options.tower} takes patches of {least} "
-            "pixels a side, so it must be at least that"
+            f"photos of {chosen.size} pixels a side are too small for {options.tower}, which takes "
+            f"patches of {least}: set config.image.size to at least {least}"
         )
     return TowerSpec(family, config, options.pooling, preprocessing=chosen)
 

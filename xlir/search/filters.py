@@ -23,6 +23,8 @@ import unicodedata
 
 _RANGES = ("taken", "width", "height")
 COLUMNS = ("folder", "name", *_RANGES)
+# The largest width and height that an index holds; larger bounds mean the same.
+LARGEST = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,10 @@ def parse(text: str) -> Filter:
     Raises:
       ValueError: the text is not a filter; the message says what is wrong with it.
     """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:
-        words = shlex.split(text)
+        words = list(lexer)
     except ValueError as error:
         raise ValueError(f"the filter {text!r} has a quote that is not closed") from error
     terms: list[Term] = []
@@ -90,31 +94,33 @@ def _term(column: str, value: str) -> Term:
     if column == "folder":
         return Term(column, _folder_pattern(value))
     if column == "name":
-        return Term(column, _folded(value))
-    least, dots, most = value.partition("..")
+        return Term(column, folded(value))
+    first, dots, last = value.partition("..")
     bound = _date if column == "taken" else _number
-    return Term(
-        column,
-        least=bound(least, column, last=False) if least else None,
-        most=bound(most if dots else least, column, last=True) if (most or not dots) else None,
-    )
+    least = bound(first, column, last=False) if first else None
+    most = bound(last if dots else first, column, last=True) if (last or not dots) else None
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"{column} {value} begins after it ends: put the smaller one first")
+    return Term(column, least=least, most=most)
 
 
 def _folder_pattern(value: str) -> str:
     """ "/greece/" anywhere in the path or, with a leading slash, at its beginning."""
-    parts = [part for part in _folded(value).split("/") if part]
+    parts = [part for part in folded(value).split("/") if part]
     names = f"/{'/'.join(parts)}/" if parts else "/"
     return f"{names}*" if value.startswith("/") else f"*{names}*"
 
 
-def _folded(value: str) -> str:
-    return unicodedata.normalize("NFC", value).casefold()
+def folded(value: str) -> str:
+    """Text in which case, and the Unicode form of accents, make no difference."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", value).casefold())
 
 
 def _number(value: str, column: str, *, last: bool) -> int:
     if not (value.isascii() and value.isdecimal()):
         raise ValueError(f"{column} takes whole numbers such as 1000..2000, not {value!r}")
-    return int(value)
+    digits = value.lstrip("0") or "0"
+    return min(int(digits[:20]), LARGEST)
 
 
 def _date(value: str, column: str, *, last: bool) -> int:
@@ -122,14 +128,11 @@ def _date(value: str, column: str, *, last: bool) -> int:
     found = re.fullmatch(r"(\d{4})(?:-(\d\d?))?(?:-(\d\d?))?", value, re.ASCII)
     try:
         year, month, day = (int(part) if part else None for part in found.groups())
-        first_day = (year, month or 1, day or 1)
         if not last:
-            return _seconds(*first_day)
-        month = month or 12
-        days = calendar.monthrange(year, month)[1]
-        if day and day > days:
-            raise ValueError
-        return _seconds(year, month, day or days) + 24 * 3600 - 1
+            return _seconds(year, 1 if month is None else month, 1 if day is None else day)
+        month = 12 if month is None else month
+        day = calendar.monthrange(year, month)[1] if day is None else day
+        return _seconds(year, month, day) + 24 * 3600 - 1
     except (AttributeError, ValueError, calendar.IllegalMonthError) as error:
         raise ValueError(
             f"{column} takes dates such as 2023, 2023-06 or 2023-06-15..2023-07, not {value!r}"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from input_pipeline import files
 from xlir.decoding import Photo as AnyPhoto
 from xlir.encoder import Encoder, encode_each
-from xlir.search import filters, photos
+from xlir.search import calibration, filters, photos
 from xlir.search.stores import Store, schema
 from xlir.search.stores.lance import LanceStore
 
@@ -51,6 +51,8 @@ class Hit:
       id: identifies the photo in the index.
       path: where the photo is (or was when it was indexed).
       cosine: cosine similarity of query and photo, -1 to 1.
+      percentile: how well the photo fits a text query, 0 to 1 (`xlir.search.calibration`); None
+        for queries with a photo, and if the index is not calibrated.
       taken: when it was taken, in seconds since 1970 by the camera's clock.
       width, height: pixels.
       size: bytes.
@@ -59,6 +61,7 @@ class Hit:
     id: str
     path: str
     cosine: float
+    percentile: float | None
     taken: int
     width: int
     height: int
@@ -86,6 +89,7 @@ class Index:
     def __init__(self, folder: pathlib.Path, store: Store, dim: int):
         self.folder, self._store, self._dim = folder, store, dim
         self._encoder: Encoder | None = None
+        self._calibration = calibration.Calibration.read(folder, dim)
 
     @classmethod
     def create(cls, folder: str | os.PathLike, workdir: str | os.PathLike) -> "Index":
@@ -103,13 +107,20 @@ class Index:
         if is_index(folder):
             raise ValueError(f"{folder} is an index already: open it")
         # What an interrupted `create` leaves behind is written again.
-        others = set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE} if folder.exists() else ()
+        others = (
+            set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE, calibration.FILE}
+            if folder.exists()
+            else ()
+        )
         if others:
             raise ValueError(f"{folder} is not empty and not an index: choose another folder")
         encoder = Encoder.load(workdir)
         files.make_writable_folder(folder)
         with _locked(folder):
             encoder.save_run(folder / ENCODER)
+            calibrated = calibration.of_run(encoder, pathlib.Path(workdir))
+            if calibrated is not None:
+                calibrated.write(folder)
             dim = encoder.config.embedding_dim
             store = LanceStore(folder / STORE, dim, create=True)
             content = {"version": VERSION, "dim": dim, "model": encoder.fingerprint()}
@@ -184,33 +195,25 @@ class Index:
         with _locked(self.folder):
             self._store.refresh()
             known = self._known()
-            found, counts = set(), {"new": 0, "changed": 0, "unchanged": 0}
+            found, wanted = set(), 0
             for photo in photos.find(places, exclude):
                 found.add(photo.id)
-                counts[_state(photo, known)] += 1
-            wanted = counts["new"] + counts["changed"]
-            skipped = 0
-
-            def skip_one(reason: str) -> None:
-                nonlocal skipped
-                skipped += 1
-                skip(reason)
-
-            todo = (
-                photo
-                for photo in photos.find(places, exclude, skip)
-                if _state(photo, known) != "unchanged"
-            )
+                wanted += _differs(photo, known)
+            skipped: list[str] = []
+            todo = (photo for photo in photos.find(places, exclude, skip) if _differs(photo, known))
+            new = changed = 0
             with tqdm(total=wanted, desc="indexing", unit="") as bar:
-                for rows in _rows_at_once(self._embedded(todo, skip_one)):
-                    changed = [row in known for row in rows["id"].to_pylist()]
-                    (self._store.replace if any(changed) else self._store.add)(rows)
+                for rows in _rows_at_once(self._embedded(todo, skipped, skip)):
+                    old = sum(name in known for name in rows["id"].to_pylist())
+                    (self._store.replace if old else self._store.add)(rows)
+                    new, changed = new + len(rows) - old, changed + old
                     bar.update(len(rows))
             gone = self._gone(places, exclude, found) if prune else []
             self._store.remove(gone)
             if wanted or gone:
                 self._store.optimize()
-        return Added(**counts, skipped=skipped, removed=len(gone))
+        unchanged = len(found) - wanted
+        return Added(new, changed, unchanged, skipped=len(skipped), removed=len(gone))
 
     def add_embeddings(self, vectors: pathlib.Path, paths: pathlib.Path) -> Added:
         """Adds photos that were embedded elsewhere by the model of this index.
@@ -267,6 +270,7 @@ class Index:
         without: Sequence[str | AnyPhoto] = (),
         count: int = 10,
         where: str = "",
+        cutoff: float = 0.0,
         exact: bool = False,
     ) -> list[Hit]:
         """The photos that fit a query best, the best first.
@@ -277,13 +281,16 @@ class Index:
           without: what the photos should not show.
           count: the largest number of photos.
           where: a filter (`xlir.search.filters`).
+          cutoff: photos with a lower percentile are left out; photos without one are kept.
           exact: compare with every photo; a large index otherwise may miss a few.
 
         Raises:
           ValueError: there is no query, or the filter is not valid.
         """
         query = self.embed_query(queries, without)
-        return self.find(query, count, where, exact=exact)
+        texts = all(isinstance(part, str) for part in [*queries, *without])
+        found = self.find(query, count, where, calibrated=texts, exact=exact)
+        return [hit for hit in found if hit.percentile is None or hit.percentile >= cutoff]
 
     def embed_query(
         self, queries: Sequence[str | AnyPhoto], without: Sequence[str | AnyPhoto] = ()
@@ -299,16 +306,26 @@ class Index:
         count: int = 10,
         where: str = "",
         *,
+        calibrated: bool = True,
         exact: bool = False,
     ) -> list[Hit]:
-        """As `search`, for a query that is embedded already."""
+        """As `search`, for an embedded query of unit length, and without a cutoff.
+
+        Args:
+          query, count, where, exact: see `search`.
+          calibrated: whether the hits have percentiles, which only mean something for texts.
+        """
         hits = self._store.search(query, count, filters.parse(where), exact=exact)
-        columns = [field.name for field in dataclasses.fields(Hit) if field.name != "cosine"]
+        columns = [field.name for field in dataclasses.fields(photos.Described)]
+        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
         rows = {row["id"]: row for row in self._store.read(hits.ids, columns).to_pylist()}
+        shares: list[float | None] = [None] * len(hits.ids)
+        if calibrated and self._calibration is not None:
+            shares = self._calibration.percentiles(query, hits.cosines).tolist()
         # A photo that was removed a moment ago is left out.
         return [
-            Hit(cosine=float(cosine), **rows[identifier])
-            for identifier, cosine in zip(*hits, strict=True)
+            Hit(cosine=float(cosine), percentile=share, **rows[identifier])
+            for identifier, cosine, share in zip(*hits, shares, strict=True)
             if identifier in rows
         ]
 
@@ -350,10 +367,14 @@ class Index:
         return known
 
     def _embedded(
-        self, found: Iterable[photos.Photo], skip: Callable[[str], None]
+        self, found: Iterable[photos.Photo], skipped: list[str], skip: Callable[[str], None]
     ) -> Iterator[pa.Table]:
-        """The rows of photos, a batch at a time."""
+        """The rows of photos, a batch at a time; the reasons of skipped ones are also collected."""
         decode = self.encoder.embedder.decode
+
+        def skip_one(reason: str) -> None:
+            skipped.append(reason)
+            skip(reason)
 
         def read(photo: photos.Photo) -> tuple[np.ndarray, photos.Described]:
             data = photo.read()
@@ -366,7 +387,7 @@ class Index:
                 raise ValueError(named) from error
 
         in_order = (photos.loaded(photo) for photo in found)
-        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip):
+        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip_one):
             yield _table(batch, described, vectors)
 
     def _gone(
@@ -415,11 +436,9 @@ def is_index(folder: pathlib.Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
-def _state(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> str:
-    """Whether a photo is "new", "changed" or "unchanged"."""
-    if photo.id not in known:
-        return "new"
-    return "unchanged" if known[photo.id] == (photo.size, photo.modified) else "changed"
+def _differs(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether a photo is new or has changed since it was indexed."""
+    return known.get(photo.id) != (photo.size, photo.modified)
 
 
 def _table(

@@ -11,8 +11,11 @@ import functools
 import glob
 import hashlib
 import io
+import lzma
 import os
+import pathlib
 import stat
+import struct
 import tarfile
 import time
 import unicodedata
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from PIL import Image
 
 from input_pipeline import images, photo_limits
+from xlir.search import filters
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 ZIP_SUFFIXES = (".zip",)
@@ -34,12 +38,27 @@ _DAMAGED = (
     OSError,
     EOFError,
     zlib.error,
+    lzma.LZMAError,
     zipfile.BadZipFile,
     tarfile.TarError,
     NotImplementedError,
     RuntimeError,
     ValueError,
+    OverflowError,
+    struct.error,
 )
+# Headers of a tar archive that hold names and attributes of the next member, and the largest number
+# of bytes of one: they are read into memory.
+_TAR_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_HEADER_BYTES = 1 << 20
+# Times are kept as 64 bits.
+_LATEST = (1 << 63) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +109,12 @@ def identifier(path: str) -> str:
 def folder_of(path: str) -> str:
     """The folder of a photo in the form that filters compare: case-folded, with slashes around."""
     folder = os.path.dirname(path).strip("/")
-    return f"/{unicodedata.normalize('NFC', folder).casefold()}/" if folder else "/"
+    return f"/{filters.folded(folder)}/" if folder else "/"
 
 
 def name_of(path: str) -> str:
     """The file name of a photo in the form that filters compare: case-folded."""
-    return unicodedata.normalize("NFC", os.path.basename(path)).casefold()
+    return filters.folded(os.path.basename(path))
 
 
 def loaded(photo: Photo) -> Photo:
@@ -176,11 +195,24 @@ def roots(places: Sequence[str | os.PathLike]) -> list[str]:
     """
     found: dict[str, None] = {}
     for place in map(os.fspath, places):
-        named = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
+        named = [place] if os.path.exists(place) else _matching(place)
         if not named:
             raise FileNotFoundError(f"there is no file or folder {place}")
         found |= dict.fromkeys(map(os.path.realpath, named))
     return list(found)
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files and folders that match a pattern."""
+    parts = pathlib.PurePath(pattern).parts
+    if os.path.islink(pattern):  # to something that does not exist
+        return []
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    # Unlike that of `glob`, the "**" of `pathlib` does not follow links, which may go in circles.
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    found = pathlib.Path(*parts[:fixed]).glob("/".join(parts[fixed:]))
+    return sorted(map(str, found))
 
 
 def is_archive(path: str) -> bool:
@@ -192,14 +224,25 @@ class _Excluded:
     """Whether a path matches one of the patterns of `find`."""
 
     def __init__(self, patterns: Iterable[str]):
-        self._patterns = [pattern.strip("/") for pattern in patterns]
+        # "[" is no wildcard: many names of files have it.
+        self._patterns = [_composed(pattern).strip("/").replace("[", "[[]") for pattern in patterns]
 
     def __call__(self, path: str) -> bool:
-        parts = path.strip("/").split("/")
+        parts = _composed(path).strip("/").split("/")
         return any(
             fnmatch.fnmatchcase("/".join(parts[-1 - pattern.count("/") :]), pattern)
             for pattern in self._patterns
         )
+
+    def member(self, archive: str, inside: str) -> bool:
+        """Whether a member of an archive, or a folder in the archive that it is in, matches."""
+        parts = inside.split("/")
+        return any(self("/".join((archive, *parts[:depth]))) for depth in range(1, len(parts) + 1))
+
+
+def _composed(path: str) -> str:
+    """A path in the Unicode form in which each letter is one character with its accents."""
+    return unicodedata.normalize("NFC", path)
 
 
 def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Iterator[Photo]:
@@ -207,7 +250,18 @@ def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Itera
     if os.path.isdir(root):
         yield from _in_folder(root, excluded, skip)
     elif not excluded(root):
-        yield from _in_archive(root, excluded, skip) if is_archive(root) else _file(root, skip)
+        archive = is_archive(root) or _holds_archive(root)
+        yield from _in_archive(root, excluded, skip) if archive else _file(root, skip)
+
+
+def _holds_archive(path: str) -> bool:
+    """Whether a file without an extension that tells is an archive."""
+    if os.path.splitext(path)[1].lower() in SUFFIXES or not os.path.isfile(path):
+        return False
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except _DAMAGED:
+        return False
 
 
 def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) -> Iterator[Photo]:
@@ -215,7 +269,7 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
         with os.scandir(folder) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
-        return skip(f"{folder}: {error.strerror}")
+        return skip(f"{_shown(folder)}: {error.strerror}")
     for entry in entries:
         if entry.is_symlink() or excluded(entry.path):
             continue
@@ -228,17 +282,22 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
 
 
 def _file(path: str, skip: Callable[[str], None]) -> Iterator[Photo]:
+    if status := _regular(path, skip):
+        read = functools.partial(photo_limits.read, path)
+        yield Photo(path, status.st_size, status.st_mtime_ns, read)
+
+
+def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
+    """The status of a regular file; otherwise `skip` is told, because others may block."""
+    if not _is_text(path):
+        return skip(f"{_shown(path)}: the path is not valid UTF-8; rename the file or folder")
     try:
-        path.encode()
         status = os.stat(path, follow_symlinks=False)
-    except UnicodeEncodeError:
-        return skip(f"{path!r}: the name is not valid UTF-8; rename the file")
     except OSError as error:  # removed while the folder was read
-        return skip(f"{path}: {error.strerror}")
+        return skip(f"{_shown(path)}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
-        return skip(f"{path} is not a regular file")
-    read = functools.partial(photo_limits.read, path)
-    yield Photo(path, status.st_size, status.st_mtime_ns, read)
+        return skip(f"{_shown(path)} is not a regular file")
+    return status
 
 
 def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> Iterator[Photo]:
@@ -247,38 +306,66 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
     They must be read in the order in which they are yielded, and before the next one is taken: a
     compressed tar archive can only be read from its beginning to its end.
     """
-    members = _zip_members if path.lower().endswith(ZIP_SUFFIXES) else _tar_members
+    if not _regular(path, skip):
+        return
+    is_tar = path.lower().endswith(TAR_SUFFIXES)
+    is_zip = path.lower().endswith(ZIP_SUFFIXES) or (not is_tar and zipfile.is_zipfile(path))
+    members = _zip_members if is_zip else _tar_members
     try:
         for name, size, modified, read in members(path):
             inside = os.path.normpath(name)
             if os.path.splitext(inside)[1].lower() not in SUFFIXES:
                 continue
             whole = f"{path}/{inside}"
-            if inside.startswith(("/", "..")) or not _is_text(inside):
-                skip(f"{path}: the path {inside!r} in it leads out of it or is not valid UTF-8")
-            elif not excluded(whole):
+            if inside.startswith(("/", "../")):
+                skip(f"{_shown(path)}: the path {_shown(inside)} in it leads out of it")
+            elif not _is_text(inside):
+                skip(f"{_shown(path)}: the path {_shown(inside)} in it is not valid UTF-8")
+            elif not excluded.member(path, inside):
                 yield Photo(whole, size, modified, functools.partial(_checked, whole, size, read))
     except _DAMAGED as error:
-        skip(f"{path} can't be read: {_reason(error)}")
+        skip(f"{_shown(path)} can't be read: {_reason(error)}")
 
 
 def _zip_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if not member.is_dir():
+            if not (member.is_dir() or stat.S_ISLNK(member.external_attr >> 16)):
                 moment = time.mktime((*member.date_time, 0, 0, -1))
                 modified = int(moment) * 1_000_000_000 + member.CRC % 1_000_000_000
                 read = functools.partial(photo_limits.unpack, archive, member)
                 yield member.filename, member.file_size, modified, read
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar archive; refuses damaged headers, and those that would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            # `TarFile.next` would take them for the end of the archive.
+            raise tarfile.ReadError(f"it is damaged: {error}") from error
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _TAR_HEADERS and not 0 <= self.size <= _HEADER_BYTES:
+            raise tarfile.ReadError(f"it has a header of {self.size:,} bytes")
+        return super()._proc_member(archive)
+
+
 def _tar_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, tarinfo=_Member, encoding="utf8") as archive:
+        end = 0
         while member := archive.next():
             archive.members.clear()  # a list that would grow with the archive
+            if archive.offset <= end or member.size < 0:
+                raise tarfile.ReadError("it has a member of negative size")
+            end = archive.offset
             if member.isreg():
+                modified = max(-_LATEST, min(int(member.mtime * 1e9), _LATEST))
                 read = functools.partial(_tar_content, archive, member)
-                yield member.name, member.size, int(member.mtime * 1e9), read
+                yield member.name, member.size, modified, read
 
 
 def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -296,7 +383,13 @@ def _checked(path: str, size: int, read: Callable[[], bytes]) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return _shown(" ".join(text.split())) or type(error).__name__
+
+
+def _shown(text: str) -> str:
+    """A path for messages: line ends, control characters and bytes that are not UTF-8 escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _is_text(name: str) -> bool:

@@ -10,6 +10,7 @@ vectors. A filter that leaves few rows would leave few candidates, so such a sea
 
 import contextlib
 import datetime
+import math
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,10 @@ TABLE = "photos"
 LARGE = 50_000
 # A filter that leaves fewer rows than this is answered exactly.
 FEW = 150_000
-# Rows of a cluster of the index, and the share of all clusters that a query looks into.
-CLUSTER_ROWS, PROBED = 1000, 0.04
-# Candidates that are compared again, for each requested row.
+# Rows of a cluster of the index. A query looks into PROBES * sqrt(clusters) of them: on the 7,761
+# photos of Flickr8k, that finds 0.99 of the ten nearest, for texts and for photos.
+CLUSTER_ROWS, PROBES = 1000, 1.6
+# Candidates of the index whose whole vectors are compared, for each row of the answer.
 REFINE = 4
 # Columns with an index for filters.
 INDEXED = ("id", "taken", "width", "height")
@@ -57,13 +59,13 @@ class LanceStore:
         self._folder, self._schema = folder, schema(dim)
         with self._errors():
             database = lancedb.connect(folder)
-            if TABLE in database.table_names():
+            if (folder / f"{TABLE}.lance").is_dir():
                 self._table = database.open_table(TABLE)
             elif create:
                 self._table = database.create_table(TABLE, schema=self._schema)
             else:
                 raise FileNotFoundError(f"{folder} holds no index")
-            self._indexed = bool(self._vector_indexes())
+            self._clusters = max(self._vector_indexes().values(), default=0)
 
     def add(self, rows: pa.Table) -> None:
         """See `Store.add`."""
@@ -93,16 +95,21 @@ class LanceStore:
         """See `Store.search`."""
         with self._errors():
             search = self._table.search(query.astype(np.float32)).distance_type("cosine")
-            search = search.select(["id", "_distance"]).limit(count)
+            # LanceDB rounds the query to 16 bits too, so nearly equal rows may change places.
+            search = search.select(["id", "vector", "_distance"]).limit(2 * count + 10)
             if where:
                 search = search.where(sql(where), prefilter=True)
-            if not self._indexed or exact or (where and self.count(where) < FEW):
+            if not self._clusters or exact or (where and self.count(where) < FEW):
                 search = search.bypass_vector_index()
             else:
-                probes = max(1, round(self._table.count_rows() / CLUSTER_ROWS * PROBED))
+                probes = math.ceil(PROBES * self._clusters**0.5)
                 search = search.nprobes(probes).refine_factor(REFINE)
             found = search.to_arrow()
-        return Hits(found["id"].to_pylist(), 1 - found["_distance"].to_numpy())
+        flat = found["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
+        vectors = flat.reshape(len(found), len(query))
+        cosines = vectors @ query / np.linalg.norm(vectors, axis=1)
+        best = np.argsort(-cosines, kind="stable")[:count]
+        return Hits(found["id"].take(best).to_pylist(), cosines[best])
 
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
@@ -110,8 +117,10 @@ class LanceStore:
         if not ids:
             return self._schema.empty_table().select(list(columns))
         with self._errors():
-            found = self._table.search().where(f"id IN ({_strings(ids)})").select(names)
-            rows = found.limit(len(ids)).to_arrow()
+            # An empty list is not valid SQL.
+            chosen = f"id IN ({_strings(ids or [''])})"
+            found = self._table.search().where(chosen).select(names)
+            rows = found.limit(len(ids) + 1).to_arrow()
         places = {identifier: row for row, identifier in enumerate(rows["id"].to_pylist())}
         order = [places[identifier] for identifier in ids if identifier in places]
         return rows.take(pa.array(order, pa.int64())).select(list(columns))
@@ -139,24 +148,25 @@ class LanceStore:
                 if column not in indexed:
                     self._table.create_index(column, config=BTree())
             clusters = rows // CLUSTER_ROWS
-            old = {name: int(name.removeprefix(CLUSTERS)) for name in self._vector_indexes()}
+            old = self._vector_indexes()
             # Rows join the nearest clusters; when there are twice as many, new clusters are made.
             if not old or max(old.values()) * 2 <= clusters:
                 config = IvfSq(distance_type="cosine", num_partitions=clusters)
                 self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
                 for name in old:
                     self._table.drop_index(name)
-            self._indexed = True
+            self._clusters = max(self._vector_indexes().values())
 
     def refresh(self) -> None:
         """See `Store.refresh`."""
         with self._errors():
             self._table.checkout_latest()
-            self._indexed = bool(self._vector_indexes())
+            self._clusters = max(self._vector_indexes().values(), default=0)
 
-    def _vector_indexes(self) -> list[str]:
-        """The names of the indexes over the vectors: one, or two while one replaces the other."""
-        return [index.name for index in self._table.list_indices() if index.columns == ["vector"]]
+    def _vector_indexes(self) -> dict[str, int]:
+        """The indexes over the vectors -> their clusters; two while one replaces the other."""
+        names = [one.name for one in self._table.list_indices() if one.columns == ["vector"]]
+        return {name: int(name.removeprefix(CLUSTERS)) for name in names}
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -1,0 +1,191 @@
+"""Each store does what `xlir.search.stores.Store` says; nearest photos are compared with faiss."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lancedb", reason="needs pip install 'xlir[search]'")
+
+import pyarrow as pa
+
+from xlir.search import filters, stores
+from xlir.search.stores import lance
+
+DIM = 16
+
+
+def rows_of(numbers, vectors) -> pa.Table:
+    """Rows whose columns follow from a number each."""
+    numbers = list(numbers)
+    columns = {
+        "id": [f"{number:020x}" for number in numbers],
+        "path": [f"/photos/{number % 10}/Ünd {number}.jpg" for number in numbers],
+        "folder": [f"/photos/{number % 10}/" for number in numbers],
+        "name": [f"ünd {number}.jpg" for number in numbers],
+        "size": numbers,
+        "modified": [number * 10**14 for number in numbers],
+        "taken": [number * 86_400 for number in numbers],
+        "width": [number % 5000 for number in numbers],
+        "height": [100] * len(numbers),
+        "thumbnail": [bytes([number % 256]) * 3 for number in numbers],
+        "vector": list(np.asarray(vectors, np.float16)),
+    }
+    return pa.table(columns, schema=stores.schema(DIM))
+
+
+def unit(seed: int, count: int) -> np.ndarray:
+    """Unit vectors in clusters, as embeddings of photos are."""
+    generator = np.random.default_rng(seed)
+    centers = np.random.default_rng(0).normal(size=(20, DIM))
+    vectors = centers[generator.integers(20, size=count)] + generator.normal(size=(count, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store."""
+    return lance.LanceStore(tmp_path / "store", DIM, create=True)
+
+
+def ids(store, where=()) -> set[str]:
+    """The ids of all rows that match."""
+    return {name for batch in store.scan(["id"], where) for name in batch["id"].to_pylist()}
+
+
+def nearest(vectors, query, count):
+    """Cosines and places of the nearest vectors, from faiss; skips without it."""
+    faiss = pytest.importorskip("faiss")
+    flat = faiss.IndexFlatIP(DIM)
+    rounded = np.asarray(vectors, np.float16).astype(np.float32)
+    flat.add(rounded / np.linalg.norm(rounded, axis=1, keepdims=True))
+    return flat.search(query, count)
+
+
+def test_nearest_rows_are_those_of_faiss(store):
+    vectors, queries = unit(1, 2000), unit(2, 20)
+    store.add(rows_of(range(2000), vectors))
+    cosines, places = nearest(vectors, queries, 10)
+    for row, query in enumerate(queries):
+        hits = store.search(query, 10)
+        assert hits.ids == [f"{place:020x}" for place in places[row]]
+        np.testing.assert_allclose(hits.cosines, cosines[row], atol=1e-6)
+
+
+def test_a_filter_applies_before_the_nearest_rows_are_taken(store):
+    vectors, (query,) = unit(1, 2000), unit(2, 1)
+    store.add(rows_of(range(2000), vectors))
+    # The 200 rows that are farthest from the query.
+    order = np.argsort(vectors @ query)[:200]
+    wide = rows_of(range(2000), vectors).set_column(
+        7, "width", pa.array([9000 if row in set(order) else 1 for row in range(2000)], pa.int32())
+    )
+    store.replace(wide)
+    hits = store.search(query, 5, filters.parse("width 9000.."))
+    expected = order[np.argsort(-(vectors[order] @ query))][:5]
+    assert set(hits.ids) == {f"{place:020x}" for place in expected}
+    assert store.count(filters.parse("width 9000..")) == 200
+    assert store.search(query, 5, filters.parse("width 9001..")).ids == []
+
+
+def test_a_large_store_has_an_index_that_finds_nearly_all(store, monkeypatch):
+    monkeypatch.setattr(lance, "LARGE", 5000)
+    monkeypatch.setattr(lance, "FEW", 500)
+    vectors, queries = unit(1, 20_000), unit(2, 50)
+    store.add(rows_of(range(15_000), vectors[:15_000]))
+    store.optimize()
+    assert store._vector_indexes() == {"vectors_15": 15}
+    # Rows that the index does not know yet are found too.
+    store.add(rows_of(range(15_000, 20_000), vectors[15_000:]))
+    _, places = nearest(vectors, queries, 10)
+
+    def recall(**options) -> float:
+        found = [set(store.search(query, 10, **options).ids) for query in queries]
+        right = [{f"{place:020x}" for place in row} for row in places]
+        return np.mean([len(a & b) / 10 for a, b in zip(found, right, strict=True)])
+
+    assert recall(exact=True) == 1
+    assert recall() > 0.9
+    few = filters.parse("taken 1970-01-01..1970-04-10")
+    assert store.count(few) == 100
+    expected = np.argsort(-(vectors[:100].astype(np.float16).astype(np.float32) @ queries[0]))[:10]
+    assert set(store.search(queries[0], 10, few).ids) == {f"{place:020x}" for place in expected}
+    # The new rows are taken into the old clusters; new clusters come when there are twice as many.
+    store.optimize()
+    assert store._vector_indexes() == {"vectors_15": 15}
+    store.add(rows_of(range(20_000, 31_000), unit(3, 11_000)))
+    store.optimize()
+    assert store._vector_indexes() == {"vectors_31": 31}
+
+
+def test_rows_are_replaced_and_removed(store):
+    vectors = unit(1, 100)
+    store.add(rows_of(range(100), vectors))
+    store.replace(rows_of([5, 200], unit(4, 2)))
+    assert store.count() == 101
+    assert store.search(unit(4, 2)[0], 1).ids == [f"{5:020x}"]
+    store.remove([f"{number:020x}" for number in (5, 7, 12345)])
+    assert ids(store) == {f"{number:020x}" for number in [*range(100), 200] if number not in (5, 7)}
+
+
+def test_columns_are_read_in_the_order_of_the_ids(store):
+    store.add(rows_of(range(100), unit(1, 100)))
+    wanted = [f"{number:020x}" for number in (70, 3, 999, 42)]
+    rows = store.read(wanted, ["path", "thumbnail", "vector"])
+    assert rows["path"].to_pylist() == [f"/photos/{n % 10}/Ünd {n}.jpg" for n in (70, 3, 42)]
+    assert rows["thumbnail"].to_pylist() == [bytes([n]) * 3 for n in (70, 3, 42)]
+    expected = unit(1, 100)[[70, 3, 42]].astype(np.float16)
+    np.testing.assert_array_equal(np.stack(rows["vector"].to_pylist()), expected)
+    assert len(store.read([], ["path"])) == 0
+
+
+def test_rows_of_another_process_are_seen_after_a_refresh(store, tmp_path):
+    store.add(rows_of(range(10), unit(1, 10)))
+    other = lance.LanceStore(tmp_path / "store", DIM)
+    store.add(rows_of(range(10, 20), unit(2, 10)))
+    other.refresh()
+    assert other.count() == 20
+
+
+def _add_forever(folder, acknowledged):
+    store = lance.LanceStore(folder, DIM)
+    for number in range(10_000):
+        store.add(rows_of([number], unit(number, 1)))
+        acknowledged.value = number + 1
+
+
+def test_rows_survive_a_kill(store, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    acknowledged = spawn.Value("i", 0)
+    process = spawn.Process(target=_add_forever, args=(tmp_path / "store", acknowledged))
+    process.start()
+    deadline = time.monotonic() + 120
+    while acknowledged.value < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    store.refresh()
+    found = sorted(name for batch in store.scan(["id"]) for name in batch["id"].to_pylist())
+    # One more may be stored than its process could tell.
+    assert acknowledged.value >= 5
+    assert len(found) in (acknowledged.value, acknowledged.value + 1)
+    assert found == [f"{number:020x}" for number in range(len(found))]
+    store.add(rows_of([20_000], unit(1, 1)))
+
+
+def test_a_damaged_file_is_one_line_that_names_the_folder(store, tmp_path):
+    store.add(rows_of(range(1000), unit(1, 1000)))
+    for file in (tmp_path / "store").rglob("*.lance"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=str(tmp_path / "store")) as error:
+        lance.LanceStore(tmp_path / "store", DIM).search(unit(2, 1)[0], 5)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_table_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no index"):
+        lance.LanceStore(tmp_path / "nothing", DIM)

@@ -1,0 +1,116 @@
+"""Whether anything in an index fits a query: the calibrated percentile of a photo.
+
+A cosine says little by itself: a query such as "Sagittarius" is about as near to all photos, while
+"a dog on a beach" is near to some and far from others. So a photo's score for a query is its
+cosine, less the mean and plus the standard deviation of the query's cosines with photos that the
+model was trained on. Within one query this does not change the order of the photos.
+
+The percentile of a photo is the share of held-out captions whose best held-out photo has a lower
+score. With a cutoff of 0.1, one in ten such captions would find nothing. (How well percentiles and
+cosines tell queries that fit from queries that do not is measured in docs/results.md.)
+"""
+
+import dataclasses
+import io
+import logging
+import pathlib
+
+import numpy as np
+from jaxtyping import Float
+
+from input_pipeline import files
+from xlir import data, reference_photos
+from xlir.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+FILE = "calibration.npz"
+# Held-out captions that the scores are compared with.
+CAPTIONS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Percentiles of photos for text queries.
+
+    Attributes:
+      training: embeddings of training photos, of unit length.
+      best: for held-out captions, the score of their best held-out photo, ascending.
+    """
+
+    training: Float[np.ndarray, "training dim"]
+    best: Float[np.ndarray, " captions"]
+
+    @classmethod
+    def of_run(cls, encoder: Encoder, workdir: pathlib.Path) -> "Calibration":
+        """Computes the calibration of a run from its own data set.
+
+        Raises:
+          ValueError, FileNotFoundError: the data set of the run is missing.
+        """
+        photos = reference_photos.reference(encoder, workdir)
+        held_out = data.split_photos(encoder.config, encoder.config.data.validation)
+        captions = [captions[0] for captions in held_out.captions]
+        step = -(-len(captions) // CAPTIONS)
+        uncalibrated = cls(photos.training, np.zeros(1, np.float32))
+        queries = encoder.encode_text(captions[::step])
+        cosines = (queries @ photos.held_out.T).max(axis=1)
+        scores = [
+            uncalibrated.offset(query) + cosine
+            for query, cosine in zip(queries, cosines, strict=True)
+        ]
+        return cls(photos.training, np.sort(np.asarray(scores, np.float32)))
+
+    def offset(self, query: Float[np.ndarray, " dim"]) -> float:
+        """What is added to the cosines of a query, of unit length, to get scores."""
+        cosines = self.training @ query
+        return float(cosines.std() - cosines.mean())
+
+    def percentiles(
+        self, query: Float[np.ndarray, " dim"], cosines: Float[np.ndarray, " photos"]
+    ) -> Float[np.ndarray, " photos"]:
+        """The percentiles, 0 to 1, of photos with these cosines for a query of unit length."""
+        scores = cosines + self.offset(query)
+        return np.searchsorted(self.best, scores) / len(self.best)
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes the calibration into the folder of an index."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **dataclasses.asdict(self))
+        files.write_whole(folder / FILE, buffer.getvalue())
+
+    @classmethod
+    def read(cls, folder: pathlib.Path, dim: int) -> "Calibration | None":
+        """Reads what `write` wrote; None if there is none.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return None
+        try:
+            with np.load(file) as arrays:
+                found = cls(arrays["training"], arrays["best"])
+            if found.training.shape[1:] != (dim,) or not len(found.best):
+                raise ValueError("its shape differs")
+            return found
+        # Damaged bytes raise many types of errors in the readers of zip archives and arrays.
+        except Exception as error:
+            raise ValueError(
+                f"{file} is damaged: restore it from a copy, or delete it to search without "
+                "calibrated percentiles"
+            ) from error
+
+
+def of_run(encoder: Encoder, workdir: pathlib.Path) -> Calibration | None:
+    """As `Calibration.of_run`, or None if the data set is missing, which is logged."""
+    try:
+        return Calibration.of_run(encoder, workdir)
+    except (ValueError, FileNotFoundError) as error:
+        reason, *_ = str(error).splitlines()
+        log.warning(
+            "the index has no calibrated percentiles, so searches do not say that nothing fits: %s",
+            reason,
+        )
+        return None
