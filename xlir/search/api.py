@@ -13,6 +13,7 @@ EXAMPLE = {
     "name": "DSC_0412.jpg",
     "path": "/photos/greece/DSC_0412.jpg",
     "cosine": 0.31274,
+    "percentile": 0.62,
     "taken": "2023-06-15T18:04:12",
     "width": 4000,
     "height": 3000,
@@ -43,9 +44,15 @@ class Photo(pydantic.BaseModel):
 
 
 class Found(Photo):
-    """A photo that a search found, with the cosine similarity of query and photo, -1 to 1."""
+    """A photo that a search found.
+
+    `cosine` is the similarity of query and photo, -1 to 1. `percentile` tells how well the photo
+    fits a query of texts, 0 to 1; it is null for queries with a photo, and if the index is not
+    calibrated.
+    """
 
     cosine: float
+    percentile: float | None
 
 
 class Answer(pydantic.BaseModel):
@@ -84,6 +91,12 @@ QUERY = {
 }
 NOT = {"alias": "not", "description": "What photos should not show.", "examples": [["people"]]}
 COUNT = {"ge": 1, "le": MOST_HITS, "description": "The largest number of photos."}
+CUTOFF = {
+    "ge": 0,
+    "le": 1,
+    "description": "Photos with a lower percentile are left out.",
+    "examples": [0.05],
+}
 WHERE = {
     "description": "A filter: which photos to consider.",
     "examples": ["folder greece and taken 2021..2023-06"],

@@ -316,9 +316,7 @@ class Index:
           calibrated: whether the hits have percentiles, which only mean something for texts.
         """
         hits = self._store.search(query, count, filters.parse(where), exact=exact)
-        columns = [field.name for field in dataclasses.fields(photos.Described)]
-        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
-        rows = {row["id"]: row for row in self._store.read(hits.ids, columns).to_pylist()}
+        rows = self._rows(hits.ids)
         shares: list[float | None] = [None] * len(hits.ids)
         if calibrated and self._calibration is not None:
             shares = self._calibration.percentiles(query, hits.cosines).tolist()
@@ -339,9 +337,8 @@ class Index:
 
     def photo(self, identifier: str) -> Hit | None:
         """What the index knows about a photo, with a cosine of 1; None if it lacks the photo."""
-        columns = [field.name for field in dataclasses.fields(Hit) if field.name != "cosine"]
-        rows = self._store.read([identifier], columns).to_pylist()
-        return Hit(cosine=1.0, **rows[0]) if rows else None
+        rows = self._rows([identifier])
+        return Hit(cosine=1.0, percentile=None, **rows[identifier]) if rows else None
 
     def thumbnails(self, ids: Sequence[str]) -> list[bytes]:
         """The thumbnails of photos, as JPEG."""
@@ -350,6 +347,12 @@ class Index:
     def refresh(self) -> None:
         """Makes photos visible that other processes have added."""
         self._store.refresh()
+
+    def _rows(self, ids: Sequence[str]) -> dict[str, dict[str, str | int]]:
+        """Id -> what the store knows about a photo, without its thumbnail and its embedding."""
+        columns = [field.name for field in dataclasses.fields(photos.Described)]
+        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
+        return {row["id"]: row for row in self._store.read(ids, columns).to_pylist()}
 
     def _embed(self, parts: Sequence[str | AnyPhoto]) -> Float[np.ndarray, "parts dim"]:
         texts = [part for part in parts if isinstance(part, str)]

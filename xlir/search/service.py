@@ -6,6 +6,8 @@ Photos are named by their ids only. Everything that takes time runs in threads: 
 """
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import math
 import os
@@ -53,6 +55,23 @@ FILE_HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
 CACHED = {"Cache-Control": "private, max-age=300"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a search is for.
+
+    Attributes:
+      text: what photos should show.
+      unwanted: what they should not show.
+      like: the id of a photo of the index that they should be like.
+      photo: the bytes of another photo that they should be like.
+    """
+
+    text: str = ""
+    unwanted: Sequence[str] = ()
+    like: str | None = None
+    photo: bytes | None = None
+
+
 class Service:
     """Answers the requests of the API.
 
@@ -71,37 +90,42 @@ class Service:
         self._reading = anyio.CapacityLimiter(READ_AT_ONCE)
         self.refresh()
 
-    async def search(
-        self,
-        text: str,
-        unwanted: Sequence[str],
-        like: str | None,
-        photo: bytes | None,
-        count: int,
-        where: str,
-    ) -> api.Answer:
+    async def search(self, query: Asked, count: int, where: str, cutoff: float) -> api.Answer:
         """The photos that fit a text, a photo of the index and an uploaded photo together."""
         check_filter(where)
-        wanted: list[Part] = [text] if text.strip() else []
-        if photo is not None:
-            wanted.append(await self._decoded(photo))
-        if not wanted and like is None:
+        if not query.text.strip() and query.like is None and query.photo is None:
             raise HTTPException(422, "a search needs a text, a photo or an id")
-        unwanted = [one for one in unwanted if one.strip()]
         await anyio.to_thread.run_sync(self.refresh)
+        embedded = await self._embedded(query)
+        texts = query.like is None and query.photo is None
+        find = functools.partial(self._index.find, embedded, count, where, calibrated=texts)
+        hits = [
+            api.Found(
+                cosine=round(hit.cosine, 5),
+                percentile=None if hit.percentile is None else round(hit.percentile, 5),
+                **self._told(hit),
+            )
+            for hit in await anyio.to_thread.run_sync(find)
+            if hit.percentile is None or hit.percentile >= cutoff
+        ]
+        return api.Answer(hits=hits)
+
+    async def _embedded(self, query: Asked) -> np.ndarray:
+        """One vector for a query."""
+        wanted: list[Part] = [query.text] if query.text.strip() else []
+        if query.photo is not None:
+            wanted.append(await self._decoded(query.photo))
+        unwanted = [one for one in query.unwanted if one.strip()]
+        like = query.like
         vectors = [await self._vector(like)] if like is not None else []
         parts = [*wanted, *unwanted]
         embedded = await self.batcher.embed(parts) if parts else np.zeros((0, 0), np.float32)
         vectors += list(embedded[: len(wanted)])
         others = embedded[len(wanted) :] if unwanted else None
         try:
-            query = combined(np.stack(vectors), others)
+            return combined(np.stack(vectors), others)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        hits = await anyio.to_thread.run_sync(self._index.find, query, count, where)
-        return api.Answer(
-            hits=[api.Found(cosine=round(hit.cosine, 5), **self._told(hit)) for hit in hits]
-        )
 
     async def photo(self, identifier: str) -> api.Photo:
         """What the index knows about a photo."""
@@ -222,9 +246,10 @@ def _add_searches(app: FastAPI, service: Service) -> None:
         ] = None,
         count: Annotated[int, Query(**api.COUNT)] = 40,
         where: Annotated[api.Text, Query(**api.WHERE)] = "",
+        cutoff: Annotated[float, Query(**api.CUTOFF)] = 0.0,
     ) -> api.Answer:
         """The photos that fit a text or a photo of the index, or both, best."""
-        return await service.search(q, unwanted, like, None, count, where)
+        return await service.search(Asked(q, unwanted, like), count, where, cutoff)
 
     @app.post("/api/search", responses=api.PROBLEMS)
     async def search_with_photo(
@@ -235,7 +260,8 @@ def _add_searches(app: FastAPI, service: Service) -> None:
         where: Annotated[api.Text, Form(**api.WHERE)] = "",
     ) -> api.Answer:
         """The photos that are most like an uploaded photo, and fit a text if there is one."""
-        return await service.search(q, unwanted, None, await photo.read(), count, where)
+        query = Asked(q, unwanted, photo=await photo.read())
+        return await service.search(query, count, where, cutoff=0.0)
 
 
 def _add_photos(app: FastAPI, service: Service) -> None:

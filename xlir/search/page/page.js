@@ -6,6 +6,8 @@
 const FIELDS = ["q", "not", "folder", "from", "to"];
 const FEW = 60;
 const MANY = 200;
+// As in the command line: one in twenty queries for a photo that is there would not find it.
+const CUTOFF = 0.05;
 const LARGEST_UPLOAD = 30e6;
 const SECONDS = 40;
 
@@ -108,7 +110,8 @@ async function ask(query, file, count, signal) {
     for (const [name, value] of Object.entries(parts)) if (value) options.body.set(name, value);
   } else {
     const parameters = new URLSearchParams();
-    for (const [name, value] of Object.entries({ ...parts, like: query.like })) {
+    const cutoff = count < MANY ? CUTOFF : 0;
+    for (const [name, value] of Object.entries({ ...parts, like: query.like, cutoff })) {
       if (value) parameters.set(name, value);
     }
     address += `?${parameters}`;
@@ -120,7 +123,7 @@ async function ask(query, file, count, signal) {
 }
 
 function foundText(number) {
-  if (!number) return "No photo matches. Try other words, or fewer filters.";
+  if (!number) return "No photo fits. Try other words, or fewer filters.";
   return number === 1 ? "1 photo, the best" : `${number} photos, the best first`;
 }
 
@@ -129,7 +132,10 @@ function finish(hits, text, count = FEW) {
   at("results").replaceChildren(...items);
   at("results").removeAttribute("aria-busy");
   at("status").textContent = text;
-  at("show-more").hidden = count >= MANY || items.length < count;
+  // A search for more also shows photos that hardly fit.
+  const complete = !hits || count >= MANY || (items.length < count && !shown.fields.q);
+  at("show-more").hidden = complete;
+  at("show-more").textContent = items.length < count ? "Show photos that hardly fit" : "Show more";
 }
 
 function item(hit) {

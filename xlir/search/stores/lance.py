@@ -114,8 +114,6 @@ class LanceStore:
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
         names = list(dict.fromkeys(["id", *columns]))
-        if not ids:
-            return self._schema.empty_table().select(list(columns))
         with self._errors():
             # An empty list is not valid SQL.
             chosen = f"id IN ({_strings(ids or [''])})"
