@@ -1,5 +1,6 @@
 """A small index of real files, and a service that answers over HTTP."""
 
+import asyncio
 import contextlib
 import dataclasses
 import pathlib
@@ -87,3 +88,32 @@ def served(small_index, tmp_path_factory):
     changed.add([folder / "photos"])
     with serving(application(Index.open(folder / "photos.index"))) as port:
         yield Served(changed, folder / "photos", f"http://127.0.0.1:{port}", port)
+
+
+@pytest.fixture(scope="session")
+def client(served):
+    """Asks the running service."""
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def index(small_index):
+    """An index for apps that are called in this process; tests must not change it."""
+    from xlir.search.index import Index
+
+    return Index.open(small_index / "photos.index")
+
+
+def asked(app, method: str = "GET", path: str = "/healthz", **options):
+    """The answer of an app that is called in this process."""
+
+    import httpx
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
