@@ -32,7 +32,7 @@ def never_waits():
     """Ends a test that blocks, for example on a FIFO or on a tar archive that goes in circles."""
 
     def stop(*_):
-        raise TimeoutError("takes more than 5 s")
+        pytest.fail("takes more than 5 s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(5)
@@ -57,10 +57,11 @@ def write(folder: pathlib.Path, *names: str) -> None:
         file.write_bytes(name.encode())
 
 
-def write_zip(file: pathlib.Path, contents: dict[str, bytes], **options) -> None:
-    with zipfile.ZipFile(file, "w", **options) as archive:
+def write_zip(file: pathlib.Path, contents: dict[str, bytes], packed=zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
         for name, content in contents.items():
-            archive.writestr(zipfile.ZipInfo(name, (2023, 6, 15, 12, 30, 40)), content)
+            member = zipfile.ZipInfo(name, (2023, 6, 15, 12, 30, 40))
+            archive.writestr(member, content, packed)
 
 
 def write_tar(file: pathlib.Path, contents: dict[str, bytes], mode: str = "w", **fields) -> None:
@@ -452,12 +453,12 @@ def test_damaged_archives_give_photos_or_a_line(folder, name):
     contents = {f"{number}/ä.jpg": generator.randbytes(300) * 3 for number in range(3)}
     method = {"lzma.zip": zipfile.ZIP_LZMA, "bzip2.zip": zipfile.ZIP_BZIP2}.get(name)
     if name.endswith(".zip"):
-        write_zip(folder / name, contents, compression=method or zipfile.ZIP_DEFLATED)
+        write_zip(folder / name, contents, method or zipfile.ZIP_DEFLATED)
     else:
         write_tar(folder / name, contents, TAR_MODES[name])
     whole = (folder / name).read_bytes()
     failures = unread = named = 0
-    for _ in range(100):
+    for _ in range(60):
         (folder / name).write_bytes(damaged(whole, generator))
         found, reasons = found_in(folder)
         failures += len(reasons)
@@ -467,8 +468,26 @@ def test_damaged_archives_give_photos_or_a_line(folder, name):
             except ValueError as error:
                 unread += 1
                 named += str(error).startswith(photo.path)
-    assert failures + unread > 30
+    assert failures + unread > 15
     assert named == unread
+
+
+def test_a_damaged_zip_member_that_lzma_has_packed(folder):
+    content = bytes(random.Random(1).choices(b"abcd", k=20_000))
+    write_zip(folder / "x.zip", {"1.jpg": content, "2.jpg": b"two"}, zipfile.ZIP_LZMA)
+    data = bytearray((folder / "x.zip").read_bytes())
+    data[1500:1560] = b"\xff" * 60
+    (folder / "x.zip").write_bytes(data)
+    found, reasons = found_in(folder)
+    assert reasons == []
+    with pytest.raises(ValueError, match=r"^\S+/x\.zip/1\.jpg: "):
+        found[0].read()
+    assert found[1].read() == b"two"
+
+
+def test_a_zip_member_without_a_name(folder):
+    write_zip(folder / "x.zip", {"1.jpg": b"one", "": b"", "2.jpg": b"two"})
+    assert names_in(folder) == ["x.zip/1.jpg", "x.zip/2.jpg"]
 
 
 def test_encrypted_members_and_unknown_methods_of_zip(folder):
@@ -504,7 +523,7 @@ def test_members_over_the_limit_are_not_read(folder, monkeypatch, name):
 
 def test_a_zip_member_that_states_too_small_a_size_gives_no_more_than_that(folder):
     with zipfile.ZipFile(folder / "m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("1.jpg", bytes(50_000_000))
+        archive.writestr("1.jpg", bytes(10_000_000))
     data = bytearray((folder / "m.zip").read_bytes())
     central = data.rindex(b"PK\1\2")
     data[central + 24 : central + 28] = struct.pack("<I", 1000)
@@ -597,7 +616,7 @@ def test_unreadable_folders_files_and_archives():
 @pytest.mark.parametrize("name", ["x.zip", *TAR_MODES])
 def test_loaded_photos_are_read_in_any_order(folder, name):
     generator = random.Random(1)
-    contents = {f"{number:02}.jpg": generator.randbytes(20_000) for number in range(30)}
+    contents = {f"{number:02}.jpg": generator.randbytes(10_000) for number in range(20)}
     write_archive(folder / name, contents)
     write(folder, "own.jpg")
     contents["own.jpg"] = b"own.jpg"
@@ -760,7 +779,7 @@ def test_damaged_exif_leaves_a_photo_of_use():
         described = photos.describe(data, 7_000_000_000)
         assert (described.width, described.height) == (256, 256)
         dates.add(described.taken)
-    for _ in range(300):
+    for _ in range(150):
         changed = bytearray(whole)
         for _ in range(generator.choice((1, 3, 30))):
             changed[start + generator.randrange(6, len(exif))] = generator.randrange(256)

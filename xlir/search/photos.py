@@ -330,7 +330,8 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
 def _zip_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if not (member.is_dir() or stat.S_ISLNK(member.external_attr >> 16)):
+            is_link = stat.S_ISLNK(member.external_attr >> 16)
+            if not (member.filename.endswith("/") or is_link):
                 moment = time.mktime((*member.date_time, 0, 0, -1))
                 modified = int(moment) * 1_000_000_000 + member.CRC % 1_000_000_000
                 read = functools.partial(photo_limits.unpack, archive, member)
