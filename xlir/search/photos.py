@@ -57,8 +57,8 @@ _TAR_HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _HEADER_BYTES = 1 << 20
-# Times are kept as 64 bits.
-_LATEST = (1 << 63) - 1
+# Seconds since 1970, or before, of the times that are kept; nanoseconds fill 64 bits in 2262.
+_LATEST = 9_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +330,8 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
 def _zip_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if not (member.is_dir() or stat.S_ISLNK(member.external_attr >> 16)):
+            is_link = stat.S_ISLNK(member.external_attr >> 16)
+            if not (member.filename.endswith("/") or is_link):
                 moment = time.mktime((*member.date_time, 0, 0, -1))
                 modified = int(moment) * 1_000_000_000 + member.CRC % 1_000_000_000
                 read = functools.partial(photo_limits.unpack, archive, member)
@@ -363,7 +364,7 @@ def _tar_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]
                 raise tarfile.ReadError("it has a member of negative size")
             end = archive.offset
             if member.isreg():
-                modified = max(-_LATEST, min(int(member.mtime * 1e9), _LATEST))
+                modified = int(max(-_LATEST, min(member.mtime, _LATEST)) * 1e9)
                 read = functools.partial(_tar_content, archive, member)
                 yield member.name, member.size, modified, read
 
