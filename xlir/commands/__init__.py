@@ -32,6 +32,7 @@ VERBS = {
     "tag": "tag",
     "index": "index",
     "search": "search",
+    "serve": "serve",
     "export": "export",
     "import": "import_model",
     "shardings": "shardings",

@@ -298,10 +298,7 @@ class Index:
         """One unit-length vector for a query; see `search`."""
         if not queries:
             raise ValueError("a query needs a text or a photo to search for")
-        total = self._embed(queries).sum(axis=0)
-        if without:
-            total = total - WITHOUT_WEIGHT * self._embed(without).sum(axis=0)
-        return total / np.linalg.norm(total)
+        return combined(self._embed(queries), self._embed(without) if without else None)
 
     def find(
         self,
@@ -319,9 +316,7 @@ class Index:
           calibrated: whether the hits have percentiles, which only mean something for texts.
         """
         hits = self._store.search(query, count, filters.parse(where), exact=exact)
-        columns = [field.name for field in dataclasses.fields(photos.Described)]
-        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
-        rows = {row["id"]: row for row in self._store.read(hits.ids, columns).to_pylist()}
+        rows = self._rows(hits.ids)
         shares: list[float | None] = [None] * len(hits.ids)
         if calibrated and self._calibration is not None:
             shares = self._calibration.percentiles(query, hits.cosines).tolist()
@@ -332,6 +327,19 @@ class Index:
             if identifier in rows
         ]
 
+    def vector(self, identifier: str) -> Float[np.ndarray, " dim"] | None:
+        """The stored embedding of a photo, of unit length; None if the index lacks the photo."""
+        rows = self._store.read([identifier], ["vector"])["vector"].to_pylist()
+        if not rows:
+            return None
+        stored = np.asarray(rows[0], np.float32)
+        return stored / np.linalg.norm(stored)
+
+    def photo(self, identifier: str) -> Hit | None:
+        """What the index knows about a photo, with a cosine of 1; None if it lacks the photo."""
+        rows = self._rows([identifier])
+        return Hit(cosine=1.0, percentile=None, **rows[identifier]) if rows else None
+
     def thumbnails(self, ids: Sequence[str]) -> list[bytes]:
         """The thumbnails of photos, as JPEG."""
         return self._store.read(ids, ["thumbnail"])["thumbnail"].to_pylist()
@@ -339,6 +347,12 @@ class Index:
     def refresh(self) -> None:
         """Makes photos visible that other processes have added."""
         self._store.refresh()
+
+    def _rows(self, ids: Sequence[str]) -> dict[str, dict[str, str | int]]:
+        """Id -> what the store knows about a photo, without its thumbnail and its embedding."""
+        columns = [field.name for field in dataclasses.fields(photos.Described)]
+        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
+        return {row["id"]: row for row in self._store.read(ids, columns).to_pylist()}
 
     def _embed(self, parts: Sequence[str | AnyPhoto]) -> Float[np.ndarray, "parts dim"]:
         texts = [part for part in parts if isinstance(part, str)]
@@ -396,6 +410,28 @@ class Index:
                 if path.startswith(prefixes) and name not in found:
                     gone.append(name)
         return gone
+
+
+def combined(
+    wanted: Float[np.ndarray, "parts dim"],
+    unwanted: Float[np.ndarray, "others dim"] | None = None,
+) -> Float[np.ndarray, " dim"]:
+    """One unit-length vector for a query of several parts.
+
+    Args:
+      wanted: the embeddings of what photos should show.
+      unwanted: the embeddings of what they should not show.
+
+    Raises:
+      ValueError: the parts cancel out.
+    """
+    total = wanted.sum(axis=0)
+    if unwanted is not None:
+        total = total - WITHOUT_WEIGHT * unwanted.sum(axis=0)
+    length = np.linalg.norm(total)
+    if length < 1e-3:
+        raise ValueError("the parts of the query cancel out, so nothing is left to search for")
+    return total / length
 
 
 def is_index(folder: pathlib.Path) -> bool:

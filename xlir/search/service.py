@@ -1,0 +1,365 @@
+"""The service: a JSON API over an index, and the page that uses it.
+
+`application` makes the FastAPI app; `xlir.search.guard` stands before it and bounds every request.
+Photos are named by their ids only. Everything that takes time runs in threads: embedding in one
+(`xlir.search.batching`), the rest in a few.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Literal
+
+import anyio.to_thread
+import numpy as np
+from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from xlir.search import api, filters, photos
+from xlir.search.batching import Batcher, Full, Part
+from xlir.search.guard import Access, Guard, Limits, Metrics
+from xlir.search.index import Hit, Index, combined
+
+log = logging.getLogger(__name__)
+
+PAGE = pathlib.Path(__file__).parent / "page"
+# The index is refreshed at most this often, in seconds.
+REFRESH_SECONDS = 1.0
+# Uploaded photos that are decoded, and files that are read, at a time.
+DECODED_AT_ONCE, READ_AT_ONCE = 2, 4
+# Pixels are stored as 32-bit integers.
+MOST_PIXELS = 2**31 - 1
+
+MEDIA_TYPES = {
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+    ".tif": "image/tiff",
+    ".tiff": "image/tiff",
+    ".avif": "image/avif",
+}
+# A photo is never run as a page, whatever its file holds.
+FILE_HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+CACHED = {"Cache-Control": "private, max-age=300"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a search is for.
+
+    Attributes:
+      text: what photos should show.
+      unwanted: what they should not show.
+      like: the id of a photo of the index that they should be like.
+      photo: the bytes of another photo that they should be like.
+    """
+
+    text: str = ""
+    unwanted: Sequence[str] = ()
+    like: str | None = None
+    photo: bytes | None = None
+
+
+class Service:
+    """Answers the requests of the API.
+
+    Args:
+      index: the photos; its encoder is loaded.
+      metrics: counts.
+      paths: whether answers tell where photos lie.
+    """
+
+    def __init__(self, index: Index, metrics: Metrics, *, paths: bool):
+        self._index, self._metrics, self._paths = index, metrics, paths
+        encoder = index.encoder
+        self.batcher = Batcher(encoder.encode_text, encoder.encode_image, metrics.batch.observe)
+        self._refreshed, self._refreshing = -math.inf, threading.Lock()
+        self._decoding = anyio.CapacityLimiter(DECODED_AT_ONCE)
+        self._reading = anyio.CapacityLimiter(READ_AT_ONCE)
+        self.refresh()
+
+    async def search(self, query: Asked, count: int, where: str, cutoff: float) -> api.Answer:
+        """The photos that fit a text, a photo of the index and an uploaded photo together."""
+        check_filter(where)
+        if not query.text.strip() and query.like is None and query.photo is None:
+            raise HTTPException(422, "a search needs a text, a photo or an id")
+        await anyio.to_thread.run_sync(self.refresh)
+        embedded = await self._embedded(query)
+        texts = query.like is None and query.photo is None
+        find = functools.partial(self._index.find, embedded, count, where, calibrated=texts)
+        hits = [
+            api.Found(
+                cosine=round(hit.cosine, 5),
+                percentile=None if hit.percentile is None else round(hit.percentile, 5),
+                **self._told(hit),
+            )
+            for hit in await anyio.to_thread.run_sync(find)
+            if hit.percentile is None or hit.percentile >= cutoff
+        ]
+        return api.Answer(hits=hits)
+
+    async def _embedded(self, query: Asked) -> np.ndarray:
+        """One vector for a query."""
+        wanted: list[Part] = [query.text] if query.text.strip() else []
+        if query.photo is not None:
+            wanted.append(await self._decoded(query.photo))
+        unwanted = [one for one in query.unwanted if one.strip()]
+        like = query.like
+        vectors = [await self._vector(like)] if like is not None else []
+        parts = [*wanted, *unwanted]
+        embedded = await self.batcher.embed(parts) if parts else np.zeros((0, 0), np.float32)
+        vectors += list(embedded[: len(wanted)])
+        others = embedded[len(wanted) :] if unwanted else None
+        try:
+            return combined(np.stack(vectors), others)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+
+    async def photo(self, identifier: str) -> api.Photo:
+        """What the index knows about a photo."""
+        return api.Photo(**self._told(await self._hit(identifier)))
+
+    async def thumbnail(self, identifier: str) -> Response:
+        """The thumbnail of a photo."""
+        found = await anyio.to_thread.run_sync(self._index.thumbnails, [identifier])
+        if not found or not found[0]:
+            raise HTTPException(404, "there is no such thumbnail")
+        return Response(found[0], media_type="image/jpeg", headers=FILE_HEADERS | CACHED)
+
+    async def file(self, identifier: str) -> Response:
+        """The file of a photo."""
+        hit = await self._hit(identifier)
+        data = await anyio.to_thread.run_sync(read_file, hit.path, limiter=self._reading)
+        if data is None:
+            raise HTTPException(404, "the file of this photo is not there, or in an archive")
+        suffix = os.path.splitext(hit.path)[1].lower()
+        media_type = MEDIA_TYPES.get(suffix, "application/octet-stream")
+        return Response(data, media_type=media_type, headers=FILE_HEADERS | CACHED)
+
+    def refresh(self) -> None:
+        """Makes photos visible that were added meanwhile, at most once a second."""
+        with self._refreshing:
+            if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+                self._index.refresh()
+                self._metrics.photos.set(self._index.count())
+                self._refreshed = time.monotonic()
+
+    async def _decoded(self, photo: bytes) -> np.ndarray:
+        decode = self._index.encoder.embedder.decode
+        try:
+            return await anyio.to_thread.run_sync(
+                decode, photo, "the photo", limiter=self._decoding
+            )
+        except ValueError as error:
+            raise HTTPException(422, " ".join(str(error).split())) from error
+
+    async def _vector(self, identifier: str) -> np.ndarray:
+        vector = await anyio.to_thread.run_sync(self._index.vector, identifier)
+        if vector is None:
+            raise HTTPException(404, "there is no photo with this id")
+        return vector
+
+    async def _hit(self, identifier: str) -> Hit:
+        await anyio.to_thread.run_sync(self.refresh)
+        hit = await anyio.to_thread.run_sync(self._index.photo, identifier)
+        if hit is None:
+            raise HTTPException(404, "there is no photo with this id")
+        return hit
+
+    def _told(self, hit: Hit) -> dict:
+        """What an answer tells about a photo."""
+        place = f"/api/photos/{hit.id}"
+        return {
+            "id": hit.id,
+            "name": os.path.basename(hit.path),
+            "path": hit.path if self._paths else None,
+            "taken": _moment(hit.taken) if hit.size else None,
+            "width": hit.width,
+            "height": hit.height,
+            "size": hit.size,
+            "thumbnail": f"{place}/thumbnail",
+            "file": None if _in_archive(hit.path) else f"{place}/file",
+        }
+
+
+def application(
+    index: Index, access: Access | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """The app that serves an index.
+
+    Args:
+      index: the photos.
+      access: who may ask; default: browsers on this machine.
+      limits: how much.
+    """
+    access, metrics = access or Access(), Metrics()
+    service = Service(index, metrics, paths=access.paths)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(service.batcher.close)
+
+    app = FastAPI(
+        title="xlir",
+        version="1",
+        summary="Searches photos with texts in any language, and with photos.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.add_middleware(Guard, access=access, limits=limits or Limits(), metrics=metrics)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Full, _full)
+    app.add_exception_handler(ValueError, _failed)
+    app.add_exception_handler(OSError, _failed)
+    _add_searches(app, service)
+    _add_photos(app, service)
+    _add_pages(app, metrics)
+    return app
+
+
+def _add_searches(app: FastAPI, service: Service) -> None:
+    """The routes that search."""
+
+    @app.get("/api/search", responses=api.PROBLEMS)
+    async def search(
+        q: Annotated[api.Text, Query(**api.QUERY)] = "",
+        unwanted: Annotated[api.Texts, Query(**api.NOT)] = [],  # noqa: B006 - FastAPI copies it
+        like: Annotated[
+            str | None,
+            Query(
+                pattern=api.ID, description="A photo of the index.", examples=[api.EXAMPLE["id"]]
+            ),
+        ] = None,
+        count: Annotated[int, Query(**api.COUNT)] = 40,
+        where: Annotated[api.Text, Query(**api.WHERE)] = "",
+        cutoff: Annotated[float, Query(**api.CUTOFF)] = 0.0,
+    ) -> api.Answer:
+        """The photos that fit a text or a photo of the index, or both, best."""
+        return await service.search(Asked(q, unwanted, like), count, where, cutoff)
+
+    @app.post("/api/search", responses=api.PROBLEMS)
+    async def search_with_photo(
+        photo: Annotated[UploadFile, File(description="A photo to search for.")],
+        q: Annotated[api.Text, Form(**api.QUERY)] = "",
+        unwanted: Annotated[api.Texts, Form(**api.NOT)] = [],  # noqa: B006 - FastAPI copies it
+        count: Annotated[int, Form(**api.COUNT)] = 40,
+        where: Annotated[api.Text, Form(**api.WHERE)] = "",
+    ) -> api.Answer:
+        """The photos that are most like an uploaded photo, and fit a text if there is one."""
+        query = Asked(q, unwanted, photo=await photo.read())
+        return await service.search(query, count, where, cutoff=0.0)
+
+
+def _add_photos(app: FastAPI, service: Service) -> None:
+    """The routes of single photos."""
+    image = {200: {"content": {"image/*": {}}, "description": "The picture."}}
+
+    @app.get("/api/photos/{id}", responses=api.PROBLEMS)
+    async def photo(id: api.Id) -> api.Photo:
+        """What the index knows about a photo."""
+        return await service.photo(id)
+
+    @app.get("/api/photos/{id}/thumbnail", response_class=Response, responses=api.PROBLEMS | image)
+    async def thumbnail(id: api.Id) -> Response:
+        """A small JPEG of a photo."""
+        return await service.thumbnail(id)
+
+    @app.get("/api/photos/{id}/file", response_class=Response, responses=api.PROBLEMS | image)
+    async def file(id: api.Id) -> Response:
+        """The file of a photo, unless it lies in an archive."""
+        return await service.file(id)
+
+
+def _add_pages(app: FastAPI, metrics: Metrics) -> None:
+    """The routes of the page, and of those who watch the service."""
+
+    @app.get("/healthz")
+    async def health() -> dict[str, Literal["ok"]]:
+        """Whether the service answers."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    async def counts() -> Response:
+        """Counts in Prometheus' format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def add(path: str, content: bytes, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def page(request: Request) -> Response:
+            return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    add("/", (PAGE / "index.html").read_bytes(), "text/html")
+    add("/page.css", (PAGE / "page.css").read_bytes(), "text/css")
+    add("/page.js", (PAGE / "page.js").read_bytes(), "text/javascript")
+    add("/icon.svg", (PAGE / "icon.svg").read_bytes(), "image/svg+xml")
+
+
+def check_filter(where: str) -> None:
+    """Answers 422 to a text that is not a filter, or compares with numbers out of range."""
+    try:
+        terms = filters.parse(where)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+    for term in terms:
+        bounds = [bound for bound in (term.least, term.most) if bound is not None]
+        if term.column in ("width", "height") and max(bounds, default=0) > MOST_PIXELS:
+            raise HTTPException(422, f"{term.column} takes numbers up to {MOST_PIXELS}")
+
+
+def read_file(path: str) -> bytes | None:
+    """The content of a photo's file; None if it is not, or no longer, a file of the index.
+
+    A path in an index has no links. If one of its folders has become a link, the file may lie
+    anywhere, and is not read.
+    """
+    from input_pipeline import photo_limits
+
+    try:
+        return photo_limits.read(path) if os.path.realpath(path) == path else None
+    except (OSError, ValueError):
+        return None
+
+
+def _in_archive(path: str) -> bool:
+    """Whether a photo lies in an archive, by the names of its folders."""
+    return any(map(photos.is_archive, os.path.dirname(path).split("/")))
+
+
+def _moment(seconds: int) -> str | None:
+    """A time as ISO 8601 without a zone; None if it has no year of four digits."""
+    try:
+        return str(np.datetime64(seconds, "s")) if abs(seconds) < 2**37 else None
+    except (ValueError, OverflowError):
+        return None
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    """Says which parameters are not valid, without repeating their values."""
+    reasons = [
+        f"{'.'.join(str(part) for part in one['loc'][1:])}: {one['msg']}" for one in error.errors()
+    ]
+    return JSONResponse({"detail": "; ".join(dict.fromkeys(reasons))[:1000]}, 422)
+
+
+async def _full(request: Request, error: Full) -> Response:
+    return JSONResponse({"detail": f"{error}; try again soon"}, 503, {"Retry-After": "1"})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """The index or the model can't be read; the log tells more than the client should know."""
+    log.warning("%s: %s", request.url.path, re.sub(r"\s+", " ", str(error)))
+    return JSONResponse({"detail": "the index can't be read at the moment"}, 503)
