@@ -243,7 +243,6 @@ def test_new_photos_are_found_without_restarting(client, served):
         "/api/search?q=rot&where=path+x",
         "/api/search?q=rot&where=taken+2023-13",
         "/api/search?q=rot&where=name+%22x",
-        "/api/search?q=rot&where=width+1..99999999999999999999",
         "/api/search?q=rot&where=" + "name+x+and+" * 100,
     ],
 )
@@ -255,7 +254,15 @@ def test_hostile_addresses_are_refused(client, path):
 
 
 @pytest.mark.parametrize(
-    "where", ['name "x\'y"', "name '%_\\'", "name '*'", "folder 'a\" OR 1=1 --'", "taken 9999"]
+    "where",
+    [
+        'name "x\'y"',
+        "name '%_\\'",
+        "name '*'",
+        "folder 'a\" OR 1=1 --'",
+        "taken 9999",
+        "width 1..9999999999999999999",
+    ],
 )
 def test_odd_filters_are_answered(client, where):
     assert client.get("/api/search", params={"q": "rot", "where": where}).status_code == 200

@@ -39,7 +39,8 @@ function addressOf(query) {
 /** The filter in the language of the service. */
 function filterOf(fields) {
   const terms = [];
-  if (fields.folder) terms.push(`folder "${fields.folder.replace(/["\\]/g, "\\$&")}"`);
+  // A double quote is put in single quotes.
+  if (fields.folder) terms.push(`folder "${fields.folder.replaceAll('"', `"'"'"`)}"`);
   if (fields.from || fields.to) terms.push(`taken ${fields.from}..${fields.to}`);
   return terms.join(" and ");
 }
