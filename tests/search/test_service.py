@@ -28,7 +28,8 @@ import httpx  # noqa: E402
 
 from xlir.search.batching import Batcher, Full  # noqa: E402
 from xlir.search.guard import COOKIE, Access, Limits  # noqa: E402
-from xlir.search.index import Index, combined  # noqa: E402
+from xlir.search.index import Index  # noqa: E402
+from xlir.search.query import combined  # noqa: E402
 from xlir.search.service import application  # noqa: E402
 
 TOKEN = "a-token-of-many-letters"
