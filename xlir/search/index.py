@@ -75,11 +75,7 @@ class Added:
 
 
 class Index:
-    """Photos that can be searched. Use `create` or `open`.
-
-    Attributes:
-      folder: the folder of the index.
-    """
+    """Photos that can be searched, in a folder. Use `create` or `open`."""
 
     def __init__(self, folder: pathlib.Path, store: Store, dim: int):
         self.folder, self._store, self._dim = folder, store, dim
