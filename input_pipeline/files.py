@@ -5,6 +5,7 @@ A folder's digests are in its file SHA256SUMS, which `sha256sum -c SHA256SUMS` c
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -81,6 +82,21 @@ def _write_and_remove(folder: pathlib.Path) -> None:
     """Makes a file in a folder and removes it at once; raises OSError if that is impossible."""
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+@contextlib.contextmanager
+def locked(file: pathlib.Path, message: str) -> Iterator[None]:
+    """Holds the lock of a file, which the system frees even if the process is killed.
+
+    Raises:
+      ValueError: another process holds the lock; the text is `message`.
+    """
+    with open(file, "a+") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(message) from error
+        yield
 
 
 def digest(content: str | bytes) -> str:

@@ -17,6 +17,7 @@ from tests import runs
 from tests.runs import run_main
 from xlir.search import index as search_index
 from xlir.search import photos as collection
+from xlir.search.query import WITHOUT_WEIGHT
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_a_hit_has_the_cosine_of_the_encoder(index, album, encoder):
 def test_parts_of_a_query(index, album, encoder):
     index.add([album])
     red, circle, line = encoder.encode_text(["rot", "Kreis", "Strich"])
-    expected = red + circle - search_index.WITHOUT_WEIGHT * line
+    expected = red + circle - WITHOUT_WEIGHT * line
     query = index.embed_query(["rot", "Kreis"], ["Strich"])
     np.testing.assert_allclose(query, expected / np.linalg.norm(expected), atol=1e-5)
     with pytest.raises(ValueError, match="needs a text or a photo"):
@@ -237,9 +238,9 @@ def test_an_archive_is_like_a_folder(index, album, tmp_path):
 
 KILL = """
 import os, signal
-from xlir.search import index
+from xlir.search import photo_rows
 from xlir.search.stores.lance import LanceStore
-index.SECONDS_AT_ONCE = 0.0
+photo_rows.SECONDS_AT_ONCE = 0.0
 add = LanceStore.add
 def add_and_die(self, rows):
     add(self, rows)
@@ -391,7 +392,7 @@ def test_a_full_disk_loses_nothing(command, folder, photos, tmp_path):
         pytest.skip("needs the right to mount a small disk")
     try:
         shutil.copytree(folder, disk / "index")
-        small = "from xlir.search import index; index.ROWS_AT_ONCE = 8; index.SECONDS_AT_ONCE = 0"
+        small = "from xlir.search import photo_rows; photo_rows.ROWS_AT_ONCE = 8"
         arguments = ["index", f"--to={disk / 'index'}", str(photos / "images")]
         failed = command(*arguments, script=small, check=False)
         assert failed.returncode == 1, failed.stdout

@@ -21,7 +21,7 @@ for package in ("fastapi", "lancedb", "prometheus_client", "python_multipart", "
 import httpx  # noqa: E402
 
 from xlir.search.batching import Batcher, Full  # noqa: E402
-from xlir.search.index import combined  # noqa: E402
+from xlir.search.query import combined  # noqa: E402
 from xlir.search.service import application  # noqa: E402
 
 

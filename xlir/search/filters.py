@@ -55,7 +55,7 @@ def parse(text: str) -> Filter:
     Raises:
       ValueError: the text is not a filter; the message says what is wrong with it.
     """
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer = shlex.shlex(text, posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:
         words = list(lexer)

@@ -11,36 +11,31 @@ folder (`encoder/`), and the rows of the photos (`store/`). The photos stay wher
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import json
 import logging
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float
 from tqdm import tqdm
 
 from input_pipeline import files
 from xlir.decoding import Photo as AnyPhoto
-from xlir.encoder import Encoder, encode_each
-from xlir.search import calibration, filters, photos
-from xlir.search.stores import Store, schema
+from xlir.encoder import Encoder
+from xlir.search import calibration, filters, photo_rows, photos
+from xlir.search.query import combined
+from xlir.search.stores import Store
 from xlir.search.stores.lance import LanceStore
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 INDEX_FILE, LOCK_FILE, ENCODER, STORE = "index.json", ".lock", "encoder", "store"
-# Photos are stored when there are this many, or after this many seconds.
-ROWS_AT_ONCE, SECONDS_AT_ONCE = 512, 5.0
 # Rows of embeddings from elsewhere that are stored at a time.
 EMBEDDED_AT_ONCE = 50_000
-# A part of a query that photos should not show counts this much, and is subtracted.
-WITHOUT_WEIGHT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +75,10 @@ class Added:
 
 
 class Index:
-    """Photos that can be searched. Use `create` or `open`.
-
-    Attributes:
-      folder: the folder of the index.
-    """
+    """Photos that can be searched, in a folder. Use `create` or `open`."""
 
     def __init__(self, folder: pathlib.Path, store: Store, dim: int):
         self.folder, self._store, self._dim = folder, store, dim
-        self._encoder: Encoder | None = None
         self._calibration = calibration.Calibration.read(folder, dim)
 
     @classmethod
@@ -126,7 +116,7 @@ class Index:
             content = {"version": VERSION, "dim": dim, "model": encoder.fingerprint()}
             files.write_whole(folder / INDEX_FILE, json.dumps(content, indent=1))
         index = cls(folder, store, dim)
-        index._encoder = encoder
+        index.encoder = encoder
         return index
 
     @classmethod
@@ -161,15 +151,13 @@ class Index:
                     f"{folder} was made with another model than that of {workdir}, so their "
                     "embeddings can't be compared. Use another index, or leave --workdir out"
                 )
-            index._encoder = encoder
+            index.encoder = encoder
         return index
 
-    @property
+    @functools.cached_property
     def encoder(self) -> Encoder:
         """Embeds photos and queries; loaded on first use."""
-        if self._encoder is None:
-            self._encoder = Encoder.load(self.folder / ENCODER)
-        return self._encoder
+        return Encoder.load(self.folder / ENCODER)
 
     def add(
         self,
@@ -200,10 +188,15 @@ class Index:
                 found.add(photo.id)
                 wanted += _differs(photo, known)
             skipped: list[str] = []
+
+            def note(reason: str) -> None:
+                skipped.append(reason)
+                skip(reason)
+
             todo = (photo for photo in photos.find(places, exclude, skip) if _differs(photo, known))
             new = changed = 0
             with tqdm(total=wanted, desc="indexing", unit="") as bar:
-                for rows in _rows_at_once(self._embedded(todo, skipped, skip)):
+                for rows in photo_rows.embedded(self.encoder, todo, note):
                     old = sum(name in known for name in rows["id"].to_pylist())
                     (self._store.replace if old else self._store.add)(rows)
                     new, changed = new + len(rows) - old, changed + old
@@ -248,7 +241,7 @@ class Index:
                 if not (np.isfinite(lengths) & (lengths > 0)).all():
                     raise ValueError(f"{vectors} has a row that is zero or not finite")
                 described = [photos.Described(0, 0, 0, b"")] * len(batch)
-                rows = _table(batch, described, part / lengths)
+                rows = photo_rows.table(batch, described, part / lengths)
                 (self._store.replace if old else self._store.add)(rows)
             self._store.optimize()
         return Added(len(found) - old, old, 0, 0, 0)
@@ -369,30 +362,6 @@ class Index:
             known |= {name: (size, modified) for name, size, modified in zip(*columns, strict=True)}
         return known
 
-    def _embedded(
-        self, found: Iterable[photos.Photo], skipped: list[str], skip: Callable[[str], None]
-    ) -> Iterator[pa.Table]:
-        """The rows of photos, a batch at a time; the reasons of skipped ones are also collected."""
-        decode = self.encoder.embedder.decode
-
-        def skip_one(reason: str) -> None:
-            skipped.append(reason)
-            skip(reason)
-
-        def read(photo: photos.Photo) -> tuple[np.ndarray, photos.Described]:
-            data = photo.read()
-            try:
-                described = photos.describe(data, photo.modified)
-                return decode(data, photo.path), described
-            except ValueError as error:
-                text = str(error)
-                named = text if text.startswith(photo.path) else f"{photo.path}: {text}"
-                raise ValueError(named) from error
-
-        in_order = (photos.loaded(photo) for photo in found)
-        for batch, described, vectors in encode_each(self.encoder, in_order, read, skip_one):
-            yield _table(batch, described, vectors)
-
     def _gone(
         self, places: Sequence[str | os.PathLike], exclude: Sequence[str], found: set[str]
     ) -> list[str]:
@@ -412,28 +381,6 @@ class Index:
         return gone
 
 
-def combined(
-    wanted: Float[np.ndarray, "parts dim"],
-    unwanted: Float[np.ndarray, "others dim"] | None = None,
-) -> Float[np.ndarray, " dim"]:
-    """One unit-length vector for a query of several parts.
-
-    Args:
-      wanted: the embeddings of what photos should show.
-      unwanted: the embeddings of what they should not show.
-
-    Raises:
-      ValueError: the parts cancel out.
-    """
-    total = wanted.sum(axis=0)
-    if unwanted is not None:
-        total = total - WITHOUT_WEIGHT * unwanted.sum(axis=0)
-    length = np.linalg.norm(total)
-    if length < 1e-3:
-        raise ValueError("the parts of the query cancel out, so nothing is left to search for")
-    return total / length
-
-
 def is_index(folder: pathlib.Path) -> bool:
     """Whether the folder holds an index: index.json is written last."""
     return (folder / INDEX_FILE).is_file()
@@ -444,48 +391,7 @@ def _differs(photo: photos.Photo, known: Mapping[str, tuple[int, int]]) -> bool:
     return known.get(photo.id) != (photo.size, photo.modified)
 
 
-def _table(
-    batch: Sequence[photos.Photo],
-    described: Sequence[photos.Described],
-    vectors: Float[np.ndarray, "photos dim"],
-) -> pa.Table:
-    """The rows of photos in the columns of a store."""
-    columns = {
-        "id": [photo.id for photo in batch],
-        "path": [photo.path for photo in batch],
-        "folder": [photos.folder_of(photo.path) for photo in batch],
-        "name": [photos.name_of(photo.path) for photo in batch],
-        "size": [photo.size for photo in batch],
-        "modified": [photo.modified for photo in batch],
-    }
-    for field in dataclasses.fields(photos.Described):
-        columns[field.name] = [getattr(one, field.name) for one in described]
-    flat = pa.array(vectors.astype(np.float16).reshape(-1))
-    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return pa.table(columns, schema=schema(vectors.shape[1]))
-
-
-def _rows_at_once(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Joins small tables, until they have enough rows or enough time has passed."""
-    waiting, since = [], time.monotonic()
-    for table in tables:
-        waiting.append(table)
-        full = sum(map(len, waiting)) >= ROWS_AT_ONCE
-        if full or time.monotonic() - since >= SECONDS_AT_ONCE:
-            yield pa.concat_tables(waiting)
-            waiting, since = [], time.monotonic()
-    if waiting:
-        yield pa.concat_tables(waiting)
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes from changing an index; the system frees the lock of a killed one."""
-    with open(folder / LOCK_FILE, "a+") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is changing {folder}: wait until it has ended"
-            ) from error
-        yield
+def _locked(folder: pathlib.Path) -> contextlib.AbstractContextManager:
+    """Keeps other processes from changing an index."""
+    message = f"another process is changing {folder}: wait until it has ended"
+    return files.locked(folder / LOCK_FILE, message)

@@ -11,54 +11,23 @@ import functools
 import glob
 import hashlib
 import io
-import lzma
 import os
 import pathlib
 import stat
-import struct
 import tarfile
 import time
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from PIL import Image
 
 from input_pipeline import images, photo_limits
-from xlir.search import filters
+from xlir.search import archives, filters
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
-ZIP_SUFFIXES = (".zip",)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # Pixels of a thumbnail's longer side, and its quality as JPEG.
 THUMBNAIL, QUALITY = 320, 80
-# Errors of damaged archives and of their members.
-_DAMAGED = (
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OverflowError,
-    struct.error,
-)
-# Headers of a tar archive that hold names and attributes of the next member, and the largest number
-# of bytes of one: they are read into memory.
-_TAR_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-_HEADER_BYTES = 1 << 20
-# Times are kept as 64 bits.
-_LATEST = (1 << 63) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +184,6 @@ def _matching(pattern: str) -> list[str]:
     return sorted(map(str, found))
 
 
-def is_archive(path: str) -> bool:
-    """Whether a path has the extension of an archive that photos are read from."""
-    return path.lower().endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES))
-
-
 class _Excluded:
     """Whether a path matches one of the patterns of `find`."""
 
@@ -250,7 +214,7 @@ def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Itera
     if os.path.isdir(root):
         yield from _in_folder(root, excluded, skip)
     elif not excluded(root):
-        archive = is_archive(root) or _holds_archive(root)
+        archive = archives.is_archive(root) or _holds_archive(root)
         yield from _in_archive(root, excluded, skip) if archive else _file(root, skip)
 
 
@@ -260,7 +224,7 @@ def _holds_archive(path: str) -> bool:
         return False
     try:
         return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-    except _DAMAGED:
+    except archives.DAMAGED:
         return False
 
 
@@ -275,7 +239,7 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
             continue
         if entry.is_dir():
             yield from _in_folder(entry.path, excluded, skip)
-        elif is_archive(entry.path):
+        elif archives.is_archive(entry.path):
             yield from _in_archive(entry.path, excluded, skip)
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield from _file(entry.path, skip)
@@ -308,11 +272,8 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
     """
     if not _regular(path, skip):
         return
-    is_tar = path.lower().endswith(TAR_SUFFIXES)
-    is_zip = path.lower().endswith(ZIP_SUFFIXES) or (not is_tar and zipfile.is_zipfile(path))
-    members = _zip_members if is_zip else _tar_members
     try:
-        for name, size, modified, read in members(path):
+        for name, size, modified, read in archives.members(path):
             inside = os.path.normpath(name)
             if os.path.splitext(inside)[1].lower() not in SUFFIXES:
                 continue
@@ -323,54 +284,8 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
                 skip(f"{_shown(path)}: the path {_shown(inside)} in it is not valid UTF-8")
             elif not excluded.member(path, inside):
                 yield Photo(whole, size, modified, functools.partial(_checked, whole, size, read))
-    except _DAMAGED as error:
+    except archives.DAMAGED as error:
         skip(f"{_shown(path)} can't be read: {_reason(error)}")
-
-
-def _zip_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if not (member.is_dir() or stat.S_ISLNK(member.external_attr >> 16)):
-                moment = time.mktime((*member.date_time, 0, 0, -1))
-                modified = int(moment) * 1_000_000_000 + member.CRC % 1_000_000_000
-                read = functools.partial(photo_limits.unpack, archive, member)
-                yield member.filename, member.file_size, modified, read
-
-
-class _Member(tarfile.TarInfo):
-    """A member of a tar archive; refuses damaged headers, and those that would fill the memory."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            # `TarFile.next` would take them for the end of the archive.
-            raise tarfile.ReadError(f"it is damaged: {error}") from error
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _TAR_HEADERS and not 0 <= self.size <= _HEADER_BYTES:
-            raise tarfile.ReadError(f"it has a header of {self.size:,} bytes")
-        return super()._proc_member(archive)
-
-
-def _tar_members(path: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
-    with tarfile.open(path, tarinfo=_Member, encoding="utf8") as archive:
-        end = 0
-        while member := archive.next():
-            archive.members.clear()  # a list that would grow with the archive
-            if archive.offset <= end or member.size < 0:
-                raise tarfile.ReadError("it has a member of negative size")
-            end = archive.offset
-            if member.isreg():
-                modified = max(-_LATEST, min(int(member.mtime * 1e9), _LATEST))
-                read = functools.partial(_tar_content, archive, member)
-                yield member.name, member.size, modified, read
-
-
-def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    with archive.extractfile(member) as opened:
-        return opened.read()
 
 
 def _checked(path: str, size: int, read: Callable[[], bytes]) -> bytes:
@@ -378,7 +293,7 @@ def _checked(path: str, size: int, read: Callable[[], bytes]) -> bytes:
     try:
         photo_limits.require(size, "the file")
         return read()
-    except _DAMAGED as error:
+    except archives.DAMAGED as error:
         raise ValueError(f"{path}: {_reason(error)}") from error
 
 

@@ -24,10 +24,11 @@ from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from xlir.search import api, filters, photos
+from xlir.search import api, archives, filters
 from xlir.search.batching import Batcher, Full, Part
 from xlir.search.guard import Access, Guard, Limits, Metrics
-from xlir.search.index import Hit, Index, combined
+from xlir.search.index import Hit, Index
+from xlir.search.query import combined
 
 log = logging.getLogger(__name__)
 
@@ -329,7 +330,7 @@ def read_file(path: str) -> bytes | None:
 
 def _in_archive(path: str) -> bool:
     """Whether a photo lies in an archive, by the names of its folders."""
-    return any(map(photos.is_archive, os.path.dirname(path).split("/")))
+    return any(map(archives.is_archive, os.path.dirname(path).split("/")))
 
 
 def _moment(seconds: int) -> str | None:

@@ -1,0 +1,78 @@
+"""From photos to the rows of a store."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from xlir.encoder import Encoder, encode_each
+from xlir.search import photos
+from xlir.search.stores import schema
+
+# Photos are stored when there are this many, or after this many seconds.
+ROWS_AT_ONCE, SECONDS_AT_ONCE = 512, 5.0
+
+
+def embedded(
+    encoder: Encoder, found: Iterable[photos.Photo], skip: Callable[[str], None]
+) -> Iterator[pa.Table]:
+    """Embeds photos; yields their rows when there are enough, or after some seconds.
+
+    Args:
+      encoder: computes the embeddings.
+      found: the photos, in the order of `photos.find`.
+      skip: called with one line for each photo that can't be read or decoded.
+    """
+    waiting, since = [], time.monotonic()
+    for part in _batches(encoder, found, skip):
+        waiting.append(part)
+        full = sum(map(len, waiting)) >= ROWS_AT_ONCE
+        if full or time.monotonic() - since >= SECONDS_AT_ONCE:
+            yield pa.concat_tables(waiting)
+            waiting, since = [], time.monotonic()
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def table(
+    batch: Sequence[photos.Photo],
+    described: Sequence[photos.Described],
+    vectors: Float[np.ndarray, "photos dim"],
+) -> pa.Table:
+    """The rows of photos in the columns of a store."""
+    columns = {
+        "id": [photo.id for photo in batch],
+        "path": [photo.path for photo in batch],
+        "folder": [photos.folder_of(photo.path) for photo in batch],
+        "name": [photos.name_of(photo.path) for photo in batch],
+        "size": [photo.size for photo in batch],
+        "modified": [photo.modified for photo in batch],
+    }
+    for field in dataclasses.fields(photos.Described):
+        columns[field.name] = [getattr(one, field.name) for one in described]
+    flat = pa.array(vectors.astype(np.float16).reshape(-1))
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table(columns, schema=schema(vectors.shape[1]))
+
+
+def _batches(
+    encoder: Encoder, found: Iterable[photos.Photo], skip: Callable[[str], None]
+) -> Iterator[pa.Table]:
+    decode = encoder.embedder.decode
+
+    def read(photo: photos.Photo) -> tuple[np.ndarray, photos.Described]:
+        data = photo.read()
+        try:
+            described = photos.describe(data, photo.modified)
+            return decode(data, photo.path), described
+        except ValueError as error:
+            text = str(error)
+            named = text if text.startswith(photo.path) else f"{photo.path}: {text}"
+            raise ValueError(named) from error
+
+    in_order = (photos.loaded(photo) for photo in found)
+    for batch, described, vectors in encode_each(encoder, in_order, read, skip):
+        yield table(batch, described, vectors)
