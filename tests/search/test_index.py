@@ -196,6 +196,17 @@ def test_photos_that_are_gone_leave_only_with_prune(index, album, tmp_path):
     assert index.count(f"folder '{album}'") == 4
 
 
+def test_photos_of_an_archive_that_is_damaged_stay(index, album, tmp_path):
+    archive = pathlib.Path(shutil.make_archive(str(tmp_path / "one"), "zip", album / "b"))
+    index.add([album / "a", archive])
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-30])
+    assert index.add([album / "a", archive], prune=True).removed == 0
+    (album / "a" / "03.jpg").unlink()
+    assert index.add([album / "a", archive], prune=True).removed == 1
+    assert index.count() == 11
+
+
 def test_an_empty_folder_is_not_pruned(index, album):
     index.add([album])
     shutil.rmtree(album)

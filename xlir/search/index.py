@@ -183,8 +183,8 @@ class Index:
         with _locked(self.folder):
             self._store.refresh()
             known = self._known()
-            found, wanted = set(), 0
-            for photo in photos.find(places, exclude):
+            found, wanted, unread = set(), 0, []
+            for photo in photos.find(places, exclude, unread.append):
                 found.add(photo.id)
                 wanted += _differs(photo, known)
             skipped: list[str] = []
@@ -201,7 +201,7 @@ class Index:
                     (self._store.replace if old else self._store.add)(rows)
                     new, changed = new + len(rows) - old, changed + old
                     bar.update(len(rows))
-            gone = self._gone(places, exclude, found) if prune else []
+            gone = self._gone(places, found, unread) if prune else []
             self._store.remove(gone)
             if wanted or gone:
                 self._store.optimize()
@@ -220,15 +220,7 @@ class Index:
         Raises:
           ValueError: the files do not fit each other or the index.
         """
-        array = np.load(vectors, mmap_mode="r", allow_pickle=False)
-        named = paths.read_text(encoding="utf8").splitlines()
-        if array.ndim != 2 or array.shape[1] != self._dim or len(array) != len(named):
-            raise ValueError(
-                f"{vectors} has the shape {list(array.shape)}; for this index and the "
-                f"{len(named):,} paths in {paths}, it should be [{len(named)}, {self._dim}]"
-            )
-        if len(set(named)) < len(named):
-            raise ValueError(f"{paths} names a path twice")
+        array, named = photo_rows.read_embeddings(vectors, paths, self._dim)
         found = [photos.Photo(os.path.realpath(path), 0, 0, bytes) for path in named]
         with _locked(self.folder):
             self._store.refresh()
@@ -363,22 +355,33 @@ class Index:
         return known
 
     def _gone(
-        self, places: Sequence[str | os.PathLike], exclude: Sequence[str], found: set[str]
+        self, places: Sequence[str | os.PathLike], found: set[str], unread: Sequence[str]
     ) -> list[str]:
-        """The ids of photos in the index that were in places and are no longer found there."""
+        """The ids of photos in the index that were in places and are no longer found there.
+
+        Photos stay if their folder or archive can't be read at the moment; `unread` has the lines
+        that say so.
+        """
         if not found:
-            named = ", ".join(map(os.fspath, places))
             raise ValueError(
-                f"{named}: no photos are found there, so nothing is removed from the index. Is a "
-                "disk not mounted?"
+                f"no photos are found in {', '.join(map(os.fspath, places))}, so nothing is "
+                "removed from the index. Is a disk not mounted?"
             )
         prefixes = tuple(f"{root.rstrip('/')}/" for root in photos.roots(places))
-        gone = []
-        for batch in self._store.scan(["id", "path"]):
-            for name, path in zip(batch["id"].to_pylist(), batch["path"].to_pylist(), strict=True):
-                if path.startswith(prefixes) and name not in found:
-                    gone.append(name)
-        return gone
+
+        def is_gone(name: str, path: str) -> bool:
+            if name in found or not path.startswith(prefixes):
+                return False
+            folders = [str(folder) for folder in pathlib.Path(path).parents]
+            lines = tuple(folder + end for folder in folders for end in (":", " "))
+            return not any(line.startswith(lines) for line in unread)
+
+        return [
+            name
+            for batch in self._store.scan(["id", "path"])
+            for name, path in zip(*(batch[x].to_pylist() for x in ("id", "path")), strict=True)
+            if is_gone(name, path)
+        ]
 
 
 def is_index(folder: pathlib.Path) -> bool:

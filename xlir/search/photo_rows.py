@@ -1,6 +1,7 @@
 """From photos to the rows of a store."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -76,3 +77,28 @@ def _batches(
     in_order = (photos.loaded(photo) for photo in found)
     for batch, described, vectors in encode_each(encoder, in_order, read, skip):
         yield table(batch, described, vectors)
+
+
+def read_embeddings(
+    vectors: pathlib.Path, paths: pathlib.Path, dim: int
+) -> tuple[Float[np.ndarray, "photos dim"], list[str]]:
+    """Embeddings that were computed elsewhere, left on disk, and the path of each row's photo.
+
+    Args:
+      vectors: a .npy file.
+      paths: a text file with one path per line.
+      dim: the width that the embeddings must have.
+
+    Raises:
+      ValueError: the files do not fit each other or the index.
+    """
+    array = np.load(vectors, mmap_mode="r", allow_pickle=False)
+    named = paths.read_text(encoding="utf8").splitlines()
+    if array.ndim != 2 or array.shape[1] != dim or len(array) != len(named):
+        raise ValueError(
+            f"{vectors} has the shape {list(array.shape)}; for this index and the "
+            f"{len(named):,} paths in {paths}, it should be [{len(named)}, {dim}]"
+        )
+    if len(set(named)) < len(named):
+        raise ValueError(f"{paths} names a path twice")
+    return array, named
