@@ -199,7 +199,7 @@ run_local() {
       kill -0 "${pids[i]}" 2>/dev/null && continue
       wait "${pids[i]}" 2>/dev/null
       code=$?
-      kill -KILL -- "-${pids[i]}" 2>/dev/null # Processes that it started and left behind.
+      kill -KILL -- "-${pids[i]}" 2>/dev/null # Its leftover processes.
       unset "pids[$i]"
       ((code)) || continue
       say "process $i ended with exit code $code"

@@ -9,7 +9,7 @@ The module of a verb has
 - `WORDS`, only if the verb takes positional arguments: their name in the help. `run` receives them
   as further arguments.
 
-Importing JAX takes seconds. So a module imports nothing at its top that imports JAX, and `run`
+Importing JAX takes seconds. So no module imports JAX at its top, even indirectly, and `run`
 checks the flags before it imports JAX: help and most usage errors then appear at once.
 
 To add a verb, write a module and add a line to `VERBS`.

@@ -112,7 +112,7 @@ class Flags:
         try:
             _, *words = self.values(arguments)
             if "config" in self.values and self.values.config is not None:
-                # ml_collections reports a file that it could not read when a field is first read.
+                # Only reading a field makes ml_collections report an unreadable file.
                 _ = self.values.config.lock
             return words
         except absl.flags.UnrecognizedFlagError:

@@ -34,7 +34,7 @@ def start_jax(values: FlagValues) -> None:
     """Joins the other processes, if there are any, and caches compiled programs on disk.
 
     Raises:
-      UsageError: the flags of `define` contradict each other. A verb without them runs alone.
+      UsageError: the flags of `define` contradict each other (a verb may lack them).
       ValueError: the devices that $JAX_PLATFORMS names do not exist.
     """
     joins = "distributed" in values and _is_one_of_several(values)
@@ -47,7 +47,7 @@ def start_jax(values: FlagValues) -> None:
         _join(values)
     else:
         partition.check_platforms()
-    # Not for CPUs: a program compiled on one CPU may fail on another, and JAX prints long warnings
+    # No CPU cache: a program compiled on one CPU may fail on another, and JAX prints long warnings
     # about this (https://github.com/jax-ml/jax/issues/38445).
     if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
         folder = cache_folder() / "compiled"

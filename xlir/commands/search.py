@@ -38,7 +38,7 @@ from xlir.commands.flags import Flags
 from xlir.commands.tag import SHEET_SUFFIXES, opened, printable
 
 WORDS = "QUERY..."
-# One in twenty validation captions would find nothing among the validation photos.
+# At this cutoff, one in twenty validation captions finds no validation photo.
 CUTOFF = 0.05
 
 

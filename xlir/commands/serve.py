@@ -30,7 +30,7 @@ from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
-# Characters of a token: fewer can be guessed.
+# A shorter token could be guessed.
 SHORTEST_TOKEN = 8
 # Seconds for running requests after SIGTERM, connections at a time, and bytes of a request's head.
 FINISHING, CONNECTIONS, HEAD = 30, 200, 32_768
@@ -124,7 +124,7 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
         + ("?token=TOKEN" if token else ""),
         flush=True,
     )
-    # uvicorn raises the signals that ended it again when everything is finished.
+    # uvicorn re-raises the signal that stopped it, once it has finished.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run([listener])

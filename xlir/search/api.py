@@ -5,7 +5,7 @@ from typing import Annotated
 import pydantic
 from fastapi import Path
 
-# Characters of a text, texts of a query that photos should not show, and photos of an answer.
+# Most characters of a text, unwanted texts of a query, and photos of an answer.
 LONGEST, MOST_TEXTS, MOST_HITS = 1000, 8, 200
 
 EXAMPLE = {

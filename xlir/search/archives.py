@@ -32,8 +32,8 @@ DAMAGED = (
     OverflowError,
     struct.error,
 )
-# Headers of a tar archive that hold names and attributes of the next member, and the largest number
-# of bytes of one: they are read into memory.
+# Tar headers with names and attributes of the next member. They are read into memory, so each may
+# have at most _HEADER_BYTES.
 _TAR_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -42,7 +42,7 @@ _TAR_HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _HEADER_BYTES = 1 << 20
-# Seconds since 1970, or before, of the times that are kept; nanoseconds fill 64 bits in 2262.
+# Times are clipped to this many seconds around 1970: nanoseconds fill 64 bits in 2262.
 _LATEST = 9_000_000_000
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-# Requests that are embedded in one call, and that may wait.
+# Most requests in one call, and most that may wait.
 LARGEST_BATCH, MOST_WAITING = 64, 256
 
 # A text, or a photo's pixels.
@@ -28,7 +28,7 @@ class Full(Exception):
 
 
 class Batcher:
-    """Embeds texts and photos in one thread, those that wait in one call.
+    """Embeds texts and photos in one thread; all that wait share a call.
 
     Args:
       texts: embeds texts, such as `Encoder.encode_text`.

@@ -2,12 +2,12 @@
 
 A cosine says little by itself: a query such as "Sagittarius" is about as near to all photos, while
 "a dog on a beach" is near to some and far from others. So a photo's score for a query is its
-cosine, less the mean and plus the standard deviation of the query's cosines with photos that the
-model was trained on. Within one query this does not change the order of the photos.
+cosine - mean + standard deviation, both of the query's cosines
+with training photos. Within one query this does not change the order of the photos.
 
 The percentile of a photo is the share of held-out captions whose best held-out photo has a lower
-score. With a cutoff of 0.1, one in ten such captions would find nothing. (How well percentiles and
-cosines tell queries that fit from queries that do not is measured in docs/results.md.)
+score. With a cutoff of 0.1, one in ten such captions would find nothing. (docs/results.md measures
+how well percentiles and cosines tell queries that fit from queries that do not.)
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Calibration:
         return cls(photos.training, np.sort(np.asarray(scores, np.float32)))
 
     def offset(self, query: Float[np.ndarray, " dim"]) -> float:
-        """What is added to the cosines of a query, of unit length, to get scores."""
+        """The number to add to a unit-length query's cosines to get scores."""
         cosines = self.training @ query
         return float(cosines.std() - cosines.mean())
 

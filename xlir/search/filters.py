@@ -4,7 +4,7 @@ A filter is terms joined by `and`, each of which may begin with `not`:
 
     folder holidays/greece and taken 2023-06..2023-08 and not name *.png
 
-- `folder NAME/NAME`: photos in folders of these names, one in the other, and below them. With a
+- `folder NAME/NAME`: photos in or below folders of these names, the second in the first. With a
   leading slash, the names begin at the root. Case does not matter.
 - `name PATTERN`: the file's name, with `*` for any text. Case does not matter.
 - `taken DATE` or `taken DATE..DATE`: when the photo was taken. Both dates are included, and either
@@ -23,7 +23,7 @@ import unicodedata
 
 _RANGES = ("taken", "width", "height")
 COLUMNS = ("folder", "name", *_RANGES)
-# The largest width and height that an index holds; larger bounds mean the same.
+# The largest width and height that an index holds; bounds are clipped to it.
 LARGEST = (1 << 31) - 1
 
 
@@ -105,7 +105,7 @@ def _term(column: str, value: str) -> Term:
 
 
 def _folder_pattern(value: str) -> str:
-    """ "/greece/" anywhere in the path or, with a leading slash, at its beginning."""
+    """A pattern: "/greece/" anywhere or, with a leading slash, at the beginning."""
     parts = [part for part in folded(value).split("/") if part]
     names = f"/{'/'.join(parts)}/" if parts else "/"
     return f"{names}*" if value.startswith("/") else f"*{names}*"

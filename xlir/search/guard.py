@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how much, for how long, and in what headers."""
+"""Checks every request before it is answered, and limits its size and time."""
 
 import asyncio
 import collections
@@ -41,9 +41,9 @@ class Limits:
 
     Attributes:
       body: bytes of a request's body.
-      seconds: until a request is given up.
+      seconds: time limit of a request.
       in_flight: requests at a time, in total.
-      of_client: requests at a time, of one address.
+      of_client: requests at a time, per address.
     """
 
     body: int = 32_000_000
@@ -59,8 +59,8 @@ class Access:
     Attributes:
       token: what requests must show, in the header "Authorization: Bearer TOKEN" or in the cookie
         that the page sets; None for nothing.
-      names: the names in the header Host that are answered; None for all. A foreign site whose name
-        is made to point to this machine (DNS rebinding) is thereby refused.
+      names: the names in the header Host that are answered; None for all. This refuses foreign
+        sites whose names point to this machine (DNS rebinding).
       paths: whether answers tell where photos lie.
     """
 
@@ -152,7 +152,7 @@ class Guard:
     def _without_token(self, request: Request, path: str) -> Response | None:
         if path in OPEN_PATHS or _shown(request.headers, self._access.token):
             return None
-        # The page is opened with the token in its address, and keeps it in a cookie instead.
+        # A browser shows the token in the address once, and from then on a cookie.
         given = parse_qs(request.url.query).get("token", [""])[0]
         if path == "/" and request.method == "GET" and _equal(given, self._access.token):
             answer = RedirectResponse("/", 303)
@@ -200,7 +200,7 @@ class _Answer:
 
 
 class _Body:
-    """Receives a request's body, up to a limit; `whole`: it has arrived, or there is none."""
+    """Receives a request's body, up to a limit; `whole`: nothing is left to arrive."""
 
     def __init__(self, receive: Receive, limit: int, *, whole: bool):
         self._receive, self._left, self._limit, self.whole = receive, limit, limit, whole
@@ -252,7 +252,7 @@ def _shown(headers: Headers, token: str) -> bool:
 
 
 def _cookie(token: str) -> str:
-    """What the page's cookie holds; it does not tell the token."""
+    """The page's cookie, which does not reveal the token."""
     return hashlib.sha256(f"{COOKIE}:{token}".encode()).hexdigest()
 
 

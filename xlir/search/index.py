@@ -96,7 +96,7 @@ class Index:
         folder = pathlib.Path(folder)
         if is_index(folder):
             raise ValueError(f"{folder} is an index already: open it")
-        # What an interrupted `create` leaves behind is written again.
+        # Leftovers of an interrupted `create` are overwritten.
         others = (
             set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE, calibration.FILE}
             if folder.exists()
@@ -214,7 +214,7 @@ class Index:
         Such photos have no size, time or thumbnail in the index.
 
         Args:
-          vectors: a .npy file, [photos, dim], of any length above 0.
+          vectors: a .npy file, [photos, dim], without zero rows.
           paths: a text file with the path of each row's photo.
 
         Raises:
@@ -359,8 +359,7 @@ class Index:
     ) -> list[str]:
         """The ids of photos in the index that were in places and are no longer found there.
 
-        Photos stay if their folder or archive can't be read at the moment; `unread` has the lines
-        that say so.
+        Photos stay if their folder or archive can't be read now, which `unread` lists.
         """
         if not found:
             raise ValueError(

@@ -87,7 +87,7 @@ def name_of(path: str) -> str:
 
 
 def loaded(photo: Photo) -> Photo:
-    """A photo that may be read in any order: one that lies in an archive is read now."""
+    """A photo that can be read later, in any order: from an archive, it is read now."""
     if isinstance(photo.read, functools.partial) and photo.read.func is photo_limits.read:
         return photo
     try:
@@ -174,11 +174,11 @@ def roots(places: Sequence[str | os.PathLike]) -> list[str]:
 def _matching(pattern: str) -> list[str]:
     """The files and folders that match a pattern."""
     parts = pathlib.PurePath(pattern).parts
-    if os.path.islink(pattern):  # to something that does not exist
+    if os.path.islink(pattern):  # a dangling link
         return []
     if "**" not in parts:
         return sorted(glob.glob(pattern))
-    # Unlike that of `glob`, the "**" of `pathlib` does not follow links, which may go in circles.
+    # In `pathlib`, unlike `glob`, "**" does not follow links, which may go in circles.
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     found = pathlib.Path(*parts[:fixed]).glob("/".join(parts[fixed:]))
     return sorted(map(str, found))
@@ -219,7 +219,7 @@ def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Itera
 
 
 def _holds_archive(path: str) -> bool:
-    """Whether a file without an extension that tells is an archive."""
+    """Whether a file without a telling extension is an archive."""
     if os.path.splitext(path)[1].lower() in SUFFIXES or not os.path.isfile(path):
         return False
     try:
@@ -252,7 +252,7 @@ def _file(path: str, skip: Callable[[str], None]) -> Iterator[Photo]:
 
 
 def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
-    """The status of a regular file; otherwise `skip` is told, because others may block."""
+    """The status of a regular file; others may block, so `skip` gets a line."""
     if not _is_text(path):
         return skip(f"{_shown(path)}: the path is not valid UTF-8; rename the file or folder")
     try:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-# What photos should not show counts this much, and is subtracted.
+# Unwanted parts are subtracted with this weight.
 WITHOUT_WEIGHT = 0.5
 
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 PAGE = pathlib.Path(__file__).parent / "page"
 # The index is refreshed at most this often, in seconds.
 REFRESH_SECONDS = 1.0
-# Uploaded photos that are decoded, and files that are read, at a time.
+# Uploaded photos decoded at a time, and files read at a time.
 DECODED_AT_ONCE, READ_AT_ONCE = 2, 4
 
 MEDIA_TYPES = {
@@ -199,8 +199,8 @@ def application(
 
     Args:
       index: the photos.
-      access: who may ask; default: browsers on this machine.
-      limits: how much.
+      access: who may ask; default: local browsers.
+      limits: see `Limits`.
     """
     access, metrics = access or Access(), Metrics()
     service = Service(index, metrics, paths=access.paths)
@@ -283,7 +283,7 @@ def _add_photos(app: FastAPI, service: Service) -> None:
 
 
 def _add_pages(app: FastAPI, metrics: Metrics) -> None:
-    """The routes of the page, and of those who watch the service."""
+    """The routes of the page, and those for monitoring."""
 
     @app.get("/healthz")
     async def health() -> dict[str, Literal["ok"]]:

@@ -1,12 +1,12 @@
 "use strict";
 
-// The address holds the query, so that it can be kept, sent and gone back to. An uploaded photo is
-// not part of the address; the photos of this visit are kept by number, for the back button.
+// The address holds the query, so that it can be saved, sent and revisited. An uploaded photo is
+// not part of it: `uploads` keeps this visit's photos, for the back button.
 
 const FIELDS = ["q", "not", "folder", "from", "to"];
 const FEW = 60;
 const MANY = 200;
-// As in the command line: one in twenty queries for a photo that is there would not find it.
+// As in the command line: one in twenty queries that fit a photo finds none.
 const CUTOFF = 0.05;
 const LARGEST_UPLOAD = 30e6;
 const SECONDS = 40;
@@ -36,7 +36,7 @@ function addressOf(query) {
   return text ? `?${text}` : location.pathname;
 }
 
-/** The filter in the language of the service. */
+/** The filter as the service reads it. */
 function filterOf(fields) {
   const terms = [];
   // A double quote is put in single quotes.

@@ -32,7 +32,7 @@ FEW = 150_000
 # Rows of a cluster of the index. A query looks into PROBES * sqrt(clusters) of them: on the 7,761
 # photos of Flickr8k, that finds 0.99 of the ten nearest, for texts and for photos.
 CLUSTER_ROWS, PROBES = 1000, 1.6
-# Candidates of the index whose whole vectors are compared, for each row of the answer.
+# Candidates for each row of the answer; their whole vectors are compared.
 REFINE = 4
 # Columns with an index for filters.
 INDEXED = ("id", "taken", "width", "height")
