@@ -35,7 +35,7 @@ def define(flags: Flags) -> None:
     )
     flags.texts(
         "exclude",
-        "Pattern of files and folders to leave out: of a name, or of the last parts of a path, "
+        "Pattern of files and folders to leave out: a name, or the last parts of a path, "
         "such as private/*.png.",
     )
     flags.switch(

@@ -23,7 +23,7 @@ def define(flags: Flags) -> None:
     )
     flags.string(
         "coordinator",
-        "Run as one of several processes: HOST:PORT on which the first one listens. Needs "
+        "HOST:PORT on which the first of several processes listens. Needs "
         "--processes and --process.",
     )
     flags.integer("processes", "Number of processes.", least=1)

@@ -1,17 +1,17 @@
 """Search an index of photos, with texts in any language or with a photo.
 
-Each QUERY is searched for on its own. --and, --not and --image add to every query: the photos
-should also show the first and the third, and should not show the second.
+Each QUERY is searched for on its own. --and and --image add to what the photos of every query
+should show; --not names what they should not show.
 
-The number beside a photo is its calibrated percentile: 0.3 means that the photo fits better than
-the best photo of 30% of the run's validation captions does. Photos below --cutoff are not shown; if
+The number beside a photo is its calibrated percentile: 0.3 means that for 30% of the run's
+validation captions, even the best photo fits less well. Photos below --cutoff are not shown; if
 none is left, nothing in the index fits. Queries with a photo, and indexes that could not be
 calibrated, show cosine similarities instead, and all photos.
 
 --where is one or several terms, joined by `and`; each may begin with `not`:
-  folder NAME/NAME      in such a folder, or below it; with a leading slash, from the root
+  folder NAME/NAME      in or below such a folder; with a leading slash, from the root
   name PATTERN          the file's name; * is any text
-  taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; one of the two may be left out
+  taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; either may be left out
   width N..N, height N..N   pixels
 
 Needs `pip install 'xlir[search]'`.

@@ -5,8 +5,8 @@ at /metrics. Photos that `index` adds meanwhile are found at once. SIGTERM and C
 requests that are running.
 
 By default, only browsers on this machine are answered. To serve others, choose an address with
---host, and say whom: whoever knows --token, or with --public everyone who reaches the address.
---public does not tell the folders of photos. The service speaks HTTP: on networks that others can
+--host, and either --token (for those who know it) or --public (for all who reach the address).
+--public hides the folders of photos. The service speaks HTTP: on networks that others can
 read, put a proxy in front of it that speaks HTTPS.
 
 Needs `pip install 'xlir[search,serve]'`.
@@ -43,7 +43,7 @@ def define(flags: Flags) -> None:
     flags.string("host", "Address to listen on.", default="127.0.0.1")
     flags.string(
         "token",
-        "Answer only who shows this token: browsers open /?token=TOKEN once, programs send the "
+        "Token that clients must show: browsers open /?token=TOKEN once, programs send the "
         f"header 'Authorization: Bearer TOKEN'. At least {SHORTEST_TOKEN} letters, digits or "
         "'-._~'. Default: $XLIR_TOKEN, which other users of this machine can't see.",
     )

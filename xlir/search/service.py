@@ -246,7 +246,7 @@ def _add_searches(app: FastAPI, service: Service) -> None:
         where: Annotated[api.Text, Query(**api.WHERE)] = "",
         cutoff: Annotated[float, Query(**api.CUTOFF)] = 0.0,
     ) -> api.Answer:
-        """The photos that fit a text or a photo of the index, or both, best."""
+        """The photos that best fit a text, a photo of the index, or both."""
         return await service.search(Asked(q, unwanted, like), count, where, cutoff)
 
     @app.post("/api/search", responses=api.PROBLEMS)
