@@ -1,4 +1,4 @@
-"""Do percentiles tell queries that fit something in an index from queries that do not?
+"""Can percentiles separate queries that fit a photo in an index from others?
 
 Indexes the 970 test photos of Flickr8k. Queries that fit are the 899 test captions in each
 language. Queries that do not fit are the names of emoji in the same language if no word of the

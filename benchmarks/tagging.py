@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _timed(batches, forward: dict[str, float]):
-    """`Embedder.batches` that adds up the time the embedder takes for each batch it is given."""
+    """`Embedder.batches`, but it adds up the time that the embedder takes per batch."""
 
     def timed(side: str, inputs):
         for batch in batches(side, inputs):

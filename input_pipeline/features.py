@@ -125,7 +125,7 @@ class _Rows:
       obstacle: why the file can't be written; empty if it can.
 
     Attributes:
-      intact: for each row, whether it is on disk or in memory and, on disk, has the right digest.
+      intact: for each row, whether it is in memory, or on disk with the right digest.
     """
 
     def __init__(self, file: pathlib.Path, count: int, dim: int, obstacle: str):
@@ -196,13 +196,13 @@ class _Rows:
         return self._count if self.intact.all() else int(np.argmin(self.intact))
 
     def describe(self, description: Mapping[str, object]) -> None:
-        """Writes beside the file what its rows were computed from, for people to read."""
+        """Writes, for people, a file that says what the rows were computed from."""
         with contextlib.suppress(OSError):
             text = json.dumps(description, indent=1, sort_keys=True)
             write_whole(self._file.with_suffix(".json"), text)
 
     def put(self, start: int, rows: Float[np.ndarray, "rows dim"]) -> None:
-        """Stores the missing ones among some rows, the first of which has the number `start`."""
+        """Stores those of `rows` that are missing; the first row has the number `start`."""
         missing = np.concatenate([[False], ~self.intact[start : start + len(rows)], [False]])
         for first, stop in np.flatnonzero(np.diff(missing)).reshape(-1, 2).tolist():
             self._keep(start + first, rows[first:stop])

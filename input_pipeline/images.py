@@ -121,7 +121,7 @@ def preview(data: bytes, longest: int) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def facts(data: bytes) -> tuple[int, int, int | None]:
-    """Reads what a photo says about itself. Of most photos, no pixels are decoded.
+    """Reads a photo's size and date, for most photos without decoding any pixels.
 
     Returns:
       Width and height in pixels, upright; and when it was taken (EXIF DateTimeOriginal), in
@@ -136,7 +136,7 @@ def facts(data: bytes) -> tuple[int, int, int | None]:
         raise _image_error(data, error) from error
     taken = None
     width, height = image.size
-    # Pillow's readers of EXIF raise nearly anything on damaged data; the photo is of use without.
+    # Pillow's EXIF readers may raise anything on damaged data; a photo works without EXIF.
     with contextlib.suppress(Exception):
         if image.format == "PNG" and "exif" not in image.info:
             # Pillow decodes a PNG to find what comes after its pixels.

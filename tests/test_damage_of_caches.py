@@ -56,7 +56,7 @@ def test_a_damaged_feature_cache(whole, tmp_path, suffix):
         cut = spoil(file, trial)
         calls = []
         np.testing.assert_array_equal(build(place, calls, block=200), EXPECTED)
-        # One byte damages one block, or two if it is the line end between their lines.
+        # A changed byte damages one block, or two if it is the newline between them.
         assert cut or len(calls) <= 2, "intact blocks were computed again"
         computed += bool(calls)
         np.testing.assert_array_equal(build(place, calls := [], block=200), EXPECTED)
@@ -115,7 +115,7 @@ def test_a_damaged_set(folder, prepared, name):
             assert "\n" not in line
         (prepared / name).write_bytes(whole)
     print(f"{name}: {TRIALS} of {TRIALS}, noticed {noticed}")
-    # Most of a small shard is padding, and only some of the digests are of splits that are read.
+    # Most of a small shard is padding, and some digests belong to splits that are not read.
     assert noticed > TRIALS * (0.2 if name == test_records.SHARD else 0.9)
     assert content_of(folder) == expected
 

@@ -108,7 +108,7 @@ def test_several_captions_an_image():
 
 
 def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
-    """The image remains a candidate."""
+    """It remains a wrong answer."""
     images = np.eye(4, dtype=np.float32)
     data = retrieval_set("en", "de", image_of=range(4))
     data.image_of["de"] = np.array([0, 1, 3])

@@ -301,7 +301,7 @@ sys.modules["xlir.train"] = types.SimpleNamespace(train=train)
 
 def test_compiled_programs_are_kept_for_this_user_alone(command, workdir, cache, tmp_path):
     assert not (cache / "compiled").exists(), "programs for CPUs were kept"
-    # The tests name a folder, and there JAX kept the training step: these programs can be kept.
+    # JAX kept the training step in the tests' own folder, so such programs can be kept.
     assert list(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("jit_train_step*"))
     environment = {"XLIR_CACHE": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
     command(QUICKSTART, script=ACCELERATED, **environment)

@@ -36,7 +36,7 @@ def test_vocabularies_of_the_repository(name, count, languages):
         assert len(names) == count
         assert all(of_tag and all(one == one.strip() != "" for one in of_tag) for of_tag in names)
         if name != "emoji":
-            # Loading has checked that no two tags share one.
+            # No two tags share a name, as loading checks.
             flat = [one.casefold() for of_tag in names for one in of_tag]
             assert len(flat) == len(set(flat))
             if language in SCRIPTS:

@@ -95,8 +95,8 @@ def prepare(
 def set_name(annotations: pathlib.Path) -> str:
     """The set's name: NAME of dataset_NAME.json.
 
-    TFDS can only read names of an ASCII letter and word characters: other characters become "_", as
-    in "mein set", and "set_" is prepended where the first one is not an ASCII letter.
+    TFDS reads only names that begin with an ASCII letter, then word characters. Other characters
+    become "_"; "set_" is put before a name that begins with anything else.
     """
     name = annotations.stem.removeprefix("dataset_")
     if re.fullmatch(r"[a-zA-Z]\w*", name):
@@ -164,7 +164,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
             split = entry["split"]
             if not all(isinstance(text, str) for text in (filename, filepath, split)):
                 raise TypeError("filename, filepath and split should be strings")
-            # In a split's name TFDS would parse "+" and "["; the name "all" means all splits.
+            # TFDS would parse "+" and "[" in a split's name; the name "all" means all splits.
             if not re.fullmatch(r"[\w-]+", split) or split == "all":
                 raise ValueError(f"{split!r} can't be the name of a split")
             # Fails for half of a surrogate pair, which JSON allows and UTF-8 does not.

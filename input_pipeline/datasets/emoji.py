@@ -98,7 +98,7 @@ def names() -> dict[str, list[str]]:
 
 
 def rows(split: str) -> list[int]:
-    """The rows of a split's emoji in `names`, in the order of the split's pictures."""
+    """The row in `names` of each of a split's emoji, in the order of its pictures."""
     row_of = {emoji: row for row, emoji in enumerate(characters())}
     return [row_of[emoji] for emoji in _split()[split]]
 
@@ -129,7 +129,7 @@ def _pictures() -> dict[str, pathlib.Path]:
     files = {file.stem: file for file in folder.iterdir()}
     found = {}
     for character in _names():
-        # Only the file names of joined sequences have variation selectors, and one has none.
+        # Only joined sequences (all but one) have variation selectors in their file names.
         bare = character.replace(VARIATION_SELECTOR, "")
         candidates = [bare] if ZERO_WIDTH_JOINER not in character else [character, bare]
         for candidate in candidates:

@@ -46,14 +46,14 @@ class Opened(Protocol):
     translations: Callable[[str], dict[str, list[str]]] | None
 
     def source(self, splits: str, exclude: Callable[[str], object] = ...) -> Any:
-        """One or more splits, without the photos for whose file names `exclude` is true."""
+        """One or more splits, without photos whose file names make `exclude` true."""
 
     def filed_under(self, split: str) -> str:
         """The name of results on a split."""
 
 
 def nothing_missing(folder: str, annotations: str) -> str:
-    """`missing` for a data set whose `open` raises an error that says what is missing."""
+    """A `missing` that reports nothing, for sets whose `open` says what is missing."""
     return ""
 
 

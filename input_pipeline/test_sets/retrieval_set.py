@@ -63,12 +63,12 @@ class RunData:
 
 
 def nothing_missing(options: Options, run: RunData) -> str:
-    """`missing` for a type whose `read` raises an error that says what is missing."""
+    """A `missing` that reports nothing, for types whose `read` says what is missing."""
     return ""
 
 
 def no_photos(options: Options, run: RunData) -> Collection[str]:
-    """`photos` for a type whose photos are recognized otherwise, or may be used in training."""
+    """A `photos` that names none: they are recognized otherwise, or may be trained on."""
     return ()
 
 

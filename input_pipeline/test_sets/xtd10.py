@@ -65,7 +65,7 @@ COMMITS = {
 # Lines, counted from 1, of the German file that are not translations: "Could not translate" (148,
 # 241, 727), "?" and "dfgdfg".
 JUNK = {"de": (148, 241, 262, 727, 768, 939)}
-# File names of COCO 2014, and of COCO 2017, which are the id alone.
+# File names of COCO 2014; those of COCO 2017 are only the id.
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
 
 

@@ -55,7 +55,7 @@ def length_batches(
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
         length = length if longest is None else min(length, longest)
-        # A power of two: callers pad the last batch to one, which is then often a known shape.
+        # A power of two: callers pad the last batch to one, so that its shape is often known.
         fitting = 1 << max(max_tokens // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]
         yield rows, length

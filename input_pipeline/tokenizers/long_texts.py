@@ -13,7 +13,7 @@ CHARACTERS_PER_TOKEN = 64
 # Where a text may be cut: before a space after a letter or digit. Excluded are characters that
 # Unicode may join with what follows them: U+0D4E, and some beyond the 16-bit plane.
 CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
-# Steps of a tokenizer.json that treat the beginning of a text alike, alone or in the whole text.
+# Steps of a tokenizer.json that treat a text's beginning the same with or without the rest.
 NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
 NORMALIZERS += ("Prepend", "Strip", "StripAccents")
 PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")

@@ -1,4 +1,4 @@
-"""Filters: how they are read, and that a store finds with them what they say."""
+"""Filters: how they are read, and that a store finds the rows that match."""
 
 import datetime
 import fnmatch
@@ -208,7 +208,7 @@ NAMES += ["한국", "' OR 1=1 --", "') OR ('1'='1", "x'; DROP TABLE photos; --",
 
 
 def a_name(generator: random.Random) -> str:
-    """A name of a file or folder, of letters that mean something to some layer below."""
+    """A file or folder name, of characters that are special to some layer below."""
     if generator.random() < 0.4:
         return generator.choice(NAMES)
     letters = generator.choices(LETTERS, k=generator.randint(1, 5))
@@ -284,7 +284,7 @@ def like(text: str, pattern: str) -> bool:
 
 
 def in_folder(path: str, names: str) -> bool:
-    """Whether a path is below folders of these names, one in the other."""
+    """Whether a path is below nested folders of these names."""
     parts = caseless(path).strip("/").split("/")[:-1]
     wanted = [part for part in caseless(names).split("/") if part]
     starts = [0] if names.startswith("/") else range(len(parts) + 1)
@@ -296,7 +296,7 @@ def day_of(row: dict) -> datetime.date:
 
 
 def quoted(value: str) -> str:
-    """A value in the quotes of filters; one with both kinds of quotes is put together."""
+    """A value quoted for a filter; single quotes in it become parts of their own."""
     return "".join(f"'{part}'" if part != "'" else '"\'"' for part in re.split("(')", value))
 
 

@@ -1,4 +1,4 @@
-"""An index finds what an evaluation finds, and loses nothing on the way."""
+"""An index finds the same photos as an evaluation, and loses none."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def test_only_new_and_changed_photos_are_embedded(index, album, monkeypatch):
     assert (added.new, added.changed, added.unchanged) == (1, 1, 11)
     assert len(embedded) == 2
     assert paths_of(index) == files_of(album)
-    # The changed photo is found as what it is now.
+    # The changed photo is found by its new pixels.
     best = index.search(changed.read_bytes(), count=2)
     assert {hit.path for hit in best} == {str(changed), str(album / "a" / "01.jpg")}
 
@@ -189,7 +189,7 @@ def test_photos_that_are_gone_leave_only_with_prune(index, album, tmp_path):
     assert index.add([album]).removed == 0
     assert index.count() == 18
     assert index.add([album], prune=True).removed == 1
-    # What lies elsewhere is not touched, even if it is not there.
+    # Deleted photos of other folders stay in the index.
     assert index.count() == 17
     assert index.add([album], prune=True, exclude=["b"]).removed == 6
     index.remove([album / "a" / "00.jpg", album / "nothing.jpg"])
@@ -326,7 +326,7 @@ def test_embeddings_from_elsewhere(index, album, encoder, tmp_path):
     hits = index.search(pathlib.Path(files[4]).read_bytes(), count=12)
     assert {hit.path: hit.cosine for hit in hits}[files[4]] == pytest.approx(1, abs=1e-3)
     assert index.add_embeddings(tmp_path / "e.npy", tmp_path / "paths.txt").changed == 12
-    # Photos that are embedded here later get what they lack.
+    # Adding the photos later fills in their sizes and so on.
     assert index.add([album]).changed == 12
     assert index.search("rot", count=1)[0].width == 64
     (tmp_path / "paths.txt").write_text("\n".join(files[1:]))

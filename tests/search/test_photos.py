@@ -267,7 +267,7 @@ def test_excluded_archives_and_named_files(folder):
     assert names_in(folder, exclude=["*.zip"]) == ["a.jpg", "b.jpg"]
     everything = [folder / "a.jpg", folder / "x.zip", folder / "b.jpg"]
     assert names_in(folder, *everything, exclude=["x.zip", "a.*"]) == ["b.jpg"]
-    # A folder that is named is taken, whatever it is called.
+    # `exclude` has no effect on a folder given by its path.
     assert names_in(folder, folder, exclude=["photos"]) == ["a.jpg", "b.jpg", "x.zip/c.jpg"]
 
 
@@ -448,7 +448,7 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["x.zip", "lzma.zip", "bzip2.zip", *TAR_MODES])
 def test_damaged_archives_give_photos_or_a_line(folder, name):
-    """Whatever the damage is, no other error gets out, and what is read has its stated size."""
+    """Damage raises no other error, and every photo that is read has its stated size."""
     generator = random.Random(name)
     contents = {f"{number}/ä.jpg": generator.randbytes(300) * 3 for number in range(3)}
     method = {"lzma.zip": zipfile.ZIP_LZMA, "bzip2.zip": zipfile.ZIP_BZIP2}.get(name)
@@ -714,7 +714,7 @@ def test_dates_of_cameras(text, expected):
 @pytest.mark.parametrize("orientation", [None, *range(1, 9), 0, 9, 65535])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
 def test_size_date_and_thumbnail_are_as_pillow_reads_them(format, orientation):
-    """Pillow reads a photo that Pillow has written, upright, and its date: both must agree."""
+    """Size, date and thumbnail equal what Pillow reads, upright, from a photo it wrote."""
     generator = np.random.default_rng(0)
     picture = generator.integers(0, 255, (4, 6, 3), np.uint8).repeat(160, 0).repeat(160, 1)
     exif = with_exif("2021:03:04 05:06:07", orientation)
@@ -768,7 +768,7 @@ def test_a_png_without_exif_is_not_decoded_for_its_facts(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_leaves_a_photo_of_use():
-    """Neither the size nor the thumbnail suffer, and the time is a date of EXIF or the file's."""
+    """Size and thumbnail stay right; the time is a date from the EXIF or the file's."""
     generator = random.Random(5)
     exif = with_exif("2021:03:04 05:06:07", 1)
     whole = encoded(Image.linear_gradient("L"), exif=exif)

@@ -19,7 +19,7 @@ DIM = 16
 
 
 def rows_of(numbers, vectors) -> pa.Table:
-    """Rows whose columns follow from a number each."""
+    """A row for each number, computed from it."""
     numbers = list(numbers)
     columns = {
         "id": [f"{number:020x}" for number in numbers],
@@ -169,7 +169,7 @@ def test_rows_survive_a_kill(store, tmp_path):
     process.join()
     store.refresh()
     found = sorted(name for batch in store.scan(["id"]) for name in batch["id"].to_pylist())
-    # One more may be stored than its process could tell.
+    # The kill may hit between storing a row and counting.
     assert acknowledged.value >= 5
     assert len(found) in (acknowledged.value, acknowledged.value + 1)
     assert found == [f"{number:020x}" for number in range(len(found))]

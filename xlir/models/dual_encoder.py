@@ -93,7 +93,7 @@ class DualEncoder(nnx.Module):
 def clipped(params: dict) -> dict:
     """Clips the temperature of a `DualEncoder`'s parameters after an optimizer step.
 
-    open_clip does the same. A minimum inside the model would have no gradient beyond the bound.
+    open_clip does the same. `jnp.minimum` in the model would have no gradient beyond the bound.
 
     Args:
       params: a tree of the parameters' values.

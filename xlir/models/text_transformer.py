@@ -1,4 +1,4 @@
-"""The text tower around the stack of layers: token ids to one pooled vector."""
+"""The text tower around the layers: maps token ids to one pooled vector."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
