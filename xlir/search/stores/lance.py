@@ -30,7 +30,7 @@ LARGE = 50_000
 # A filter that leaves fewer rows than this is answered exactly.
 FEW = 150_000
 # Rows of a cluster of the index. A query looks into PROBES * sqrt(clusters) of them: on the 7,761
-# photos of Flickr8k, that finds 0.99 of the ten nearest, for texts and for photos.
+# photos of Flickr8k, 10% of 88 clusters have 0.97 of the ten nearest, and 20% have 0.99.
 CLUSTER_ROWS, PROBES = 1000, 1.6
 # Candidates for each row of the answer; their whole vectors are compared.
 REFINE = 4
