@@ -254,7 +254,7 @@ class HuggingFaceTokenizer:
     def cleaned(self) -> "HuggingFaceTokenizer":
         """This tokenizer after open_clip's cleaning of texts: straight quotes, single spaces.
 
-        open_clip also runs `ftfy`, whose other effects on captions are part of XLM-R's
+        open_clip also runs `ftfy`. Its other effects that matter for captions are part of XLM-R's
         normalisation: the ids of 15,495 captions in 12 languages are the same. Unlike `ftfy`, this
         does not repair wrongly decoded texts and HTML entities.
         """

@@ -267,7 +267,7 @@ def test_excluded_archives_and_named_files(folder):
     assert names_in(folder, exclude=["*.zip"]) == ["a.jpg", "b.jpg"]
     everything = [folder / "a.jpg", folder / "x.zip", folder / "b.jpg"]
     assert names_in(folder, *everything, exclude=["x.zip", "a.*"]) == ["b.jpg"]
-    # `exclude` has no effect on a folder given by its path.
+    # `exclude` does not apply to the name of a folder that is itself a place.
     assert names_in(folder, folder, exclude=["photos"]) == ["a.jpg", "b.jpg", "x.zip/c.jpg"]
 
 
