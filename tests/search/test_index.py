@@ -275,9 +275,11 @@ def test_a_killed_run_is_resumed(command, folder, photos):
 
 def test_an_interrupted_creation_is_made_again(toy_run, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        context.setattr(search_index.files, "write_whole", lambda *_: 1 / 0)
+        # It is called after the encoder and the store are written.
+        context.setattr(xlir.Encoder, "fingerprint", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             xlir.Index.create(tmp_path / "index", toy_run)
+    assert (tmp_path / "index" / "encoder" / "config.json").is_file()
     with pytest.raises(FileNotFoundError, match="is not an index"):
         xlir.Index.open(tmp_path / "index")
     xlir.Index.create(tmp_path / "index", toy_run)

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -97,16 +98,13 @@ class Index:
         if is_index(folder):
             raise ValueError(f"{folder} is an index already: open it")
         # Leftovers of an interrupted `create` are overwritten.
-        others = (
-            set(os.listdir(folder)) - {ENCODER, STORE, LOCK_FILE, calibration.FILE}
-            if folder.exists()
-            else ()
-        )
-        if others:
+        ours = {ENCODER, STORE, LOCK_FILE, calibration.FILE}
+        if folder.exists() and set(os.listdir(folder)) - ours:
             raise ValueError(f"{folder} is not empty and not an index: choose another folder")
         encoder = Encoder.load(workdir)
         files.make_writable_folder(folder)
         with _locked(folder):
+            shutil.rmtree(folder / ENCODER, ignore_errors=True)
             encoder.save_run(folder / ENCODER)
             calibrated = calibration.of_run(encoder, pathlib.Path(workdir))
             if calibrated is not None:
