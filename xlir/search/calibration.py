@@ -2,8 +2,8 @@
 
 A cosine says little by itself: a query such as "Sagittarius" is about as near to all photos, while
 "a dog on a beach" is near to some and far from others. So a photo's score for a query is its
-cosine - mean + standard deviation, both of the query's cosines
-with training photos. Within one query this does not change the order of the photos.
+cosine, minus the mean and plus the standard deviation of the query's cosines with training photos.
+Within one query, this does not change the order of the photos.
 
 The percentile of a photo is the share of held-out captions whose best held-out photo has a lower
 score. With a cutoff of 0.1, one in ten such captions would find nothing. (docs/results.md measures

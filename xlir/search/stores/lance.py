@@ -56,15 +56,16 @@ class LanceStore:
     """
 
     def __init__(self, folder: pathlib.Path, dim: int, *, create: bool = False):
-        self._folder, self._schema = folder, schema(dim)
+        self._folder = folder
+        exists = (folder / f"{TABLE}.lance").is_dir()
+        if not (exists or create):
+            raise FileNotFoundError(f"{folder} holds no index")
         with self._errors():
             database = lancedb.connect(folder)
-            if (folder / f"{TABLE}.lance").is_dir():
+            if exists:
                 self._table = database.open_table(TABLE)
-            elif create:
-                self._table = database.create_table(TABLE, schema=self._schema)
             else:
-                raise FileNotFoundError(f"{folder} holds no index")
+                self._table = database.create_table(TABLE, schema=schema(dim))
             self._clusters = max(self._vector_indexes().values(), default=0)
 
     def add(self, rows: pa.Table) -> None:
@@ -172,8 +173,6 @@ class LanceStore:
         try:
             yield
         except (RuntimeError, OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
             reason = re.sub(r", ?/?[\w/.-]+\.rs:\d+:\d+", "", " ".join(str(error).split()))[:300]
             raise ValueError(f"{self._folder}: {reason}") from error
 
