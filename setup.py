@@ -54,6 +54,10 @@ EXTRAS = {
         "prometheus_client>=0.26.0",  # /metrics
         "python-multipart>=0.0.34",  # reads uploaded photos
     ],
+    # Photos' rows on a Milvus server; needs `search` too.
+    "milvus": ["pymilvus>=3.0.2"],
+    # Embedding on the machines of a cluster; needs `search` too.
+    "ray": ["ray>=2.60.0"],
     # PyPI's PyTorch brings gigabytes of CUDA libraries; to avoid them, install a CPU build first.
     "export": [
         "torch>=2.13.0",  # builds the exported modules and checks exported files

@@ -6,7 +6,10 @@ import dataclasses
 import pathlib
 import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 
 import pytest
@@ -70,6 +73,26 @@ def serving(app):
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory):
+    """The address of a Milvus server; each test has its own collections."""
+    pytest.importorskip("pymilvus", reason="needs pip install 'xlir[milvus]'")
+    pytest.importorskip("milvus_lite", reason="needs pip install milvus-lite, a server for tests")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "milvus_lite", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--data-dir", str(tmp_path_factory.mktemp("milvus"))]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    yield f"milvus://127.0.0.1:{port}"
+    server.terminate()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 
@@ -35,9 +36,16 @@ def made(toy_run, session_folder):
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    """The folder of an empty index."""
-    return shutil.copytree(made, tmp_path / "index")
+def folder(request, made, toy_run, tmp_path):
+    """The folder of an empty index, whose rows are on a server if the parameter is "milvus"."""
+    if getattr(request, "param", "lance") == "lance":
+        return shutil.copytree(made, tmp_path / "index")
+    server = request.getfixturevalue("milvus_server")
+    store = f"{server}/{re.sub(r'[^A-Za-z_]', '_', request.node.name)}"
+    return xlir.Index.create(tmp_path / "index", toy_run, store).folder
+
+
+on_each_store = pytest.mark.parametrize("folder", ["lance", "milvus"], indirect=True)
 
 
 @pytest.fixture
@@ -88,6 +96,7 @@ def test_recall_through_an_index_is_that_of_an_evaluation(photos, workdir, tmp_p
             assert recall == pytest.approx(expected["text_to_image"][f"R@{k}"], abs=1e-9)
 
 
+@on_each_store
 def test_a_hit_has_the_cosine_of_the_encoder(index, album, encoder):
     index.add([album])
     hits = index.search("rot, Kreis", count=12)
@@ -160,6 +169,7 @@ def test_a_damaged_calibration(index, folder):
         xlir.Index.open(folder)
 
 
+@on_each_store
 def test_only_new_and_changed_photos_are_embedded(index, album, monkeypatch):
     added = index.add([album])
     assert (added.new, added.changed, added.unchanged) == (12, 0, 0)
@@ -181,6 +191,7 @@ def test_only_new_and_changed_photos_are_embedded(index, album, monkeypatch):
     assert {hit.path for hit in best} == {str(changed), str(album / "a" / "01.jpg")}
 
 
+@on_each_store
 def test_photos_that_are_gone_leave_only_with_prune(index, album, tmp_path):
     other = shutil.copytree(album / "a", tmp_path / "other")
     index.add([album, other])
@@ -216,6 +227,7 @@ def test_an_empty_folder_is_not_pruned(index, album):
     assert index.count() == 12
 
 
+@on_each_store
 def test_broken_photos_are_named_and_skipped(index, album):
     (album / "broken.jpg").write_bytes(b"\xff\xd8 no photo")
     whole = (album / "a" / "00.jpg").read_bytes()
@@ -286,6 +298,7 @@ def test_an_interrupted_creation_is_made_again(toy_run, tmp_path, monkeypatch):
     assert xlir.Index.open(tmp_path / "index").count() == 0
 
 
+@on_each_store
 def test_an_index_needs_no_run(index, album, folder, monkeypatch):
     index.add([album])
     expected = index.search("rot", count=3)
@@ -319,6 +332,7 @@ def test_a_folder_of_something_else_is_left_alone(album, toy_run):
         xlir.Index.create(album, toy_run)
 
 
+@on_each_store
 def test_embeddings_from_elsewhere(index, album, encoder, tmp_path):
     files = files_of(album)
     np.save(tmp_path / "e.npy", 3 * encoder.encode_image(files).astype(np.float16))
@@ -378,6 +392,9 @@ def test_the_command_line(toy_run, album, tmp_path):
         (["index", "--to={to}", "--workdir={run}"], 2, "index needs photos"),
         (["index", "--to={index}", "nothing"], 1, "there is no file or folder nothing"),
         (["index", "--to={index}", "--from=a.npy", "a", "b"], 2, "give one text file"),
+        (["index", "--to={index}", "--from=a.npy", "a", "--engine=ray"], 2, "give one text file"),
+        (["index", "--to={index}", "--store=milvus://h:1/a", "a"], 2, "has another store"),
+        (["index", "--to={to}", "--workdir={run}", "--store=h", "a"], 1, "milvus://HOST:PORT"),
         (["search", "--index={to}", "x"], 1, "is not an index"),
         (["search", "--index={index}"], 2, "search needs a query, or --image"),
         (["search", "--index={index}", " "], 2, "a query is empty"),

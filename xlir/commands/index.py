@@ -5,13 +5,19 @@ makes the index, with a copy of the run's encoder in it; later runs do not need 
 only photos that are new or have changed. An interrupted run is resumed by the same command. Broken
 photos are skipped; the log names and counts them. Links inside folders are not followed.
 
-Needs `pip install 'xlir[search]'`.
+For collections that one machine no longer holds, --store puts the rows of the photos on a Milvus
+server, and --engine=ray embeds on all machines of a Ray cluster. The folder of the index then is
+small; a copy of it on another machine searches the same photos.
+
+Needs `pip install 'xlir[search]'`; --store also `xlir[milvus]`, and --engine `xlir[ray]`.
 
 Examples:
   python -m xlir.main index --workdir=runs/flickr8k --to=photos.index PHOTOS
   python -m xlir.main index --to=photos.index --exclude=private --exclude='*.gif' --prune PHOTOS
   python -m xlir.main index --workdir=runs/flickr8k --to=photos.index \\
       --from=embeddings.npy paths.txt
+  python -m xlir.main index --workdir=runs/flickr8k --to=photos.index --engine=ray \\
+      --store=milvus://db:19530/photos PHOTOS
 """
 
 import pathlib
@@ -32,6 +38,17 @@ def define(flags: Flags) -> None:
     flags.string("to", "Folder of the index; it is made if it does not exist.", needed=True)
     flags.string(
         "workdir", "Folder of the run whose encoder the index uses. Only a new index needs it."
+    )
+    flags.string(
+        "store",
+        "Address of a Milvus collection for the rows of a new index, milvus://HOST:PORT/NAME; "
+        "$MILVUS_TOKEN is its token or USER:PASSWORD. Default: the folder of the index.",
+    )
+    flags.choice(
+        "engine",
+        "Where photos are embedded: with ray, on the cluster of $RAY_ADDRESS, whose machines all "
+        "see PHOTOS and the index under the same paths. Default: in this process.",
+        ["ray"],
     )
     flags.texts(
         "exclude",
@@ -61,25 +78,32 @@ def run(values: FlagValues, *words: str) -> None:
     folder = pathlib.Path(values.to)
     if is_index(folder):
         index = Index.open(folder, values.workdir)
+        if values.store not in (None, index.store):
+            raise UsageError(f"{folder} has another store: leave --store out")
     elif values.workdir is None:
         raise UsageError(f"{folder} is not an index yet: a new index needs --workdir")
     else:
-        index = Index.create(folder, values.workdir)
+        index = Index.create(folder, values.workdir, values.store)
     if values["from"].value:
         added = index.add_embeddings(pathlib.Path(values["from"].value), pathlib.Path(words[0]))
     else:
-        added = index.add(words, exclude=values.exclude, prune=values.prune)
+        added = index.add(words, exclude=values.exclude, prune=values.prune, engine=values.engine)
     print(
         f"{folder}: {index.count():,} photos ({added.new:,} new, {added.changed:,} changed, "
         f"{added.unchanged:,} unchanged, {added.removed:,} removed, {added.skipped:,} skipped)"
     )
 
 
+def _for_photos(values: FlagValues) -> bool:
+    """Whether flags are given that are about finding and embedding photos."""
+    return bool(values.prune or values.exclude or values.engine)
+
+
 def _check(values: FlagValues, words: Sequence[str]) -> None:
     """Refuses contradictory flags."""
     if not words:
         raise UsageError("index needs photos: files, folders, archives or patterns")
-    if values["from"].value and (len(words) > 1 or values.prune or values.exclude):
+    if values["from"].value and (len(words) > 1 or _for_photos(values)):
         raise UsageError(
-            "with --from, give one text file of paths, and neither --prune nor --exclude"
+            "with --from, give one text file of paths, and no --prune, --exclude or --engine"
         )

@@ -3,7 +3,7 @@
 import importlib.util
 
 
-def check_installed() -> None:
-    """Raises FileNotFoundError if the packages that searching needs are not installed."""
-    if importlib.util.find_spec("lancedb") is None:
-        raise FileNotFoundError("searching needs LanceDB: pip install 'xlir[search]'")
+def check_installed(package: str = "lancedb", extra: str = "search") -> None:
+    """Raises FileNotFoundError if a package that an extra of xlir brings is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise FileNotFoundError(f"{package} is not installed: pip install 'xlir[{extra}]'")

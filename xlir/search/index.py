@@ -5,8 +5,8 @@
     for hit in index.search("ein Hund am Strand"):
         print(hit.path, hit.cosine)
 
-The folder of an index holds everything that a search needs: `index.json`, the encoder as a run's
-folder (`encoder/`), and the rows of the photos (`store/`). The photos stay where they are.
+The folder of an index holds what a search needs: `index.json`, the encoder as a run's folder
+(`encoder/`), and the photos' rows (`store/`) unless a server stores them; the photos stay outside.
 """
 
 import contextlib
@@ -17,13 +17,16 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 from tqdm import tqdm
 
 from input_pipeline import files
+from xlir import search
 from xlir.decoding import Photo as AnyPhoto
 from xlir.encoder import Encoder
 from xlir.search import calibration, filters, photo_rows, photos
@@ -76,22 +79,31 @@ class Added:
 
 
 class Index:
-    """Photos that can be searched, in a folder. Use `create` or `open`."""
+    """Photos that can be searched, in a folder. Use `create` or `open`.
 
-    def __init__(self, folder: pathlib.Path, store: Store, dim: int):
-        self.folder, self._store, self._dim = folder, store, dim
-        self._calibration = calibration.Calibration.read(folder, dim)
+    Attributes:
+      folder: the folder.
+      store: the address of the server that stores the rows; None if they are in the folder.
+    """
+
+    def __init__(self, folder: pathlib.Path, content: Mapping):
+        self.folder, self._dim, self.store = folder, int(content["dim"]), content.get("store")
+        self._store = _store(folder, content)
+        self._calibration = calibration.Calibration.read(folder, self._dim)
 
     @classmethod
-    def create(cls, folder: str | os.PathLike, workdir: str | os.PathLike) -> "Index":
+    def create(
+        cls, folder: str | os.PathLike, workdir: str | os.PathLike, store: str | None = None
+    ) -> "Index":
         """A new, empty index, with a copy of a run's encoder.
 
         Args:
           folder: the folder of the index; must not exist, or be empty.
           workdir: the folder of a run.
+          store: a Milvus collection for the photos' rows, `milvus://HOST:PORT/COLLECTION`.
 
         Raises:
-          ValueError: the folder holds something else.
+          ValueError: the folder holds something else, or a store's error.
           FileNotFoundError, ValueError: as `Encoder.load`.
         """
         folder = pathlib.Path(folder)
@@ -109,11 +121,15 @@ class Index:
             calibrated = calibration.of_run(encoder, pathlib.Path(workdir))
             if calibrated is not None:
                 calibrated.write(folder)
-            dim = encoder.config.embedding_dim
-            store = LanceStore(folder / STORE, dim, create=True)
-            content = {"version": VERSION, "dim": dim, "model": encoder.fingerprint()}
+            content = {
+                "version": VERSION,
+                "dim": encoder.config.embedding_dim,
+                "model": encoder.fingerprint(),
+                "store": store,
+            }
+            _store(folder, content, create=True)
             files.write_whole(folder / INDEX_FILE, json.dumps(content, indent=1))
-        index = cls(folder, store, dim)
+        index = cls(folder, content)
         index.encoder = encoder
         return index
 
@@ -134,14 +150,14 @@ class Index:
             raise FileNotFoundError(f"{folder} is not an index (it has no {INDEX_FILE})")
         try:
             content = json.loads((folder / INDEX_FILE).read_text(encoding="utf8"))
-            version, dim, model = content["version"], int(content["dim"]), content["model"]
+            version, _, model = content["version"], int(content["dim"]), content["model"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder / INDEX_FILE} is damaged: restore it from a copy, or make the index again"
             ) from error
         if version != VERSION:
             raise ValueError(f"{folder} was made by another version of xlir: make the index again")
-        index = cls(folder, LanceStore(folder / STORE, dim), dim)
+        index = cls(folder, content)
         if workdir is not None:
             encoder = Encoder.load(workdir)
             if encoder.fingerprint() != model:
@@ -163,6 +179,7 @@ class Index:
         *,
         exclude: Sequence[str] = (),
         prune: bool = False,
+        engine: Literal["ray"] | None = None,
         skip: Callable[[str], None] = log.warning,
     ) -> Added:
         """Embeds the photos that are new or have changed since they were indexed.
@@ -172,6 +189,7 @@ class Index:
         Args:
           places, exclude: as of `photos.find`.
           prune: remove photos from the index that were in these places and are no longer found.
+          engine: "ray" to embed on the machines of a cluster (`xlir.search.fleet`).
           skip: called with one line for each photo that can't be read or decoded.
 
         Raises:
@@ -180,7 +198,7 @@ class Index:
         """
         with _locked(self.folder):
             self._store.refresh()
-            known = self._known()
+            known = photo_rows.known(self._store)
             found, wanted, unread = set(), 0, []
             for photo in photos.find(places, exclude, unread.append):
                 found.add(photo.id)
@@ -194,12 +212,12 @@ class Index:
             todo = (photo for photo in photos.find(places, exclude, skip) if _differs(photo, known))
             new = changed = 0
             with tqdm(total=wanted, desc="indexing", unit="") as bar:
-                for rows in photo_rows.embedded(self.encoder, todo, note):
+                for rows in self._embedded(todo, note, engine):
                     old = sum(name in known for name in rows["id"].to_pylist())
                     (self._store.replace if old else self._store.add)(rows)
                     new, changed = new + len(rows) - old, changed + old
                     bar.update(len(rows))
-            gone = self._gone(places, found, unread) if prune else []
+            gone = photo_rows.gone(self._store, places, found, unread) if prune else []
             self._store.remove(gone)
             if wanted or gone:
                 self._store.optimize()
@@ -219,10 +237,10 @@ class Index:
           ValueError: the files do not fit each other or the index.
         """
         array, named = photo_rows.read_embeddings(vectors, paths, self._dim)
-        found = [photos.Photo(os.path.realpath(path), 0, 0, bytes) for path in named]
+        found = [photos.Photo(path, path, 0, 0, bytes) for path in map(os.path.realpath, named)]
         with _locked(self.folder):
             self._store.refresh()
-            known = self._known()
+            known = photo_rows.known(self._store)
             old = sum(photo.id in known for photo in found)
             for start in tqdm(range(0, len(found), EMBEDDED_AT_ONCE), desc="indexing", unit=""):
                 batch = found[start : start + EMBEDDED_AT_ONCE]
@@ -337,6 +355,17 @@ class Index:
         columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
         return {row["id"]: row for row in self._store.read(ids, columns).to_pylist()}
 
+    def _embedded(
+        self, todo: Iterable[photos.Photo], skip: Callable[[str], None], engine: str | None
+    ) -> Iterator[pa.Table]:
+        """The rows of photos, a few at a time."""
+        if engine is None:
+            return photo_rows.embedded(self.encoder, todo, skip)
+        search.check_installed("ray", "ray")
+        from xlir.search import fleet
+
+        return fleet.embedded(self.folder / ENCODER, todo, skip)
+
     def _embed(self, parts: Sequence[str | AnyPhoto]) -> Float[np.ndarray, "parts dim"]:
         texts = [part for part in parts if isinstance(part, str)]
         pictures = [part for part in parts if not isinstance(part, str)]
@@ -344,41 +373,15 @@ class Index:
         embedded += [self.encoder.encode_image(pictures)] if pictures else []
         return np.concatenate(embedded)
 
-    def _known(self) -> dict[str, tuple[int, int]]:
-        """Id -> (size, modified) of all photos in the store."""
-        known = {}
-        for batch in self._store.scan(["id", "size", "modified"]):
-            columns = (batch[name].to_pylist() for name in ("id", "size", "modified"))
-            known |= {name: (size, modified) for name, size, modified in zip(*columns, strict=True)}
-        return known
 
-    def _gone(
-        self, places: Sequence[str | os.PathLike], found: set[str], unread: Sequence[str]
-    ) -> list[str]:
-        """The ids of photos in the index that were in places and are no longer found there.
+def _store(folder: pathlib.Path, content: Mapping, *, create: bool = False) -> Store:
+    """The store of an index with this `index.json`."""
+    if not content.get("store"):
+        return LanceStore(folder / STORE, content["dim"], create=create)
+    search.check_installed("pymilvus", "milvus")
+    from xlir.search.stores.milvus import MilvusStore
 
-        Photos stay if their folder or archive can't be read now, which `unread` lists.
-        """
-        if not found:
-            raise ValueError(
-                f"no photos are found in {', '.join(map(os.fspath, places))}, so nothing is "
-                "removed from the index. Is a disk not mounted?"
-            )
-        prefixes = tuple(f"{root.rstrip('/')}/" for root in photos.roots(places))
-
-        def is_gone(name: str, path: str) -> bool:
-            if name in found or not path.startswith(prefixes):
-                return False
-            folders = [str(folder) for folder in pathlib.Path(path).parents]
-            lines = tuple(folder + end for folder in folders for end in (":", " "))
-            return not any(line.startswith(lines) for line in unread)
-
-        return [
-            name
-            for batch in self._store.scan(["id", "path"])
-            for name, path in zip(*(batch[x].to_pylist() for x in ("id", "path")), strict=True)
-            if is_gone(name, path)
-        ]
+    return MilvusStore(content["store"], content["dim"], content["model"], create=create)
 
 
 def is_index(folder: pathlib.Path) -> bool:

@@ -1,6 +1,7 @@
 """From photos to the rows of a store."""
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from jaxtyping import Float
 
 from xlir.encoder import Encoder, encode_each
 from xlir.search import photos
-from xlir.search.stores import schema
+from xlir.search.stores import Store, schema
 
 # Photos are stored when there are this many, or after this many seconds.
 ROWS_AT_ONCE, SECONDS_AT_ONCE = 512, 5.0
@@ -102,3 +103,50 @@ def read_embeddings(
     if len(set(named)) < len(named):
         raise ValueError(f"{paths} names a path twice")
     return array, named
+
+
+def known(store: Store) -> dict[str, tuple[int, int]]:
+    """Id -> (size, modified) of all photos in a store."""
+    found = {}
+    for batch in store.scan(["id", "size", "modified"]):
+        columns = (batch[name].to_pylist() for name in ("id", "size", "modified"))
+        found |= {name: (size, modified) for name, size, modified in zip(*columns, strict=True)}
+    return found
+
+
+def gone(
+    store: Store, places: Sequence[str | os.PathLike], found: set[str], unread: Sequence[str]
+) -> list[str]:
+    """The ids of photos in a store that were in places and are no longer found there.
+
+    Photos stay if their folder or archive can't be read now.
+
+    Args:
+      store: holds the photos.
+      places: as of `photos.find`.
+      found: the ids of the photos that were found there.
+      unread: the lines about folders and archives that could not be read.
+
+    Raises:
+      ValueError: no photo was found at all.
+    """
+    if not found:
+        raise ValueError(
+            f"no photos are found in {', '.join(map(os.fspath, places))}, so nothing is "
+            "removed from the index. Is a disk not mounted?"
+        )
+    prefixes = tuple(f"{root.rstrip('/')}/" for root in photos.roots(places))
+
+    def is_gone(name: str, path: str) -> bool:
+        if name in found or not path.startswith(prefixes):
+            return False
+        folders = [str(folder) for folder in pathlib.Path(path).parents]
+        lines = tuple(folder + end for folder in folders for end in (":", " "))
+        return not any(line.startswith(lines) for line in unread)
+
+    return [
+        name
+        for batch in store.scan(["id", "path"])
+        for name, path in zip(*(batch[x].to_pylist() for x in ("id", "path")), strict=True)
+        if is_gone(name, path)
+    ]

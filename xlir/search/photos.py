@@ -28,6 +28,8 @@ from xlir.search import archives, filters
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 # Pixels of a thumbnail's longer side, and its quality as JPEG.
 THUMBNAIL, QUALITY = 320, 80
+# Most bytes of a thumbnail, so that every store takes it; a larger one is made with lower quality.
+THUMBNAIL_BYTES = 48_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Photo:
 
     Attributes:
       path: its path; see the module.
+      file: the file that holds it: itself, or an archive.
       size: bytes.
       modified: time of the last change, in nanoseconds since 1970. With the size it tells whether
         a photo has changed since it was indexed.
@@ -43,6 +46,7 @@ class Photo:
     """
 
     path: str
+    file: str
     size: int
     modified: int
     read: Callable[[], bytes] = dataclasses.field(compare=False, repr=False)
@@ -88,7 +92,7 @@ def name_of(path: str) -> str:
 
 def loaded(photo: Photo) -> Photo:
     """A photo that can be read later, in any order: from an archive, it is read now."""
-    if isinstance(photo.read, functools.partial) and photo.read.func is photo_limits.read:
+    if photo.file == photo.path:
         return photo
     try:
         data = photo.read()
@@ -112,12 +116,19 @@ def describe(data: bytes, modified: int) -> Described:
       input_pipeline.images.ImageError: the photo can't be decoded.
     """
     thumbnail = Image.fromarray(images.preview(data, THUMBNAIL))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=QUALITY)
     width, height, taken = images.facts(data)
     if taken is None:
         taken = _local_seconds(modified // 1_000_000_000)
-    return Described(taken, width, height, buffer.getvalue())
+    return Described(taken, width, height, _jpeg(thumbnail))
+
+
+def _jpeg(thumbnail: Image.Image) -> bytes:
+    for quality in range(QUALITY, 0, -15):
+        buffer = io.BytesIO()
+        thumbnail.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= THUMBNAIL_BYTES:
+            break
+    return buffer.getvalue()
 
 
 def _local_seconds(timestamp: int) -> int:
@@ -248,7 +259,7 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
 def _file(path: str, skip: Callable[[str], None]) -> Iterator[Photo]:
     if status := _regular(path, skip):
         read = functools.partial(photo_limits.read, path)
-        yield Photo(path, status.st_size, status.st_mtime_ns, read)
+        yield Photo(path, path, status.st_size, status.st_mtime_ns, read)
 
 
 def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
@@ -283,7 +294,8 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
             elif not _is_text(inside):
                 skip(f"{_shown(path)}: the path {_shown(inside)} in it is not valid UTF-8")
             elif not excluded.member(path, inside):
-                yield Photo(whole, size, modified, functools.partial(_checked, whole, size, read))
+                checked = functools.partial(_checked, whole, size, read)
+                yield Photo(whole, path, size, modified, checked)
     except archives.DAMAGED as error:
         skip(f"{_shown(path)} can't be read: {_reason(error)}")
 
