@@ -67,7 +67,7 @@ _pass_over_absent_tpu()
 def check_platforms() -> None:
     """Raises ValueError if JAX_PLATFORMS names devices that this machine lacks.
 
-    This starts JAX: with several processes, call `jax.distributed.initialize` before.
+    This starts JAX. With several processes, call `jax.distributed.initialize` first.
     """
     asked = jax.config.jax_platforms
     try:
@@ -262,7 +262,7 @@ def agree_minimum(value: int) -> int:
 
 
 def on_host() -> contextlib.AbstractContextManager:
-    """Creates new arrays in the host's memory, where a model too large for one device fits."""
+    """A context in which new arrays are in the host's memory, which fits larger models."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU

@@ -58,7 +58,7 @@ def start_jax(values: FlagValues) -> None:
 
 
 def _is_one_of_several(values: FlagValues) -> bool:
-    """Whether there are other processes to join; raises UsageError if the flags contradict."""
+    """Whether to join other processes; raises UsageError if flags contradict each other."""
     together = (values.coordinator, values.processes, values.process)
     if len({value is None for value in together}) > 1:
         raise UsageError("--coordinator, --processes and --process must be given together")

@@ -55,7 +55,7 @@ def define(flags: Flags) -> None:
         f"Only photos whose percentile is at least this, from 0 to 1; default: {CUTOFF}.",
     )
     flags.switch(
-        "exact", "Compare with every photo; otherwise a search may miss a few of a large index."
+        "exact", "Compare with every photo; otherwise a search in a large index may miss a few."
     )
     flags.string(
         "output", "File for the results as JSON lines; with -, they are printed instead of a table."

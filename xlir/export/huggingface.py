@@ -1,6 +1,6 @@
 """Writes sentence-transformers and transformers models from a run's two towers and heads.
 
-All files are JSON and safetensors. So writing them does not need those two libraries, only the
+All files are JSON and safetensors. So writing them does not need those two libraries; only the
 check does.
 """
 

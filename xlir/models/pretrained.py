@@ -38,7 +38,7 @@ def package_file(package: str, pattern: str, requirement: str) -> pathlib.Path:
 
     Args:
       package: the import name of a top-level package.
-      pattern: glob pattern relative to the package's folder; the first match by name is used.
+      pattern: glob pattern relative to the package's folder; the first in sorted order is used.
       requirement: the package's name on PyPI, for the error message.
 
     Raises:

@@ -120,7 +120,7 @@ class ResNet(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Convolutions with ReLU between them, and a shortcut, projected if the shape changes."""
+    """Convolutions with ReLU between them, and a skip that is projected if the shape changes."""
 
     def __init__(self, shape: BlockShape, *, rngs: nnx.Rngs):
         self.convolutions = nnx.List([Convolution(s, rngs=rngs) for s in shape.convolutions])

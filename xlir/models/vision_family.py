@@ -169,7 +169,7 @@ class VisionFamily(Family):
         return {}
 
     def _rename_embeddings(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Converts the tables of `EmbeddingNames`, and adds its position to the class token."""
+        """Converts the tables of `EmbeddingNames`, with the class token's position added to it."""
         names, renamed = self.embedding_names, {}
         if names.registers in left:
             registers = left.pop(names.registers)
