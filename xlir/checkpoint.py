@@ -3,7 +3,7 @@
 A checkpoint holds trained parameters. Frozen towers do not change: they are written to the workdir
 once, and are not in checkpoints. The items of a checkpoint are `params`, `optimizer`, `ema` if the
 run keeps a moving average, and `record`. The record has the validation score, and a digest of every
-array, which is compared when the array is restored.
+array. The digests are compared when the arrays are restored.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     Args:
       workdir: the run's folder.
-      read_only: nothing is created, moved or deleted; for every use except training.
+      read_only: create, move and delete nothing. Set this for every use except training.
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
@@ -75,7 +75,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         record = {"score": score, "digests": digests(items), "names": parameter_names.VERSION}
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         arguments["record"] = ocp.args.JsonSave(files.with_digest(record))
-        # Recorded first: saving also deletes old checkpoints, and the policy needs this score.
+        # Recorded before saving, because saving also deletes old checkpoints, and the preservation
+        # policy needs this score.
         self._records[step] = record
         self._manager.save(step, args=ocp.args.Composite(**arguments))
 
@@ -87,8 +88,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Reads items of the latest or the best checkpoint onto the devices.
 
         If that checkpoint is damaged, the next one is read. The log says so, and the damaged one is
-        renamed to `damaged-STEP` unless this is read-only. With several processes, all must call
-        this.
+        renamed to `damaged-STEP` unless `read_only` was set. With several processes, all must call
+        this method.
 
         Args:
           targets: for each requested item, a tree of arrays (or of shapes with shardings) with the
@@ -99,7 +100,7 @@ class Checkpoints(contextlib.AbstractContextManager):
           The step, and the items.
 
         Raises:
-          ValueError: no checkpoint can be restored; none is moved.
+          ValueError: no checkpoint can be restored. In this case, none is renamed.
         """
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, targets)
         damaged = dict(self._damaged)
@@ -199,7 +200,7 @@ class _LatestAndBest:
 
 
 def _read_record(folder: pathlib.Path) -> Record:
-    """The record of a checkpoint. Versions without digests saved at most a score.
+    """The record of a checkpoint. Versions of xlir without digests saved at most a score.
 
     Raises:
       ValueError: the record is damaged.

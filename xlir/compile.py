@@ -1,7 +1,7 @@
 """Analyses a run from shapes alone: its shardings, and the cost of a training step on a TPU.
 
 The step is the one that `xlir.train` runs. The TPU's compiler, libtpu, compiles it without a TPU.
-Checkpoints of known architectures (`xlir.models.towers`) need not be installed.
+Checkpoints of known architectures need not be downloaded (see `towers.describe_published`).
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ LIBTPU = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-SPARE = 0.1  # share of a chip's memory that stays free for what the compiler does not count
+# Share of a chip's memory that must stay free, for memory use that the compiler does not count.
+SPARE = 0.1
 
 
 def abstract(
@@ -134,7 +135,7 @@ class LaidOut:
         return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
 
     def describe_layout(self) -> str:
-        """The mesh axis that shards each array axis, for example -,-,fsdp; or whole."""
+        """The mesh axis that shards each array axis, such as `-,-,fsdp`; `whole` if none does."""
         spec = tuple(self.sharding.spec)
         spec += (None,) * (len(self.shape) - len(spec))
         return ",".join(axis or "-" for axis in spec) if any(spec) else "whole"
@@ -152,11 +153,11 @@ class Report:
 
     Attributes:
       topology, chips, mesh, batch_size: what was compiled.
-      arguments, temporaries: bytes; the new state reuses the memory of the old state.
+      arguments, temporaries: bytes of memory; the new state reuses the memory of the old state.
       chip: the chip's memory and peak rates.
       flops: floating point operations of the step on one chip.
-      hbm_bytes: bytes moved from and to the chip's memory, an estimate.
-      collectives: communication that the chip receives, by kind.
+      hbm_bytes: an estimate of the bytes that the chip moves from and to its memory.
+      collectives: by kind, how many collectives run, and the bytes that the chip receives.
     """
 
     topology: str
@@ -223,7 +224,8 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     """Compiles a configuration's training step for a TPU topology.
 
     Args:
-      config: towers and heads whose dtype is "auto" compute in bfloat16, as on a TPU.
+      config: the configuration. Towers and heads whose dtype is "auto" compute in bfloat16, as on
+        a TPU.
       topology: generation and shape, such as v5e:16x16.
 
     Raises:
@@ -266,9 +268,9 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
 
 
 def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology, which this machine need not have."""
-    # Otherwise libtpu looks for a TPU on this machine, queries the cloud's metadata server, keeps
-    # other processes from using the TPU, and prints errors if there is none.
+    """The devices of a topology. This machine need not have them."""
+    # Without these variables, libtpu looks for a TPU on this machine, queries the cloud's metadata
+    # server, keeps other processes from using the TPU, and prints errors if there is none.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     # One device per chip, not one per core.

@@ -1,7 +1,7 @@
 """The valid values of every field of a configuration, and the valid combinations of fields.
 
 configs/base.py has the fields themselves, their defaults and their meaning. `check_config` checks
-all fields before any work is done; it needs neither JAX nor data or weights.
+all fields before any work is done; it does not need JAX, data or weights.
 """
 
 import copy
@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import datasets, test_sets
 
-# The valid values of a field; its `str` describes them, as the end of an error message.
+# The valid values of a field. Its `str` describes them at the end of an error message.
 Allowed = Container
 INT32 = 2**31 - 1
-# Its square is finite in float32.
+# The upper limit of numbers without one of their own. Its square is finite in float32.
 LARGEST = 1e18
 HEAVIEST = 1e6
 # Dropout rates are rounded to 1/256, and a rate of 1 would drop everything.
@@ -47,7 +47,7 @@ class Whole:
     also: tuple[int, ...] = ()
 
     def __contains__(self, value: object) -> bool:
-        # In Python a bool is an int; in a configuration it is a mistake.
+        # In Python a bool is an int, but a bool in the place of an integer is a mistake.
         return type(value) is int and (self.least <= value <= self.most or value in self.also)
 
     def __str__(self) -> str:
@@ -197,7 +197,7 @@ def _tower(*poolings: str) -> dict[str, Allowed]:
 
 
 FIELDS: dict[str, Any] = {
-    # JAX uses the lower 32 bits; the data shuffling uses all of them.
+    # JAX uses the lower 32 bits of the seed; shuffling the data uses the whole seed.
     "seed": Whole(0, 2**63 - 1),
     "steps": Whole(1),
     "log_every": Whole(1),
@@ -287,7 +287,7 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a run's config.json from any version to the current fields.
 
     Earlier versions had data.test_set (a list), data.test_images (one folder of photos for all),
-    data.xtd10 and data.drop_junk instead of `evals`. No field is checked.
+    data.xtd10 and data.drop_junk instead of `evals`. This function checks no field.
     """
     fields = copy.deepcopy(dict(fields))
     data = fields.get("data")
@@ -331,7 +331,7 @@ def read_field(fields: Mapping, name: str, allowed: Allowed, default: Any = None
       fields: the configuration.
       name: the name of the field.
       allowed: its valid values, such as `Whole(1)`.
-      default: the value if the field is missing; None: the field is required.
+      default: the value if the field is missing; None if the field is required.
 
     Raises:
       ValueError: the field is missing or invalid; the message names the field, its value and the

@@ -26,12 +26,13 @@ class Chip:
     network: float  # inter-chip interconnect (ICI), bytes/s
 
 
-# From "System architecture" on https://docs.cloud.google.com/tpu/docs/ v4, v5e, v5p, v6e. ICI there
-# is both directions together (v5e 400, v5p 1200, v6e 800 GB/s; earlier editions print 1600 Gbit/s
-# for v5e and 4800 for v5p); the table has half of it. v5e's HBM has 819 GB/s, in a later edition
-# 800 GiB/s. v4's page has 32 GiB and no ICI; v4 has six links of 50 GB/s each way (Jouppi et al.
-# 2023, arXiv 2304.01433). v4's topologies list a chip's two TensorCores as two devices unless
-# described with `chip_config_name="megacore"`.
+# From "System architecture" on https://docs.cloud.google.com/tpu/docs/ v4, v5e, v5p, v6e. The ICI
+# rates there are for both directions together (v5e 400, v5p 1200, v6e 800 GB/s; earlier editions
+# print 1600 Gbit/s for v5e and 4800 for v5p), so this table has half of them. v5e's HBM has 819
+# GB/s, or 800 GiB/s in a later edition. The page of v4 gives 32 GiB of HBM and no ICI rate; a v4
+# chip has six links of 50 GB/s each way (Jouppi et al. 2023, arXiv 2304.01433). A v4 topology
+# lists the two TensorCores of a chip as two devices, unless it is described with
+# `chip_config_name="megacore"`.
 CHIPS = {
     "v4": Chip(hbm=34.4e9, flops=275e12, bandwidth=1200e9, network=300e9),
     "v5e": Chip(hbm=16e9, flops=197e12, bandwidth=819e9, network=200e9),
@@ -50,7 +51,7 @@ class Estimate:
 
     @property
     def overlapped(self) -> float:
-        """Step time if the three overlap perfectly: the largest."""
+        """Step time if compute, memory and network overlap perfectly: the largest of the three."""
         return max(self.compute, self.memory, self.network)
 
     @property
@@ -75,9 +76,9 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     """Floating point operations of one call, over all devices: `flops(step.trace(...).jaxpr)`.
 
     Only matrix products and convolutions count, with two operations per multiply-add. Recomputed
-    (rematerialised) operations count again. The body of a `scan` counts `length` times, the body of
-    a `while` once (its trip count is unknown), a `cond` by its most expensive branch, and the body
-    of a `shard_map` once for each device along its manual axes.
+    (rematerialised) operations count again. The body of a `scan` counts `length` times, and the
+    body of a `while` counts once (its trip count is unknown). A `cond` counts as its costliest
+    branch. The body of a `shard_map` counts once for each device along its manual axes.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -90,7 +91,7 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             features = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
-            # A dilated input is mostly zeros, which no implementation need multiply.
+            # A dilated input is mostly zeros, which need not be multiplied.
             zeros = math.prod(parameters["lhs_dilation"])
             total += 2 * equation.outvars[0].aval.size * kernel.size / features / zeros
         elif name == "cond":
@@ -121,7 +122,8 @@ class Collective:
     bytes: float
 
 
-# Bytes that a chip receives, as a multiple of its operand, in a group of n (ring algorithms).
+# The bytes that a chip receives from a collective in a group of n chips, divided by the bytes of
+# its operand (ring algorithms).
 _RECEIVED = {
     "all-gather": lambda n: n - 1,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -136,9 +138,10 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
     In a group of n, a chip receives (n-1)/n of an all-gather's output, (n-1)/n of the input of a
     reduce-scatter or an all-to-all, 2(n-1)/n of an all-reduce's input, and a collective-permute's
-    whole input. Loops count by their trip counts (once if unknown), conditionals by their most
-    expensive branch, and asynchronous pairs once. An all-reduce that TPUs fuse with the slicing of
-    its result counts as a reduce-scatter.
+    whole input. The body of a loop counts as often as it runs (once if the trip count is unknown).
+    A conditional counts as its most expensive branch. The start and the end of an asynchronous
+    collective count once together. An all-reduce that TPUs fuse with the slicing of its result
+    counts as a reduce-scatter.
     """
     module = _parse(hlo)
     total = _total(module, module.entry, _communicated, fusions=True)
@@ -147,11 +150,12 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
 
 def hbm_bytes(hlo: str) -> float:
-    """Bytes one chip moves from and to HBM in a step: an estimate, from `compiled.as_text()`.
+    """Estimates the bytes that a chip moves from and to HBM in a step, from `compiled.as_text()`.
 
-    Every instruction outside fusions reads its operands and writes its result. Slices and in-place
-    updates count only the slice, loops count by their trip counts. Buffers in another memory
-    (`S(1)` in a TPU layout: VMEM) are free. Padding to tiles and hits in caches are ignored.
+    Every instruction outside fusions reads its operands and writes its result. Of slices and
+    in-place updates, only the slice counts. The body of a loop counts as often as it runs. Buffers
+    in another memory (`S(1)` in a TPU layout: VMEM) are free. Padding to tiles and hits in caches
+    are ignored.
     """
     module = _parse(hlo)
     return float(_total(module, module.entry, _moved, fusions=False)["bytes"])
@@ -183,7 +187,7 @@ class _Module:
 _LINE = re.compile(
     r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\(((?:[^()]|\([^()]*\))*)\)(.*)"
 )
-# Like `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`; without a number: `pred`.
+# Such as `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`. The type may have no number: `pred[8]`.
 _ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,<=]*)\](?:\{([^}]*)\})?")
 # Custom calls of TPU executables that move no data: buffer names, ends of collectives.
 _NOTHING = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AsyncCollectiveDone)"')
@@ -232,7 +236,7 @@ def _total(module: _Module, name: str, cost: _Cost, fusions: bool) -> collection
 
 
 def _trips(module: _Module, name: str, loop: _Instruction) -> int:
-    """The trip count of a loop: XLA's own, or from start, limit and step; 1 if unknown.
+    """The trip count of a loop: as XLA states it, or from start, limit and step; 1 if unknown.
 
     CPU executables state the count; TPU executables do not (libtpu 0.0.42).
     """
@@ -240,7 +244,7 @@ def _trips(module: _Module, name: str, loop: _Instruction) -> int:
         return int(known[1])
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     test = module.computations[condition]
-    limit = index = None  # of `carry[index] < limit`
+    limit = index = None  # the condition is `carry[index] < limit`
     for operand in module.roots[condition].operands:
         if position := re.search(r"index=(\d+)", test[operand].attributes):
             index = int(position[1])
@@ -277,9 +281,10 @@ def _communicated(module: _Module, name: str, instruction: _Instruction) -> dict
 
 
 def _continues(computation: dict[str, _Instruction], instruction: _Instruction) -> bool:
-    """Whether this only continues a collective that TPUs interleave with several fusions.
+    """Whether this instruction only continues a collective that an earlier one has started.
 
-    Each of those fusions repeats the collective; the first hands it to AsyncCollectiveStart.
+    TPUs can interleave a collective with several fusions. Each of those fusions repeats the
+    collective in the HLO; the result of the first goes to AsyncCollectiveStart.
     """
     if "async_collective_fusion_config" not in instruction.attributes:
         return False
@@ -288,10 +293,11 @@ def _continues(computation: dict[str, _Instruction], instruction: _Instruction) 
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Devices in a replica group, as XLA prints it.
+    """The number of devices in a replica group.
 
-    `{{0,1},{2,3}}`; `[2,4]<=[8]`: 2 groups of 4; `mesh['a'=2,'b'=4] {'b'}`: groups along axis b
-    (`'b':(2)2`: along a part of it, of size 2); `{}`: all.
+    XLA prints the groups in one of four forms. `{{0,1},{2,3}}` lists them. `[2,4]<=[8]` means 2
+    groups of 4. `mesh['a'=2,'b'=4] {'b'}` means groups along axis b (with `'b':(2)2`, along a part
+    of axis b that has size 2). `{}` means one group of all devices.
     """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(match[1].split(","))
@@ -326,14 +332,14 @@ def _moved(module: _Module, name: str, instruction: _Instruction) -> dict:
     if opcode.endswith("-start") and len(sizes) > 1:  # the result lists source and destination
         if opcode.removesuffix("-start") in _RECEIVED:
             return {"bytes": sum(sizes)}
-        size = min(_sizes(instruction.shape)[:2])  # of a copy, or of a slice in transfer
+        size = min(_sizes(instruction.shape)[:2])  # bytes that are copied, or sliced and copied
         return {"bytes": size * sum(end > 0 for end in sizes[:2])}
     read = sum(_read(module, name, each, instruction) for each in set(instruction.operands))
     return {"bytes": read + _written(module, name, instruction)}
 
 
 def _read(module: _Module, name: str, operand: str, user: _Instruction) -> int:
-    """Bytes of an operand that one instruction takes from HBM."""
+    """Bytes of an operand that one instruction reads from HBM."""
     computation = module.computations[name]
     whole = sum(_sizes(computation[operand].shape, hbm=True))
     if not whole or user.opcode in ("tuple", "nothing") or _continues(computation, user):

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def feature_cache() -> pathlib.Path:
     """The folder that caches outputs of frozen towers; each process of a run has its own."""
-    import jax  # here, because `prepare` does not need it
+    import jax  # imported here, because `prepare` does not need it
 
     folder = cache_folder() / "features"
     return folder if jax.process_count() == 1 else folder / f"process-{jax.process_index()}"
@@ -75,7 +75,9 @@ def prepare(config: ConfigDict) -> str:
 
 
 def training_photos(config: ConfigDict) -> CaptionedImages:
-    """The training photos, without photos of the test sets and of XTD10 (always excluded).
+    """The training photos, without photos of the run's test sets.
+
+    Photos of XTD10 are left out too, whether or not XTD10 is a test set of the run.
 
     Raises:
       ValueError: the data set or a split is unknown, or a test photo would be trained on.
@@ -117,7 +119,7 @@ def check_batch_size(config: ConfigDict, captions: int) -> None:
 
 
 def validation_set(config: ConfigDict) -> RetrievalSet:
-    """The validation split: in every language for emoji, in English for captions."""
+    """The validation split, in every language that the data set has; captions are in English."""
     return split.read(Options("validation", split=config.data.validation), run_data(config))
 
 
@@ -134,7 +136,7 @@ def prepared_set(config: ConfigDict) -> PreparedSet:
     """The run's data set; opened once per process, because COCO's JSON takes seconds to read.
 
     Raises:
-      ValueError: the configuration names no data set, or not its folder.
+      ValueError: the configuration names no data set, or does not name its folder.
       FileNotFoundError: the data set is missing.
     """
     name, folder = config.data.name, config.data.dir
@@ -156,7 +158,7 @@ def open_data_set(name: str, folder: str, annotations: str, cache: pathlib.Path)
 
 
 def run_data(config: ConfigDict) -> RunData:
-    """The run's data set for test sets, which open it only if they need it."""
+    """The run's data set, for test sets. A test set opens it only if it needs it."""
     return RunData(config.data.dir, functools.partial(prepared_set, config))
 
 
@@ -167,9 +169,9 @@ def test_sets(
 
     Args:
       config: the run's configuration.
-      names: one, or several joined with commas, of: a name of `config.evals`; "xtd10";
-        "split:NAME", a split of the run's data set; a folder in XTD10's layout. Empty: all of
-        `config.evals`; if there are none, the split "test".
+      names: one test set, or several joined with commas. Each is a name of `config.evals`,
+        "xtd10", "split:NAME" for a split of the run's data set, or a folder in XTD10's layout.
+        Empty: all of `config.evals`, or the split "test" if there are none.
       images: the folder of their photos, searched at any depth; empty: as the configuration says.
       drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.

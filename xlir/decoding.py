@@ -27,7 +27,7 @@ def decode(photo: Photo, name: str, read: Callable[[bytes], Pixels]) -> Pixels:
 
     Args:
       photo: a path, encoded bytes or a PIL image; decoded pixels are returned unchanged.
-      name: the name in errors of a photo that has no path.
+      name: what error messages call a photo that has no path.
       read: encoded bytes -> pixels, such as `input_pipeline.images.decode`.
 
     Raises:
@@ -55,9 +55,8 @@ def decode_each(
 
     Args:
       function: one item -> its pixels, such as `Embedder.decode`. It runs in a thread.
-      items: the photos, for example paths. When a photo is yielded, `ahead` items after it have
-        been taken (fewer at the end), so `items` may be a long iterator. Items are taken in the
-        caller's thread.
+      items: the photos, for example paths. At most `ahead` items after the photo that is yielded
+        have been taken, so `items` may be a long iterator. Items are taken in the caller's thread.
       ahead: number of photos that are decoded in advance and held in memory.
 
     Yields:

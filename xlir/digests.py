@@ -11,7 +11,7 @@ from jaxtyping import Shaped, UInt32
 
 PyTree = Any
 
-# Elements that are digested at a time: they and their weights fit into a CPU's cache.
+# Number of elements that are digested at a time. They and their weights fit into a CPU's cache.
 BLOCK = 1 << 17
 # Odd multipliers that spread positions over 32 bits (from the golden ratio and MurmurHash3).
 FIRST, SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)

@@ -1,4 +1,4 @@
-"""Embeds texts and images with given parameters, in batches of few shapes over all devices."""
+"""Embeds texts and images with given parameters. Batches use all devices, and have few shapes."""
 
 import dataclasses
 import functools
@@ -32,7 +32,8 @@ TEXT_BATCH = 128
 TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Pairs: the row numbers of a batch, and this process's share of it (keys as in a training batch).
+# Pairs of the row numbers of a batch, and this process's share of the batch. The keys of the share
+# are those of a training batch.
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -75,8 +76,8 @@ class Embedder:
     """Computes embeddings with the parameters passed to each call.
 
     It holds no arrays of the model, so a training step may change or delete the parameters. Inputs
-    are split over the devices of a mesh. If these belong to several processes, all processes must
-    make the same calls, and all get all outputs.
+    are split over the devices of a mesh. If the devices belong to several processes, all processes
+    must make the same calls, and every process gets all outputs.
 
     Attributes:
       config: the configuration of the model.
@@ -125,7 +126,7 @@ class Embedder:
     def embed_features(
         self, parameters: Parameters, side: str, features: Float[np.ndarray, "rows features"]
     ) -> Float[np.ndarray, "rows dim"]:
-        """As `embed`, from outputs of the tower that were computed before.
+        """As `embed`, but from outputs of the tower that were computed before.
 
         Raises:
           ValueError: an embedding is not finite.
@@ -149,7 +150,7 @@ class Embedder:
         return self.text_batches(inputs) if side == "text" else self.image_batches(inputs)
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, dict]]:
-        """(rows, batch) pairs: texts of similar length are together; there are few shapes."""
+        """(rows, batch) pairs. A batch has texts of similar length; batches have few shapes."""
         longest = self.config.text.max_length
         ids = self.tokenizer(texts, max_length=longest)
         size, tokens = TEXT_BATCH * self.mesh.size, TEXT_TOKENS * self.mesh.size
@@ -164,7 +165,7 @@ class Embedder:
     def image_batches(self, images: Sequence) -> Iterator[tuple[np.ndarray, dict]]:
         """(rows, batch) pairs; threads decode photos two batches in advance."""
         batches = list(_row_batches(len(images), IMAGE_BATCH * self.mesh.size, self.mesh))
-        # Padding repeats the last row, which is decoded once.
+        # Padding repeats the last row of a batch. That row is decoded only once.
         shares = [np.unique(share, return_inverse=True) for _, share in batches]
         pixels = decoding.decode_all(
             lambda row: self.decode(images[row], f"image {row}"),
@@ -192,7 +193,7 @@ class Embedder:
 
         Args:
           photo: a path, encoded bytes or a PIL image; decoded pixels are returned unchanged.
-          name: the name in errors of a photo that has no path.
+          name: what error messages call a photo that has no path.
           generator: draws the random crop and mirroring of config.image; None for neither.
 
         Raises:
@@ -210,7 +211,7 @@ class Embedder:
         return decoding.decode(photo, name, read)
 
     def weights(self, parameters: Parameters, part: str) -> dict[str, np.ndarray]:
-        """The whole weights of "text_tower", "text_head", "image_tower" ..., by dotted path."""
+        """The unsharded weights of a part such as "text_tower" or "image_head", by dotted path."""
         module = getattr(nnx.merge(self.graph, *parameters), part)
         return {name: partition.gather(x) for name, x in pretrained.flatten(module).items()}
 

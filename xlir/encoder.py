@@ -44,8 +44,8 @@ class Encoder:
     """A dual encoder: an `Embedder` together with the parameters that it embeds with.
 
     Args, Attributes:
-      embedder: computes the embeddings on the devices of its mesh. If these belong to several
-        processes, all processes must make the same calls.
+      embedder: computes the embeddings on the devices of its mesh. If the devices belong to
+        several processes, all processes must make the same calls.
       parameters: the parameters, sharded over that mesh.
       step: number of training steps after which the parameters were saved.
       config, tokenizer, preprocessing, specs, feature_dims, mesh: those of the embedder.
@@ -132,8 +132,8 @@ class Encoder:
         Args:
           workdir: the folder of a training run. Nothing else is needed, not even a network.
           checkpoint: "best" (by validation) or "latest". If that checkpoint is damaged, the next
-            best or the previous one is loaded, which is logged; `step` is the step of the loaded
-            checkpoint.
+            best or the previous one is loaded, and the log says so. `step` is the step of the
+            checkpoint that was loaded.
           weights: "ema", the moving average over training, or "raw"; default: "ema" if the run
             keeps a moving average.
           dtype: the dtype of the computation; default: as the configuration says.
@@ -172,9 +172,9 @@ class Encoder:
 
         Args:
           workdir: the folder of a training run.
-          mesh: as of `load`.
-          config: default: the run's own. It may differ from that in fields that do not change the
-            model's structure, such as dtypes.
+          mesh: as in `load`.
+          config: the configuration; default: the run's own. It may differ from the run's in fields
+            that do not change the model's structure, such as dtypes.
 
         Raises:
           FileNotFoundError: the folder is not the folder of a run, or a file is missing.
@@ -225,9 +225,9 @@ class Encoder:
         run_folder.write_config(workdir, self.config)
 
     def save_run(self, workdir: pathlib.Path) -> None:
-        """Writes the folder of a run that `load` reads, with these parameters as its checkpoint.
+        """Writes a run's folder for `load`, with this encoder's parameters as the checkpoint.
 
-        It is written under another name and then renamed, so `workdir` is never incomplete.
+        The folder is written under another name, then renamed, so `workdir` is never incomplete.
         """
         workdir = workdir.resolve()
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +282,7 @@ class Encoder:
         return embed.frozen_features(self.embedder, self.parameters, descriptions, inputs, folder)
 
     def weights(self, part: str) -> dict[str, np.ndarray]:
-        """The whole weights of "text_tower", "text_head", "image_tower" ..., by dotted path."""
+        """The unsharded weights of a part such as "text_tower" or "image_head", by dotted path."""
         return self.embedder.weights(self.parameters, part)
 
     @property
@@ -297,17 +297,18 @@ def encode_each(
     read: Callable[[Item], tuple[Pixels, Extra]],
     skip: Callable[[str], None],
 ) -> Iterator[tuple[list[Item], list[Extra], Float[np.ndarray, "images dim"]]]:
-    """Embeds any number of images, a batch at a time; threads decode ahead of the tower.
+    """Embeds any number of images, a batch at a time, while threads decode the next images.
 
     Args:
       encoder: computes the embeddings.
-      items: stand for the images, for example their paths; `decoding.decode_each` takes them.
-      read: an item -> pixels, and anything else to keep of the image. It runs in threads.
+      items: one for each image, for example its path; see `decoding.decode_each`.
+      read: item -> (pixels, anything else to yield with the image). It runs in threads.
       skip: called with a one-line reason for each item for which `read` raises ValueError or
         OSError; the item is left out.
 
     Yields:
-      Items, what else `read` returned, and the embeddings, of unit length.
+      The items of a batch, the second value that `read` returned for each, and the embeddings, of
+      unit length.
     """
     size, ready = embed.IMAGE_BATCH * encoder.mesh.size, []
     whole = False
@@ -320,7 +321,7 @@ def encode_each(
             yield _encoded(encoder, ready, size)
             ready, whole = [], True
     if ready:
-        # After full batches, the last batch is padded, to avoid compiling another shape.
+        # The last batch is padded if others were full, so that no other shape is compiled.
         yield _encoded(encoder, ready, size if whole else len(ready))
 
 

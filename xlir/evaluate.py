@@ -49,7 +49,7 @@ class Evaluator:
         return texts, self._embed(parameters, "image", self._data.images)
 
     def __call__(self, parameters: Parameters, step: int) -> dict:
-        """Results as described in `retrieval`, of the parameters after a training step."""
+        """The results that `retrieval` describes, for the parameters after a training step."""
         return retrieval(self._data, *self.embeddings(parameters), step)
 
     def _embed(
@@ -66,14 +66,14 @@ def retrieval(
     """Retrieval metrics for each language and both directions.
 
     Args:
-      data: the set, which says which image each caption describes.
+      data: the test set; it says which image each caption describes.
       texts: language -> [captions, dim].
       images: [images, dim].
       step: the training step, for the record.
 
     Returns:
-      The content of a results file. `zero_shot_macro` averages over all languages except English,
-      which training never saw; it is None if there is only English.
+      The content of a results file. `zero_shot_macro` averages over the languages that training
+      never saw, which are all except English; it is None if there is only English.
 
     Raises:
       ValueError: an embedding is not finite.

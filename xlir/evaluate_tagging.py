@@ -22,10 +22,10 @@ from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
 from xlir.workdir import results_folder
 
-# Tags that each photo gets for F1 and precision. Languages are compared at the percentile at which
-# a held-out photo gets this number of tags on average.
+# Number of tags that each photo gets for F1 and precision. Languages are compared at the
+# percentile at which a held-out photo gets this number of tags on average.
 TOP = 5
-# Tags at a stricter and at a looser percentile.
+# The same for a stricter and for a looser percentile.
 STRICT, LOOSE = 2, 20
 # Languages on the contact sheet.
 SHEET_LANGUAGES = 4
@@ -36,7 +36,7 @@ class TaggingSet:
     """Photos and their true tags.
 
     Attributes:
-      name: the name in results and their file.
+      name: the set's name in results and in the name of their file.
       photos: the photos.
       vocabulary: the tags.
       positive: whether a photo has a tag.
@@ -103,7 +103,7 @@ def evaluate_set(
     reference: Reference,
     step: int,
 ) -> dict:
-    """Metrics of each language, with scores and (under `cosine`) with plain cosines.
+    """Metrics of each language, from the tagger's scores and (under `cosine`) from plain cosines.
 
     Args:
       data: the photos' true tags.
@@ -114,8 +114,8 @@ def evaluate_set(
 
     Returns:
       The content of a results file. `predicted_tags` is the mean number of tags per photo when all
-      languages share one threshold: the calibrated percentile at which a held-out photo gets 5
-      tags (also 2, and 20), or the cosine at which it gets 5 tags in English.
+      languages share one threshold. The threshold is the calibrated percentile at which a held-out
+      photo gets 5 tags on average (also 2, and 20), or the cosine at which it gets 5 in English.
     """
     percentile, strict, loose = (
         max(0.0, 1 - count / len(data.vocabulary.tags)) for count in (TOP, STRICT, LOOSE)
@@ -157,7 +157,7 @@ def evaluate_set(
 
 
 def spread(results: dict, threshold: str) -> float:
-    """The largest mean number of tags per photo of a language over the smallest, minus one."""
+    """The largest of the languages' mean numbers of tags per photo over the smallest, minus 1."""
     counts = [one["predicted_tags"][threshold] for one in results["languages"].values()]
     return max(counts) / max(min(counts), 1e-9) - 1
 

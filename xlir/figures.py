@@ -30,7 +30,7 @@ PREVIEW = 640
 
 
 def plot_recall(results: Mapping, file: pathlib.Path) -> None:
-    """Draws text-to-image Recall@1, 5 and 10 by language, with chance at 10 as a line."""
+    """Draws text-to-image Recall@1, 5 and 10 by language; a dotted line is Recall@10 by chance."""
     languages = results["languages"]
     macro = results["zero_shot_macro"]
     names = list(languages) + (["zero-shot\nmean"] if macro else [])
@@ -79,7 +79,7 @@ def plot_queries(
       file: where the PNG goes.
 
     Queries are evenly spaced in the set, not selected by their results. The right image has a green
-    frame. Beside the query is its rank; if other images have the same score, its expected rank.
+    frame. Below the query is that image's rank, or its expected rank if others have its score.
     """
     fonts = _fonts()
     languages = _drawable(captions, fonts)
@@ -232,7 +232,10 @@ def _fonts() -> list[str]:
 
 
 def _drawable(captions: Mapping[str, Sequence[str]], families: list[str]) -> list[str]:
-    """The languages that the fonts can draw, zero-shot ones first."""
+    """The languages that the fonts can draw, without English if there are others.
+
+    If the fonts can draw none, these are all languages.
+    """
     drawable = [language for language, texts in captions.items() if _fits(texts[:100], families)]
     return [language for language in drawable if language != "en"] or drawable or list(captions)
 

@@ -4,7 +4,7 @@ Row i of `text` and row i of `image` are a positive pair. `image_id` identifies 
 two rows of the same photo are never each other's negatives. The objectives are written as for one
 device. Under `jax.jit` with a sharded batch, XLA partitions them, and they are exact over the
 *global* batch. Only `infonce` and `sigmoid` with a `chunk` are partitioned explicitly, with
-`jax.shard_map`, because no device may hold the batch x batch matrix.
+`jax.shard_map`, so that no device holds the batch x batch matrix.
 
 `build` turns `config.loss` into one function; `push_apart` can be added to any objective.
 """
@@ -31,7 +31,7 @@ Chosen = Bool[Array, "rows columns"]
 
 
 def same_image(image_id: ImageIds) -> Bool[Array, "batch batch"]:
-    """True where rows i and j show one photo; true on the diagonal."""
+    """True where rows i and j show the same photo, so true on the diagonal."""
     return image_id[:, None] == image_id[None, :]
 
 
@@ -56,8 +56,9 @@ def infonce(
       image: unit-length image embeddings.
       image_id: the photo of each row; other rows of the same photo are not used as negatives.
       scale: the inverse temperature.
-      chunk: number of images that the texts are compared with at a time. Logits then take
-        batch x chunk instead of batch x batch; value and gradient stay the same. 0: all at once.
+      chunk: number of images that the texts are compared with at a time; 0 for all at once. The
+        logits then take the memory of batch x chunk instead of batch x batch elements; the loss
+        and its gradient stay the same.
 
     Returns:
       The mean of the text-to-image and the image-to-text cross-entropy, in nats.
@@ -76,12 +77,12 @@ def infonce(
 def _with_positives(
     logits: Chunk, positive: Float[Array, " rows"], own: Chosen, counted: Chosen
 ) -> Chunk:
-    """Replaces the logits of positive pairs with `positive`, and masks those not `counted`.
+    """Replaces the logits of positive pairs with `positive`, and masks pairs not `counted`.
 
     The loss is a log-sum-exp minus `positive`. A log-sum-exp is never below any of its terms, so
     the loss is never negative if `positive` is one of the terms. The logit from the matrix product
-    would not do: it is summed in another order, and when training has nearly solved a batch, the
-    rounding difference is larger than the loss.
+    differs from `positive` by a rounding error, because it is summed in another order. When
+    training has nearly solved a batch, this error is larger than the loss.
     """
     return jnp.where(own, positive[:, None], jnp.where(counted, logits, -jnp.inf))
 
@@ -114,8 +115,8 @@ def _by_device(of_rows: Callable[..., Scalar], *args: Array, chunk: int) -> Scal
 
     Args:
       of_rows: (rows of text, image and image_id, scale [, bias], axes=, chunk=) -> the loss over
-        the global batch. It communicates with other devices over the mesh axes `axes`, which
-        are empty without a mesh.
+        the global batch. It communicates with other devices over the mesh axes `axes`; there
+        are none without a mesh.
       *args: the arguments of `of_rows`, for the global batch.
       chunk: passed on to `of_rows`.
     """
@@ -193,8 +194,8 @@ def _map_chunks(
 
     Args:
       reduce: (similarity, own, counted) -> arrays, for a chunk of columns; `own` is true on the
-        diagonal of the global batch, `counted` there and for pairs of two different photos.
-      text: this device's rows, as are `image` and `image_id`.
+        diagonal of the global batch, `counted` is true there and for pairs of different photos.
+      text, image, image_id: this device's rows of the batch.
       axes: the mesh axes that the rows of the batch are sharded over; empty without a mesh.
       chunk: number of columns at a time, rounded up to a multiple of the number of devices.
 
@@ -236,7 +237,7 @@ def distance(x: Embeddings, y: Embeddings, metric: str) -> Float[Array, " batch"
 
     Args:
       x: embeddings, one per row.
-      y: as many embeddings.
+      y: the same number of embeddings.
       metric: "euclidean", "squared_euclidean", or "cosine" (one minus the cosine similarity).
     """
     if metric == "cosine":
@@ -264,7 +265,7 @@ def hardest_negative(
 
 
 def has_negative(image_id: ImageIds) -> Bool[Array, " batch"]:
-    """True for rows whose batch shows at least one other photo."""
+    """True for each row if the batch has a row of another photo."""
     return ~jnp.all(same_image(image_id), axis=1)
 
 

@@ -49,7 +49,7 @@ def _run(verb: str | None, arguments: list[str]) -> int:
 
 
 def _choose_messages() -> None:
-    """Which messages of this program and of libraries are shown."""
+    """Sets which messages of this program and of libraries are shown."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("xlir", "input_pipeline"):
         logging.getLogger(package).setLevel(logging.INFO)

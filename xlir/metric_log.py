@@ -102,9 +102,9 @@ class Progress:
     def lap(self, step: int) -> dict[str, float]:
         """Speed since the last lap, and the seconds that each part of the loop took.
 
-        `data` is the time per step of waiting for the batch, `step` the rest of the time per step.
-        `evaluation` and `save` (starting to save) are totals since the last lap, and absent if
-        nothing was evaluated or saved; the speed does not include them.
+        `data` is the time per step spent waiting for the batch, and `step` is the rest of the time
+        per step. `evaluation` and `save` (the time to start saving) are totals since the last lap.
+        They are absent if nothing was evaluated or saved, and the speed does not include them.
         """
         steps = max(step - self._step, 1)
         waiting = self._seconds.pop("data", 0.0) / steps

@@ -1,8 +1,9 @@
 """Metrics as pure functions: Recall@K, median rank, MRR for retrieval; mAP and F1@k for tagging.
 
 Tied candidates count as if they were in random order: every metric is the expectation over all
-orders of the ties. An encoder that maps everything to one point therefore scores chance (K /
-candidates, with one positive each). Counting only strictly better candidates would give it 1.0.
+orders of the ties. An encoder that maps everything to one point therefore scores at chance level:
+its Recall@K is K / candidates if each query has one positive. If only strictly better candidates
+counted, its Recall@K would be 1.
 
 Functions that take scores treat only exactly equal scores as tied, so scores may have any scale.
 Cosines of equal inputs differ by rounding errors, which `rounded` removes. `retrieval_ranks` calls
@@ -148,12 +149,12 @@ def best_ranks(
 def average_precision(
     scores: Float[np.ndarray, " photos"], positive: Bool[np.ndarray, " photos"]
 ) -> float:
-    """The mean of the precisions at each positive, ranked by score (not interpolated).
+    """The mean, over the positives, of the precision at each one's rank (not interpolated).
 
-    The result is the expectation over all orders of tied photos. Consider a tied group of n photos
-    with r positives, ranked after N photos with R positives. Position j of the group holds a
-    positive with probability r / n. If it does, R + 1 + (j - 1) (r - 1) / (n - 1) of the first
-    N + j photos are positives on average.
+    Photos are ranked by score. The result is the expectation over all orders of tied photos.
+    Consider a tied group of n photos with r positives, ranked after N photos with R positives.
+    Position j of the group holds a positive with probability r / n. If it does,
+    R + 1 + (j - 1) (r - 1) / (n - 1) of the first N + j photos are positives on average.
 
     Raises:
       ValueError: a score is not finite, or no photo is positive.

@@ -25,7 +25,7 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
     """The transformation that turns gradients of the trainable parameters into updates.
 
     Frozen towers are not trainable, so they have no optimizer state. Weight decay applies to
-    matrices, but not to biases, norms and the temperature.
+    matrices, but not to biases, norms or the temperature.
     """
     options, rate = config.optimizer, schedule(config)
 
@@ -68,7 +68,7 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def decays(params: Any) -> Any:
-    """Which parameters weight decay applies to: matrices; not biases, norms and the temperature.
+    """Which parameters weight decay applies to: matrices, but not biases, norms or temperature.
 
     Parameters of stacked layers have an additional first axis (see `transformer.Layers`).
     """

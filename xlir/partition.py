@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"(scale|bias|offset|mean)$", ()),
     # Matrices and tables: the output axis is tried first. The first axis of a stack of layers is
     # never sharded, because a scan runs over it, one layer at a time. The size of a vocabulary is
-    # seldom divisible, the width of its embedding usually is.
+    # seldom divisible, but the width of its embedding usually is.
     (r"", (-1, -2)),
 )
 # Arrays with fewer elements are not sharded either.
@@ -67,7 +67,7 @@ _pass_over_absent_tpu()
 def check_platforms() -> None:
     """Raises ValueError if JAX_PLATFORMS names devices that this machine lacks.
 
-    This starts JAX: with several processes, call `jax.distributed.initialize` before.
+    This starts JAX. With several processes, call `jax.distributed.initialize` first.
     """
     asked = jax.config.jax_platforms
     try:
@@ -87,8 +87,8 @@ def check_platforms() -> None:
 def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes.
 
-    Devices are ordered so that neighbours on the mesh are neighbours in the machine. If they belong
-    to several TPU slices, `data` extends across the slices.
+    Devices are ordered so that neighbours on the mesh are neighbours in the machine. If there are
+    several TPU slices, `data` extends across the slices.
 
     Args:
       options: number of devices along "data" and along "fsdp"; one of them may be -1, for all
@@ -118,7 +118,7 @@ def create_mesh(options: Sizes | None = None, devices: Sequence[Any] | None = No
 
 def _slices(devices: Sequence[Any]) -> int:
     """The number of TPU slices of the devices. (A GPU's slice_index is the index of its host.)"""
-    # Devices of a topology that is only compiled for have no slice_index.
+    # Devices from the description of a topology (see compile.py) have no slice_index.
     of = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     return max(len(of), 1)
 
@@ -135,7 +135,7 @@ def fitting_mesh(options: Sizes) -> Mesh:
 
 
 def abstract_mesh(options: Sizes, devices: int) -> AbstractMesh:
-    """As `create_mesh`, for a number of devices, which need not exist."""
+    """As `create_mesh`, for a number of devices that need not exist."""
     return AbstractMesh(mesh_shape(options, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -185,7 +185,7 @@ def layout(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Part
 def _splittable(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
     """The axes to try to shard; none if the array is meant to stay whole.
 
-    Vectors stay whole: sending a message for each would cost more than it saves in memory.
+    Vectors stay whole: a message to gather each would cost more than the saved memory is worth.
     """
     if mesh.shape["fsdp"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST:
         return ()
@@ -255,14 +255,14 @@ def wait_for_all() -> None:
 
 
 def agree_minimum(value: int) -> int:
-    """The smallest value that a process passes. All processes must call this."""
+    """The smallest of the values that the processes pass. All processes must call this."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int64(value)).min())
 
 
 def on_host() -> contextlib.AbstractContextManager:
-    """Creates new arrays in the host's memory, where a model too large for one device fits."""
+    """A context in which new arrays are in the host's memory, which fits larger models."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Profile(contextlib.AbstractContextManager):
-    """Traces steps on the first process; the devices of other processes do the same work.
+    """Traces steps on the first process only: the devices of other processes do the same work.
 
     Args:
       steps: the first and the last step to trace; (0, 0) for none.

@@ -60,7 +60,7 @@ class Published(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of a model, with this package's names of weights.
+    """One side of a model. The weights have this package's names.
 
     Attributes:
       options: fields of config.text or config.image.
@@ -303,7 +303,7 @@ _OPEN_CLIP_NAMES = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
     "conv1.": "embeddings.patch_embedding.",
-    "ln_pre.": "pre_layrnorm.",  # sic
+    "ln_pre.": "pre_layrnorm.",  # spelled like this in transformers
     "ln_post.": "post_layernorm.",
     "transformer.resblocks.": "encoder.layers.",
     ".ln_1.": ".layer_norm1.",

@@ -1,4 +1,4 @@
-"""Embeddings of a run's own photos, which tags are scored relative to.
+"""Embeddings of a run's own photos. Tags are scored relative to them.
 
 They are stored in the run's folder, so that the run can tag images without its data set:
 tagging/reference-STEP.npz holds both arrays and their digest.
@@ -21,7 +21,7 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Photos of each split to embed: more photos change little, and take minutes.
+# Number of photos of each split to embed. More photos change little, and take minutes.
 REFERENCE_PHOTOS = 2048
 
 
@@ -30,8 +30,8 @@ class Reference:
     """Embeddings of photos of a run, of unit length.
 
     Attributes:
-      training: of training photos, for the tags' neighbourhoods.
-      held_out: of validation photos, which are not trained on, for percentiles.
+      training: embeddings of training photos, for the tags' neighbourhoods.
+      held_out: embeddings of validation photos, which are not trained on, for percentiles.
     """
 
     training: Float[np.ndarray, "training dim"]
@@ -39,7 +39,7 @@ class Reference:
 
 
 def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
-    """A run's reference photos, read from its folder, or embedded (once per step) and stored there.
+    """A run's reference photos. They are embedded once for each step, and stored in its folder.
 
     If the file is damaged, the log says so, and the photos are embedded again. If the folder can't
     be written, the embeddings are not stored.
@@ -49,14 +49,14 @@ def reference(encoder: Encoder, workdir: pathlib.Path) -> Reference:
     """
     file = workdir / "tagging" / f"reference-{encoder.step}.npz"
     kept = _read(file, encoder.config.embedding_dim)
-    # Either all processes embed or none does; each of them may have read a different disk.
+    # All processes embed, or none does. They may have read different disks.
     if partition.agree_minimum(int(kept is not None)):
         return kept
     photos = data.training_photos(encoder.config)
     held_out = data.split_photos(encoder.config, encoder.config.data.validation)
     parts = {"training": _spread(photos.images), "held_out": _spread(held_out.images)}
     sizes = " and ".join(f"{len(part):,} {name}" for name, part in parts.items())
-    log.info("embedding %s photos, once: scores are relative to them", sizes.replace("_", "-"))
+    log.info("embedding %s photos once; scores are relative to them", sizes.replace("_", "-"))
     found = Reference(**{name: encoder.encode_image(part) for name, part in parts.items()})
     if not jax.process_index():
         try:
@@ -80,7 +80,7 @@ def _write(found: Reference, file: pathlib.Path) -> None:
 
 
 def _read(file: pathlib.Path, dim: int) -> Reference | None:
-    """What `_write` wrote; None if there is no file, or if it is damaged, which is logged."""
+    """The content of a file that `_write` wrote; None if it is missing or damaged."""
     if not file.is_file():
         return None
     try:

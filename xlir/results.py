@@ -1,6 +1,7 @@
 """Results of evaluations: their files in a run's folder, and their display as text.
 
-`evaluate.retrieval` describes the results of retrieval, `evaluate_tagging.evaluate_set` of tagging.
+`evaluate.retrieval` describes the results of retrieval, and `evaluate_tagging.evaluate_set` those
+of tagging.
 """
 
 import json
@@ -41,7 +42,10 @@ def _is_retrieval(content: dict) -> bool:
 
 
 def mean(results: list) -> object:
-    """The mean of each metric over results of the same form; names and counts are the first's."""
+    """The mean of each metric over results of the same form.
+
+    Other values, such as names and counts, are those of the first result.
+    """
     first = results[0]
     if isinstance(first, dict):
         return {key: mean([result[key] for result in results]) for key in first}

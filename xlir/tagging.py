@@ -22,8 +22,8 @@ threshold, prominences are better: with a threshold on scores, some images get m
 none (measured in docs/results.md).
 
 Prominences are distributed differently in each language. A calibrated percentile means the same in
-every language: it is the share, 0 to 1, of all pairs of a held-out photo (of the validation split)
-and a tag whose prominence is lower.
+every language. It is a share of all pairs of a held-out photo (of the validation split) and a tag:
+the share, 0 to 1, of pairs with a lower prominence.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ class Tag:
     Attributes:
       tag: the tag's identifier in the vocabulary.
       name: the tag's first name in the language.
-      percentile: calibrated, 0 to 1: the share of pairs of a held-out photo and a tag whose
-        prominence is lower; None without held-out photos.
+      percentile: the calibrated percentile, 0 to 1: of all pairs of a held-out photo and a tag,
+        the share with a lower prominence. None without held-out photos.
       cosine: the cosine similarity of image and tag, -1 to 1.
     """
 
@@ -219,7 +219,7 @@ def _percentile_curve(
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Percentiles, 0 to 1 and denser towards the ends, and the prominence at each.
 
-    The prominence at a percentile is the mean of the quantiles at half to twice the odds, because a
+    The prominence at a percentile is the mean of quantiles at half to twice its odds, because a
     single high quantile depends on few pairs. If the distribution has an exponential tail, this
     mean is the quantile itself.
     """
@@ -233,7 +233,7 @@ def _percentile_curve(
 def embed_files(
     encoder: Encoder, files: Iterable[pathlib.Path], skip: Callable[[str], None]
 ) -> Iterator[tuple[list[pathlib.Path], Float[np.ndarray, "images dim"]]]:
-    """Files and their embeddings, one batch at a time; threads decode ahead of the tower.
+    """Files and their embeddings, one batch at a time, while threads decode the next files.
 
     Args:
       encoder: computes the embeddings.

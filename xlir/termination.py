@@ -44,8 +44,8 @@ class Termination(contextlib.AbstractContextManager):
         """Whether to end after this step; every process must call this after every step."""
         # JAX expects consecutive numbers.
         self._calls += 1
-        # Signals are handled from the end of the first step. Before, there is nothing to save, and
-        # reading the batch and compiling may take minutes: a signal ends the process at once.
+        # Signals are handled from the end of the first step. Before that, a signal ends the
+        # process at once. There is nothing to save, and reading and compiling may take minutes.
         if self._calls == 1:
             for number in self._ours:
                 if signal.getsignal(number) != signal.SIG_IGN:

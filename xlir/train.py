@@ -118,7 +118,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
         run_folder.check_seen(workdir)
     with (
         jax.set_mesh(mesh),
-        Termination() as termination,  # outermost: the last checkpoint is written before it ends
+        Termination() as termination,  # outermost: it must outlast the saving of checkpoints
         Checkpoints(workdir) as checkpoints,
     ):
         state = _first_state(run, params, checkpoints)

@@ -26,7 +26,8 @@ DATA_FILE = "data.json"
 LOCK_FILE = ".lock"
 
 # Fields that may change when a run resumes, for example on another machine or with less memory: the
-# trained model does not depend on them. (With other microbatches, dropout draws other masks.)
+# trained model does not depend on them. (Another number of microbatches changes
+# only the masks that dropout draws.)
 FREE = re.compile(
     r"config\.(mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
     r"|.*\.remat)"
@@ -65,7 +66,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the configuration, and digests of it and of the towers' files (written before)."""
+    """Writes the configuration, and digests of it and of the towers' files, which must exist."""
     content = json.dumps(config.to_dict(), indent=1)
     towers = (tower_folder(workdir, side) for side in ("text", "image"))
     found = (file for folder in towers for file in folder.rglob("*") if file.is_file())
@@ -147,7 +148,7 @@ def check_unchanged(started_with: ConfigDict, given: ConfigDict, workdir: pathli
 
 
 def _differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
-    """`config.a.b (old -> new)` for each field that differs although it must not."""
+    """`config.a.b (old -> new)` for each field that differs and is not in FREE."""
     found = []
     for name in old.keys() | new.keys():
         before, after = old.get(name, "absent"), new.get(name, "absent")

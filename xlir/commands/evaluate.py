@@ -31,9 +31,9 @@ def define(flags: Flags) -> None:
     flags.switch("drop_junk", "Leave out XTD10's six German captions that are not translations.")
     flags.string(
         "vocabulary",
-        "With --task=tagging: coco, flickr8k, emoji, or a file (one tag per line, or a table of "
-        "languages as in input_pipeline/vocabularies); default: the vocabulary of the run's data "
-        "set.",
+        "Vocabulary for --task=tagging: coco, flickr8k, emoji, or a file (one tag per line, or a "
+        "table of languages as in input_pipeline/vocabularies); default: the vocabulary of the "
+        "run's data set.",
         default="",
     )
     processes.define(flags)

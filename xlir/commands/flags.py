@@ -78,7 +78,7 @@ class Flags:
         self.string("workdir", "Folder of the run.", needed=True)
 
     def test_set(self, *, several: bool) -> None:
-        """The flags --test_set and --images; `several`: they may name more than one test set."""
+        """The flags --test_set and --images; `several`: --test_set may name more than one set."""
         self.string(
             "test_set",
             "A test set: a name in the run's config.evals, a folder in XTD10's layout, 'xtd10', or "
@@ -92,9 +92,9 @@ class Flags:
         )
         self.string(
             "images",
-            "Folder of the test set's photos. Default: the folder that config.evals names; without "
-            "one, the photos of the run's data set for XTD10, and the run's data.dir for other "
-            "test sets.",
+            "Folder of the test set's photos. Default: the folder that config.evals names. If it "
+            "names none: for XTD10, the photos of the run's data set; for other test sets, the "
+            "run's data.dir.",
             default="",
         )
 
@@ -112,7 +112,7 @@ class Flags:
         try:
             _, *words = self.values(arguments)
             if "config" in self.values and self.values.config is not None:
-                # Only reading a field makes ml_collections report an unreadable file.
+                # ml_collections reports an unreadable file only when a field is read.
                 _ = self.values.config.lock
             return words
         except absl.flags.UnrecognizedFlagError:

@@ -1,9 +1,10 @@
 """Index photos, so that `search` finds them by queries in any language.
 
-PHOTOS are files, folders (searched at any depth), zip and tar archives, and patterns. The first run
-makes the index, with a copy of the run's encoder in it; later runs do not need --workdir, and embed
-only photos that are new or have changed. An interrupted run is resumed by the same command. Broken
-photos are skipped; the log names and counts them. Links inside folders are not followed.
+PHOTOS are files, folders (searched at any depth), zip and tar archives, and patterns. The first
+call makes the index, and copies the encoder of --workdir into it. Later calls do not need
+--workdir, and embed only photos that are new or have changed. After an interruption, the same
+command continues. Broken photos are skipped; the log names and counts them. Links inside folders
+are not followed.
 
 For collections that one machine no longer holds, --store puts the rows of the photos on a Milvus
 server, and --engine=ray embeds on all machines of a Ray cluster. The folder of the index then is
@@ -56,12 +57,12 @@ def define(flags: Flags) -> None:
         "such as private/*.png.",
     )
     flags.switch(
-        "prune", "Remove photos from the index that were in PHOTOS and are no longer there."
+        "prune", "Remove photos from the index that were found in PHOTOS before and are now gone."
     )
     flags.string(
         "from",
-        "NumPy file (.npy) of embeddings of the same model, [photos, dim], to index instead of "
-        "embedding photos. PHOTOS is then one text file with the path of each row's photo.",
+        "NumPy file (.npy) of embeddings by the same model, [photos, dim]. They are indexed, and "
+        "no photo is embedded. PHOTOS is then one text file with the path of each row's photo.",
     )
 
 

@@ -11,7 +11,7 @@ from xlir.commands.flags import Flags
 
 # Seconds after which the other processes notice that a process has ended.
 HEARTBEAT = 30
-# Seconds that the other processes wait at the end while the first one writes the results.
+# Seconds that the other processes wait at the end, at most, for the first one to write results.
 REPORTING = 3600
 
 
@@ -34,7 +34,7 @@ def start_jax(values: FlagValues) -> None:
     """Joins the other processes, if there are any, and caches compiled programs on disk.
 
     Raises:
-      UsageError: the flags of `define` contradict each other (a verb may lack them).
+      UsageError: the flags of `define` contradict each other. (Some verbs lack these flags.)
       ValueError: the devices that $JAX_PLATFORMS names do not exist.
     """
     joins = "distributed" in values and _is_one_of_several(values)
@@ -58,7 +58,7 @@ def start_jax(values: FlagValues) -> None:
 
 
 def _is_one_of_several(values: FlagValues) -> bool:
-    """Whether there are other processes to join; raises UsageError if the flags contradict."""
+    """Whether to join other processes; raises UsageError if flags contradict each other."""
     together = (values.coordinator, values.processes, values.process)
     if len({value is None for value in together}) > 1:
         raise UsageError("--coordinator, --processes and --process must be given together")

@@ -5,8 +5,8 @@ should show; --not names what they should not show.
 
 The number beside a photo is its calibrated percentile: 0.3 means that for 30% of the run's
 validation captions, even the best photo fits less well. Photos below --cutoff are not shown; if
-none is left, nothing in the index fits. Queries with a photo, and indexes that could not be
-calibrated, show cosine similarities instead, and all photos.
+none is left, nothing in the index fits. If a query has a photo, or the index could not be
+calibrated, the number is the cosine similarity, and --cutoff does not apply.
 
 --where is one or several terms, joined by `and`; each may begin with `not`:
   folder NAME/NAME      in or below such a folder; with a leading slash, from the root
@@ -54,7 +54,9 @@ def define(flags: Flags) -> None:
         "cutoff",
         f"Only photos whose percentile is at least this, from 0 to 1; default: {CUTOFF}.",
     )
-    flags.switch("exact", "Compare with every photo; a large index otherwise may miss a few.")
+    flags.switch(
+        "exact", "Compare with every photo; otherwise a search in a large index may miss a few."
+    )
     flags.string(
         "output", "File for the results as JSON lines; with -, they are printed instead of a table."
     )

@@ -1,8 +1,8 @@
 """Serve an index: a page to search its photos in any language, and a JSON API.
 
-The page is at http://HOST:PORT/, the description of the API at /openapi.json, counts for Prometheus
-at /metrics. Photos that `index` adds meanwhile are found at once. SIGTERM and Ctrl-C finish the
-requests that are running.
+The page is at http://HOST:PORT/, the description of the API at /openapi.json, and counts for
+Prometheus at /metrics. Photos that `index` adds while the service runs are found at once. After
+SIGTERM or Ctrl-C, the service finishes the requests that are running, and ends.
 
 By default, only browsers on this machine are answered. To serve others, choose an address with
 --host, and either --token (for those who know it) or --public (for all who reach the address).
@@ -32,7 +32,8 @@ from xlir.commands.flags import Flags
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 # A shorter token could be guessed.
 SHORTEST_TOKEN = 8
-# Seconds for running requests after SIGTERM, connections at a time, and bytes of a request's head.
+# Limits: seconds for running requests after SIGTERM, connections at a time, bytes of a request's
+# head.
 FINISHING, CONNECTIONS, HEAD = 30, 200, 32_768
 
 
@@ -124,7 +125,7 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
         + ("?token=TOKEN" if token else ""),
         flush=True,
     )
-    # uvicorn re-raises the signal that stopped it, once it has finished.
+    # Once uvicorn has finished, it raises the signal that stopped it again. Ignore that signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run([listener])

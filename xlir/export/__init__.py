@@ -30,7 +30,7 @@ class Format(NamedTuple):
 
     Attributes:
       write: writes an encoder into an empty folder.
-      unfit: returns why the format can't represent an encoder; empty if it can.
+      unfit: returns why the format can't represent an encoder; an empty string if it can.
       needs: packages of the extra `export` that are needed to load the folder.
     """
 
@@ -102,7 +102,7 @@ def export(
       weights: "ema" or "raw"; default: the moving average if the run keeps one.
       test_set: the test set that the export is checked on, as `data.test_sets` takes it; default:
         the first of the run's own.
-      images: the folder of its photos, as for `data.test_sets`.
+      images: the folder of the test set's photos, as `data.test_sets` takes it.
 
     Raises:
       FileExistsError: `to` exists already.

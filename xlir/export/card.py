@@ -87,7 +87,7 @@ def write(
     if config.data.name:
         origin = (
             f"Trained with xlir on captions of {_name(config.data.dir) or config.data.name}; "
-            "zero-shot in languages that these captions lack.\n"
+            "languages without training captions are zero-shot.\n"
         )
     parts = [
         _metadata(_supported_languages(results), format),

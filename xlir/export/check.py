@@ -57,7 +57,7 @@ def run_onnx(folder, texts, images):
 
 
 def run_sentence_transformers(folder, texts, images):
-    """Runs a SentenceTransformer, which uses the library's own modules only."""
+    """Runs a SentenceTransformer, which only uses the library's own modules."""
     import torch
     from sentence_transformers import SentenceTransformer
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from xlir.export.pytorch import DualEncoder
 
-# Above this number of bytes, weights go into a separate file: protocol buffers end at 2 GiB.
+# Above this number of bytes, weights go into a separate file: a protocol buffer holds up to 2 GiB.
 LARGE = 2**31 - 2**24
 TEXT_AXES = {0: "batch", 1: "length"}
 

@@ -1,6 +1,7 @@
 """Writes sentence-transformers and transformers models from a run's two towers and heads.
 
-All files are JSON and safetensors, so only the check needs those two libraries, not the writing.
+All files are JSON and safetensors. So writing them does not need those two libraries; only the
+check does.
 """
 
 import json
@@ -44,7 +45,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def unfit_for_sentence_transformers(encoder: Encoder) -> str:
-    """Why sentence-transformers can't represent an encoder; empty if it can."""
+    """Why sentence-transformers can't represent an encoder; an empty string if it can."""
     reasons = []
     for side in SIDES:
         spec = encoder.specs[side]
@@ -56,7 +57,7 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
-    """Why VisionTextDualEncoderModel can't represent an encoder; empty if it can."""
+    """Why VisionTextDualEncoderModel can't represent an encoder; an empty string if it can."""
     reasons = []
     for side in SIDES:
         spec, head = encoder.specs[side], encoder.config[side].head

@@ -27,8 +27,8 @@ from xlir.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
-# Largest allowed difference: in a coordinate of an embedding of unit length, and in a feature of a
-# tower, relative to the largest feature. In float32 the differences are 1e-6 at most.
+# Largest allowed differences: in a coordinate of a unit-length embedding, and in a feature of a
+# tower divided by the largest feature. In float32 the differences are 1e-6 at most.
 TOLERANCE, TOWER_TOLERANCE = 1e-5, 1e-4
 # Largest allowed difference in a pixel value, on the scale 0 to 255.
 PIXEL_TOLERANCE = 0.01
@@ -38,7 +38,7 @@ RECALL_AT = (1, 5, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The inputs of the check: captions with their photos, and texts and images as edge cases.
+    """The inputs of the check: captions with their photos, then edge cases of texts and images.
 
     Attributes:
       name: the test set of the captions and photos.
@@ -189,7 +189,8 @@ def verify(encoder: Encoder, folder: pathlib.Path, format: str, pairs: Examples)
 def _reference(encoder: Encoder, pairs: Examples) -> dict[str, np.ndarray]:
     """The run's outputs."""
     tokens = encoder.tokenizer(pairs.texts, max_length=encoder.config.text.max_length)
-    # At full size, as other libraries decode; training decodes large JPEGs at a reduced size.
+    # Photos are decoded at full size, as by other libraries. Training decodes large JPEGs at a
+    # reduced size.
     pixels = [image_io.decode(x, encoder.preprocessing, reduce=False) for x in pairs.images]
     outputs = {
         "tokens": np.concatenate(tokens),

@@ -67,7 +67,7 @@ CLIP = VisionFamily(
     embedding_names=EmbeddingNames(
         "embeddings.position_embedding.weight", "embeddings.class_embedding"
     ),
-    modules=MODULES | {"input_norm": "pre_layrnorm"},  # sic
+    modules=MODULES | {"input_norm": "pre_layrnorm"},  # spelled like this in transformers
     prefixes=("vision_model.",),
     ignored=IGNORED,
     # "mean" is missing because sentence-transformers would include the class token in the mean.

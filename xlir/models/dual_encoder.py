@@ -54,7 +54,7 @@ class DualEncoder(nnx.Module):
     def encode_text(
         self, batch: Batch, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch dim"]:
-        """Text embeddings; dropout is on where `rngs` is given."""
+        """Text embeddings; dropout is on if `rngs` is given."""
         if "text_features" in batch:
             features = batch["text_features"]
         else:
@@ -64,7 +64,7 @@ class DualEncoder(nnx.Module):
     def encode_image(
         self, batch: Batch, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch dim"]:
-        """Image embeddings; dropout is on where `rngs` is given."""
+        """Image embeddings; dropout is on if `rngs` is given."""
         if "image_features" in batch:
             features = batch["image_features"]
         else:

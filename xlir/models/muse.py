@@ -2,8 +2,8 @@
 
 Yang et al. 2019, "Multilingual Universal Sentence Encoder for Semantic Retrieval",
 https://arxiv.org/abs/1907.04307. This is the m3 model: a deep averaging network over token
-embeddings and over the outputs of three residual n-gram CNNs. 16 languages, a SentencePiece
-vocabulary of 128,000 tokens, 512-dimensional sentence embeddings.
+embeddings and over the outputs of three residual n-gram CNNs. It covers 16 languages, and has a
+SentencePiece vocabulary of 128,000 tokens and 512-dimensional sentence embeddings.
 """
 
 import functools
@@ -202,7 +202,7 @@ def read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
         if name.startswith("branches") and name.endswith("kernel"):
             # Flattened windows: [order * in, out].
             weights[name] = array.reshape(-1, BRANCH_DIM, BRANCH_DIM)
-    # Row j of all chunks, concatenated, holds tokens CHUNKS * j to CHUNKS * j + CHUNKS - 1.
+    # The rows j of all chunks, concatenated, hold tokens CHUNKS * j to CHUNKS * j + CHUNKS - 1.
     weights["embedding.table"] = weights["embedding.table"].reshape(ROWS, EMBEDDING_DIM)
     return weights
 

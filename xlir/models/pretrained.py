@@ -37,8 +37,8 @@ def package_file(package: str, pattern: str, requirement: str) -> pathlib.Path:
     """A file inside an installed package, found without importing the package.
 
     Args:
-      package: the package's import name, a top-level one.
-      pattern: glob pattern relative to the package's folder; the first match in name order counts.
+      package: the import name of a top-level package.
+      pattern: glob pattern relative to the package's folder; the first in sorted order is used.
       requirement: the package's name on PyPI, for the error message.
 
     Raises:

@@ -1,8 +1,8 @@
 """ResNet, the image tower of the Hugging Face checkpoints `microsoft/resnet-*`.
 
-Architecture: He et al. 2015 (https://arxiv.org/abs/1512.03385), in the variant v1.5, in which the
-3x3 convolution of a bottleneck halves the resolution instead of the 1x1 before it. The fields of
-config.json mean the same as for transformers' `ResNetModel`, and the output is its pooled output.
+Architecture: He et al. 2015 (https://arxiv.org/abs/1512.03385), variant v1.5: the 3x3 convolution
+of a bottleneck halves the resolution, not the 1x1 convolution before it. The fields of config.json
+mean the same as in transformers' `ResNetModel`, and the output is that model's pooled output.
 
 Batch normalisation is folded into the convolutions, for inference and for fine-tuning.
 """

@@ -85,7 +85,7 @@ class TextFamily(Family):
         return config if spec.pad_id is None else dataclasses.replace(config, pad_id=spec.pad_id)
 
     def longest_text(self, config: Mapping) -> int:
-        """See `Family.longest_text`; the number of rows of the position table."""
+        """See `Family.longest_text`. It is the number of rows of the position table."""
         return self.read(config).max_length
 
     def trimmed(self, spec: TowerSpec, kept: Int32[np.ndarray, " kept"]) -> TowerSpec:

@@ -47,8 +47,8 @@ class TextTransformer(nnx.Module):
 
     When weights are loaded, the embedding of token type 0 is added to the position table, and
     RoBERTa's unused first positions are removed from it. If a text itself contains RoBERTa's
-    padding token, that token is not counted as a position: it always uses row `pad_id` of the
-    published position table, which is added to its embedding here.
+    padding token, that token is not counted as a position. It always has the position embedding in
+    row `pad_id` of the published table, and loading adds that row to the token's embedding.
 
     Args:
       config: widths, tables and positions.

@@ -37,15 +37,16 @@ STORAGE_DTYPES = {
 def read_torch_pickle(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads a state dict that `torch.save` wrote, without torch and without running its code.
 
-    A pickle can call every function that it can import by name. This reader resolves only three
-    kinds of names, an ordered dictionary, the tensor constructor and the storage types, to harmless
-    stand-ins. It supports the zip format, which it maps into memory, and the one before torch 1.6.
+    A pickle can call every function that it can import by name. This reader accepts only three
+    kinds of names: an ordered dictionary, the tensor constructor and the storage types. It
+    resolves them to harmless stand-ins. It supports the zip format, which it maps into memory, and
+    the older format of torch before 1.6.
 
     Returns:
       Tensors by name: read-only, with the strides that they were saved with.
 
     Raises:
-      pickle.UnpicklingError: the file imports any other name; the message says which.
+      pickle.UnpicklingError: the file imports another name; the message says which.
       ValueError: the file has another format or is truncated, or a tensor exceeds its storage.
     """
     with open(path, "rb") as file:
@@ -100,7 +101,7 @@ class _StateDictUnpickler(pickle.Unpickler):
         raise _RefusedGlobal(f"refused to load {module}.{name}: a state dict does not need it")
 
     def persistent_load(self, pid: Any) -> str:
-        kind, storage_type, key, _, count, *view = pid  # the zip format has no view
+        kind, storage_type, key, _, count, *view = pid  # only the old format has a view
         known = kind == "storage" and view in ([], [None]) and isinstance(key, str)
         if not known or not isinstance(count, int) or count < 0:
             raise ValueError(f"unknown kind of storage {reprlib.repr(pid)}")
@@ -190,7 +191,7 @@ def _state_dict(unpickler: pickle.Unpickler) -> dict[str, _Tensor]:
     tensors = _unpickled(unpickler)
     if not isinstance(tensors, dict):
         raise ValueError(f"holds a {type(tensors).__name__}, not a state dict")
-    # dict.items: a pickle may set an attribute `items` on an OrderedDict.
+    # Not `tensors.items()`: a pickle may set an attribute `items` on an OrderedDict.
     for name, tensor in dict.items(tensors):
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
             raise ValueError(f"entry {reprlib.repr(name)} of the state dict is not a tensor")

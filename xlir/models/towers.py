@@ -89,7 +89,7 @@ def describe_image(options: ConfigDict) -> TowerSpec:
 def describe_published(config: ConfigDict) -> dict[str, TowerSpec]:
     """The towers of both sides, "text" and "image".
 
-    For a known checkpoint that was not downloaded, the spec is right about the shapes only.
+    If a known checkpoint was not downloaded, its spec is right only about shapes.
 
     Raises:
       ValueError, FileNotFoundError: as `describe_text`.

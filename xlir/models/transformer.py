@@ -4,7 +4,7 @@ Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762). `text_transformer.py` an
 `vision_transformer.py` build towers around the stack, and the file of each family of published
 models fills a `TransformerConfig`.
 
-Outside of the attention, activations have the shape [batch * length, width]. On CPUs that is a
+Outside of the attention, activations have the shape [batch * length, width]. On CPUs this is a
 third faster than [batch, length, width]; on other devices it makes no difference. The parameters
 of all layers are stacked along a first axis, and a scan applies them, so that XLA compiles a single
 layer.

@@ -169,7 +169,7 @@ class VisionFamily(Family):
         return {}
 
     def _rename_embeddings(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Converts the tables of `EmbeddingNames`; adds the class token's position to the token."""
+        """Converts the tables of `EmbeddingNames`, with the class token's position added to it."""
         names, renamed = self.embedding_names, {}
         if names.registers in left:
             registers = left.pop(names.registers)
@@ -187,8 +187,8 @@ class VisionFamily(Family):
     def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
         """See `Family.restore`.
 
-        `rename` added a position to the class token. It stays there, and the first row of the
-        position table that is written is zero.
+        `rename` added the class token's position to the class token. The sum stays there, and the
+        first row of the position table that is written is zero.
         """
         config, left = self.complete(config), dict(weights)
         restored = restore_layers(left, self.layer_names(config))

@@ -193,10 +193,11 @@ def resized_positions(
 def bicubic_weights(old: int, new: int, *, antialias: bool = False) -> Float[np.ndarray, "new old"]:
     """The matrix that resizes a row of `old` samples to `new` samples like PyTorch.
 
-    Both of PyTorch's variants are Keys' cubic convolution with aligned sample centres. Without
-    antialiasing, a is -0.75 and edge samples are repeated. With antialiasing, a is -0.5, the kernel
-    widens in proportion when the row shrinks, and samples beyond the edges are left out and the
-    remaining weights scaled to sum to 1, as in `jax.image.resize`.
+    Both of PyTorch's variants are Keys' cubic convolution, which has a parameter `a`, with aligned
+    sample centres. Without antialiasing, `a` is -0.75 and edge samples are repeated. With
+    antialiasing, `a` is -0.5, and the kernel widens in proportion when the row shrinks. Samples
+    beyond the edges are then left out, and the remaining weights are scaled to sum to 1, as in
+    `jax.image.resize`.
     """
     a = -0.5 if antialias else -0.75
     shrinking = max(old / new, 1.0) if antialias else 1.0
