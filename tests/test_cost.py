@@ -343,7 +343,7 @@ big, wide = shape(512, 256), shape(256, 1024)
     ],
 )
 def test_hbm_bytes_agree_with_xla_without_loops(function, arguments):
-    """They agree within a tenth: without loops, XLA counts the same except scalars."""
+    """Without loops, XLA counts the same bytes, but not those of scalars (less than a tenth)."""
     executable = compiled(function, *arguments)
     expected = executable.cost_analysis()["bytes accessed"]
     assert cost.hbm_bytes(executable.as_text()) == pytest.approx(expected, rel=0.1)

@@ -26,7 +26,7 @@ NOT_READ = ("tensorboard", "profile", ".lock")
 
 
 def choose(run, rng: random.Random):
-    """A random file that is read again, of one of the folders or the last checkpoint's items."""
+    """A random file that is read again, from a random folder or item of the last checkpoint."""
     groups = collections.defaultdict(list)
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         first, *others = path.relative_to(run).parts

@@ -205,7 +205,7 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
 
 
 def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
-    """COCO has 5 folds of 1,000 photos, this set 5 of 2. Five captions per photo are used."""
+    """COCO has 5 folds of 1,000 photos; this set has 5 of 2. Five captions per photo are used."""
     monkeypatch.setattr(split, "COCO_TEST", 10)
     (tmp_path / "val2014").mkdir()
     entries = []
