@@ -236,7 +236,7 @@ def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
 
 
 def test_a_tokenizer_of_another_model(toy_run, tmp_path):
-    """Its digest differs; without digests, it has more tokens than the embedding has rows."""
+    """The tokenizer has another digest; without digests, it has more tokens than the tower."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     file = run / "text_tower" / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(file))

@@ -297,7 +297,7 @@ def test_collectives_in_a_tpu_executable():
 
 def test_hbm_bytes_in_a_tpu_executable():
     # Each trip slices a layer's weight (read, write) and uses it; the gathered input is written and
-    # read again. VMEM holds the rest; the first block is fetched from HBM, the last put there.
+    # read again. VMEM holds the rest; the first block is read from HBM, the last is written to it.
     in_loop = (2 * FULL + FULL) + (FULL + FULL)
     assert cost.hbm_bytes(TPU) == pytest.approx(TRIPS * in_loop + 2 * BLOCK, rel=1e-4)
 

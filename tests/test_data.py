@@ -145,7 +145,7 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
 
 
 def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkeypatch):
-    """Downloads them from a local copy; files of an interrupted download are kept."""
+    """Captions come from a local copy; files of an interrupted download are kept."""
     mirror, folder = tmp_path / "mirror", tmp_path / "xtd10"
     for commit, paths in xtd10.COMMITS.items():
         for path in paths:

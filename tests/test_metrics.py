@@ -60,7 +60,7 @@ def test_ties_count_as_the_mean_over_all_orders(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_count_as_the_mean_over_random_orders(seed, monkeypatch):
-    """Embeddings with large tied groups: within four standard errors of 400 shuffles."""
+    """With large tied groups, metrics are within four standard errors of 400 shuffles' mean."""
     monkeypatch.setattr(metrics, "CHUNK", 7)  # several chunks; the last one is shorter
     rng = np.random.default_rng(seed)
     # Signs in 6 dimensions: seven different cosines.
