@@ -5,7 +5,8 @@ WORKDIR ?= runs/quickstart
 # Tests run in two processes; one that runs out of tests takes some from the other.
 WORKERS ?= -n 2 --dist worksteal
 
-# With these, glibc keeps memory that XLA's CPU backend frees, and maps no new pages at every step.
+# With these settings, glibc keeps memory that XLA's CPU backend frees, and maps no new pages at
+# every step.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=67108864
 
 .PHONY: quickstart demo test lint clean

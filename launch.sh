@@ -23,7 +23,7 @@ of process 0 is shown unchanged. Lines of process 1 go to stderr after [1], and 
 passed on to all processes. After a signal or a failure, the remaining processes have 60 seconds
 ($XLIR_GRACE) to end. Python is $PYTHON, or else .venv/bin/python, or else python3.
 
-The exit code is 0, or the first exit code of a process that is not 0.
+The exit code is that of the first process that failed, or 0 if none failed.
 HELP
 }
 
@@ -94,7 +94,8 @@ create() {
     "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" ${spot:+--spot}
 }
 
-# Waits for the TPU, prepares it, and runs the program; returns the first exit code that is not 0.
+# Waits for the TPU, prepares it, and runs the program; returns the exit code of the first command
+# that failed, or 0.
 run() {
   local tpu=(gcloud compute tpus tpu-vm) flags=("--zone=$zone" --quiet --worker=all) ssh
   [[ -n $dry_run ]] || reaches "ACTIVE|FAILED|$LOST" 1000000000

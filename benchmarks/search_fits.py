@@ -8,7 +8,7 @@ Flags are left out.
   python benchmarks/search_fits.py RUN PATH/flickr8k
 
 Prints for each language the area under the ROC curve (AUROC) of the top photo's cosine and
-percentile, and the share of both kinds of queries that are shown a photo at one cutoff.
+percentile, and the share of each kind of queries for which a photo is shown, at two cutoffs.
 """
 
 import json
@@ -55,7 +55,7 @@ def main() -> None:
         index = xlir.Index.create(pathlib.Path(scratch) / "index", run)
         tests = [entry["filename"] for entry in entries if entry["split"] == "test"]
         index.add([folder / "images" / name for name in tests])
-        print(f"{index.count()} photos, {len(nothing['en'])} names of nothing")
+        print(f"{index.count()} photos, {len(nothing['en'])} emoji names that no caption mentions")
         shown = {cutoff: [] for cutoff in CUTOFFS}
         for language in LANGUAGES:
             file = folder / "multilingual_test" / f"test_captions_{language}.txt"

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _timed(batches, forward: dict[str, float]):
-    """`Embedder.batches`, but it adds up the time that the embedder takes per batch."""
+    """Wraps `Embedder.batches`, to add up the time that the embedder takes for each batch."""
 
     def timed(side: str, inputs):
         for batch in batches(side, inputs):

@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=config.data.batch_size)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default=config.head_dtype, help="xlir's matrix product dtype")
+    parser.add_argument("--dtype", default=config.head_dtype, help="dtype of xlir's matmuls")
     arguments = parser.parse_args()
     config.data.batch_size = arguments.batch_size
     config.head_dtype = arguments.dtype

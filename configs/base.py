@@ -108,10 +108,10 @@ def _text() -> ConfigDict:
     text.max_length = 128
     # Prepended to every text; E5 models need "query: ".
     text.prefix = ""
-    # Drop tokens that neither the training captions nor the texts in these files use: the embedding
-    # table is most of a multilingual checkpoint. Files with one text per line, or folders of .txt
-    # files, relative to data.dir and joined with commas; give texts in every language that you will
-    # search in. Empty: keep the whole vocabulary.
+    # Drop tokens that neither the training captions nor the texts in these files use. This saves
+    # much memory: most of a multilingual checkpoint is the embedding table. The value names files
+    # with one text per line, or folders of .txt files, relative to data.dir, joined with commas.
+    # Give texts in every language that you will search in. Empty: keep the whole vocabulary.
     text.trim_vocab = ""
     return text
 
@@ -155,12 +155,12 @@ def _tower() -> ConfigDict:
     config.learning_rate_factor = 0.1
     # Learning rate of a layer of an unfrozen tower, as a multiple of the rate of the layer above.
     config.layer_decay = 1.0
-    # Store only the layers' inputs for the backward pass and recompute other activations: less
-    # memory, a third more time.
+    # Store only the layers' inputs for the backward pass and recompute other activations. This
+    # takes less memory, but a third more time.
     config.remat = False
-    # "mlp", "linear", "none", or "center": only subtract the training set's mean, so that the space
-    # stays fixed. Published models have "affine" (linear with a bias) and "plain_mlp" (without norm
-    # and biases).
+    # "mlp", "linear", "none", or "center", which only subtracts the mean of the tower's outputs on
+    # the training set, so that the embeddings of this side stay fixed. Published models have
+    # "affine" (linear with a bias) and "plain_mlp" (without norm and biases).
     config.head = "mlp"
     # Widths of the MLP's hidden layers, and the dropout rate after each of them.
     config.hidden = (1024,)

@@ -26,12 +26,13 @@ def get_config(variant: str = "base"):
         )
     config = base.get_config()
     config.data.name = "coco"
-    # 113,287 photos, without XTD10's.
+    # 113,287 photos, from which XTD10's photos are then removed.
     config.data.train = "train+restval"
     config.evals.xtd10 = base.test_set("xtd10")
     config.evals.test = base.test_set("split")
-    # 512 pairs for each of the 8 chips (16 GB) of a v5e-8. Batches up to about 16,000 help (CLIP,
-    # SigLIP), but with 113,000 photos a larger one would leave too few steps in an epoch.
+    # 512 pairs for each of the 8 chips (16 GB) of a v5e-8. Larger batches, up to about
+    # 16,000, help (CLIP, SigLIP), but with 113,000 photos they would leave too few steps in an
+    # epoch.
     config.data.batch_size = 4096
     # Shard parameters, gradients and Adam's moments (base: 5.8 GB, large: 14 GB) over all chips. On
     # many chips, shard over 8 or 16 and replicate over the rest: --config.mesh.fsdp=8

@@ -57,8 +57,8 @@ def cached(
       compute: (start, stop) -> the features of inputs start to stop - 1.
       label: name of the features in the progress bar and in messages.
       block: rows computed between two writes.
-      agree: needed if several processes, each with its own cache folder, compute together: takes
-        the row number of every process and returns the lowest one to all of them.
+      agree: takes a row number from every process and returns the lowest one to all of them.
+        Needed if several processes, each with its own cache folder, compute together.
 
     Returns:
       A read-only array, memory-mapped if all rows are on disk.

@@ -14,7 +14,7 @@ from input_pipeline import photo_limits
 from input_pipeline.preprocessing import RESAMPLING, Preprocessing
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if each side keeps at least this many times the
-# pixels that it is resized to. That halves the time, or better, for photos of 6 megapixels or more.
+# pixels that it is resized to. Photos of 6 megapixels or more then take half the time or less.
 # At 224 pixels, values (0 to 255) change by 0.1 to 0.3 on average and by at most 3; they change by
 # more than 1 in 1.5% of a grainy photo's values and in 1 of 40,000 of a smooth photo's. A factor of
 # 2 would change values by up to 5, and 3% of them by more than 1.
@@ -124,7 +124,7 @@ def facts(data: bytes) -> tuple[int, int, int | None]:
     """Reads a photo's size and date, for most photos without decoding any pixels.
 
     Returns:
-      Width and height in pixels, upright; and when it was taken (EXIF DateTimeOriginal), in
+      Width and height in pixels, upright; and when the photo was taken (EXIF DateTimeOriginal), in
       seconds since 1970 by the clock of the camera, or None.
 
     Raises:
@@ -144,7 +144,7 @@ def facts(data: bytes) -> tuple[int, int, int | None]:
                 return width, height, None
             photo_limits.check_header(image, data, image.size)
         exif = image.getexif()
-        # Pillow has turned the size of a TIFF already.
+        # Pillow has already swapped width and height of a rotated TIFF.
         if image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
             width, height = height, width
         text = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
@@ -181,7 +181,7 @@ def _upright_rgb(
 def _image_error(data: bytes, error: Exception) -> ImageError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
-        reason = f"no image format of {', '.join(photo_limits.FORMATS)}"
+        reason = f"it is in none of the formats {', '.join(photo_limits.FORMATS)}"
     return ImageError(f"cannot decode image of {len(data)} bytes: {reason}")
 
 
@@ -190,8 +190,8 @@ def _decoded(
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
     """Decodes an image upright, in RGB.
 
-    A JPEG may be reduced to a half, a quarter or an eighth, with no side below `enough`; `enough`
-    of 0 means no reduction.
+    A JPEG may be reduced to a half, a quarter or an eighth of its size, with no side below
+    `enough` pixels. If `enough` is 0, it is not reduced.
 
     Returns:
       The image; its upright width and height without reduction; and the box (left, top, right,

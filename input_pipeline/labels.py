@@ -14,7 +14,7 @@ from input_pipeline import nouns
 def mentioned(
     captions: Sequence[Sequence[str]], tags: Sequence[str]
 ) -> Bool[np.ndarray, "photos tags"]:
-    """Marks a tag as true of a photo if one of its captions has the tag, singular or plural.
+    """For each photo, marks the tags that one of its captions has, in the singular or plural.
 
     A word that is the plural of a tag's last word counts as the singular (`nouns.singular`). All
     words of a tag have to be in the caption, next to each other.
@@ -45,7 +45,7 @@ def instance_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def instances(
     files: Sequence[pathlib.Path], image_ids: Int[np.ndarray, " photos"], tags: Sequence[str]
 ) -> Bool[np.ndarray, "photos tags"]:
-    """Marks a tag as true of a photo if COCO has an instance or a crowd of that category in it.
+    """For each photo, marks the tags that COCO labels in it, as an instance or as a crowd.
 
     Args:
       files: COCO's instances_*.json.

@@ -37,8 +37,8 @@ STRIP_COPIES = 3
 ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE = 278, 322, 323, 258
 # Bytes for each photo, whatever its size: conversions of some rows at a time, decoders' buffers.
 CONSTANT = 8_000_000
-# Bytes of a zip member to read at a time. For bzip2 and LZMA they are packed, and may unpack to
-# 45,000 times as many.
+# Bytes of a zip member to read at a time. With bzip2 and LZMA, these are compressed bytes, which
+# may unpack to 45,000 times as many.
 CHUNK, PACKED_CHUNK = 1 << 20, 1 << 12
 
 
@@ -59,7 +59,7 @@ def limit() -> int:
 
 
 def require(needed: int, what: str) -> None:
-    """Checks a number of bytes against the limit; `what` takes them, for the message.
+    """Checks that a number of bytes is within the limit; `what` names their use in the message.
 
     Raises:
       Refused: they exceed the limit.

@@ -73,7 +73,7 @@ class Preprocessing:
         if not 0 < self.size <= self.resize:
             raise ValueError(
                 f"images of {self.size} pixels a side can't be cut out of images resized to "
-                f"{self.resize}: the size must be at least 1 and at most that"
+                f"{self.resize}: the size must be at least 1, and no larger than the resized image"
             )
         for field in ("mean", "std"):
             values = tuple(map(float, getattr(self, field)))
@@ -88,7 +88,7 @@ class Preprocessing:
         """The preprocessing that a checkpoint's preprocessor_config.json describes.
 
         Args:
-          config: the file's content, or processor_config.json's with an `image_processor` in it.
+          config: its content, or that of a processor_config.json with an `image_processor`.
 
         Raises:
           ValueError: the image processor is unknown, or needs an operation that is not implemented.

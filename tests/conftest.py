@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 
-# Tests compile much and compute little: without optimised machine code they take half of the time.
-# The fixture `command` below runs the program with full optimisation, as users do. To test
-# everything with it, set XLA_FLAGS=--xla_backend_optimization_level=3.
+# Tests compile much and compute little, so they take half the time without optimised machine code.
+# The fixture `command` below runs the program with full optimisation, as users do. To run all
+# tests with full optimisation, set XLA_FLAGS=--xla_backend_optimization_level=3.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",

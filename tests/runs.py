@@ -159,7 +159,7 @@ class Ended:
 
 
 def after_step(step: int, action: str, *, process: int = 0, pause: float = 0) -> str:
-    """A script that acts in one process after a step; from then on, all pause at each step."""
+    """A script that acts in one process after a step; then all processes pause at each step."""
     return AFTER_STEP.format(step=step, process=process, action=action, pause=pause)
 
 

@@ -161,7 +161,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(saved, caplog):
 
 
 def test_checkpoints_of_the_version_before_digests(saved):
-    """Such checkpoints have scores in Orbax's metrics, no digests."""
+    """Such checkpoints have scores in Orbax's metrics, and no digests."""
     for step, score in ((1, 0.9), (2, 0.5), (3, 0.6)):
         folder = saved / "checkpoints" / str(step)
         shutil.rmtree(folder / "record")
@@ -236,7 +236,7 @@ def test_loading_says_which_step_it_uses(toy_run, tmp_path, caplog):
 
 
 def test_a_tokenizer_of_another_model(toy_run, tmp_path):
-    """Refused by its digest or, without digests, for having more tokens than rows."""
+    """The tokenizer has another digest; without digests, it has more tokens than the tower."""
     run = shutil.copytree(toy_run, tmp_path / "run")
     file = run / "text_tower" / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(file))

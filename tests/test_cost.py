@@ -297,7 +297,7 @@ def test_collectives_in_a_tpu_executable():
 
 def test_hbm_bytes_in_a_tpu_executable():
     # Each trip slices a layer's weight (read, write) and uses it; the gathered input is written and
-    # read again. VMEM holds the rest; the first block is fetched from HBM, the last put there.
+    # read again. VMEM holds the rest; the first block is read from HBM, the last is written to it.
     in_loop = (2 * FULL + FULL) + (FULL + FULL)
     assert cost.hbm_bytes(TPU) == pytest.approx(TRIPS * in_loop + 2 * BLOCK, rel=1e-4)
 
@@ -343,7 +343,7 @@ big, wide = shape(512, 256), shape(256, 1024)
     ],
 )
 def test_hbm_bytes_agree_with_xla_without_loops(function, arguments):
-    """They agree within a tenth: without loops, XLA counts the same except scalars."""
+    """Without loops, XLA counts the same bytes, but not those of scalars (less than a tenth)."""
     executable = compiled(function, *arguments)
     expected = executable.cost_analysis()["bytes accessed"]
     assert cost.hbm_bytes(executable.as_text()) == pytest.approx(expected, rel=0.1)

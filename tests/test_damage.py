@@ -26,7 +26,7 @@ NOT_READ = ("tensorboard", "profile", ".lock")
 
 
 def choose(run, rng: random.Random):
-    """A random file that is read again, of one of the folders or the last checkpoint's items."""
+    """A random file that is read again, from a random folder or item of the last checkpoint."""
     groups = collections.defaultdict(list)
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         first, *others = path.relative_to(run).parts
@@ -121,7 +121,7 @@ def test_damage_is_noticed_or_without_effect(toy_run, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_kill_at_random_moments(photos, tmp_path):
-    """30 times kill -9, anywhere from preparing the data to evaluation; the results stay the same.
+    """30 runs end by kill -9, between preparing the data and evaluation; no result may change.
 
     Each trial has its own cache, so that the killed run prepares its data and features itself.
     """

@@ -145,7 +145,7 @@ def test_xtd10_and_coco_from_the_prepared_set(coco_folder, tfds_folder, shared, 
 
 
 def test_prepare_completes_xtd10s_captions(coco_folder, shared, tmp_path, monkeypatch):
-    """Downloads them from a local copy; files of an interrupted download are kept."""
+    """Captions come from a local copy; files of an interrupted download are kept."""
     mirror, folder = tmp_path / "mirror", tmp_path / "xtd10"
     for commit, paths in xtd10.COMMITS.items():
         for path in paths:
@@ -205,7 +205,7 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
 
 
 def test_karpathys_test_split_has_folds(tmp_path, monkeypatch):
-    """COCO has 5 folds of 1,000 photos, this set 5 of 2. Five captions per photo are used."""
+    """COCO has 5 folds of 1,000 photos; this set has 5 of 2. Five captions per photo are used."""
     monkeypatch.setattr(split, "COCO_TEST", 10)
     (tmp_path / "val2014").mkdir()
     entries = []

@@ -234,7 +234,7 @@ def test_damaged_files_of_a_run_are_named(run_copy):
 
 
 def test_a_workdir_needs_nothing_else(workdir, encoder, photos, tmp_path):
-    """Loads it from another folder, without the packages of weights and the configurations."""
+    """Another process loads the run without the packages of weights and the configurations."""
     out = tmp_path / "embeddings.npz"
     process = subprocess.run(
         [sys.executable, "-c", SELF_CONTAINED, str(workdir), str(photo(photos)), str(out)],

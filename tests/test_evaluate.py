@@ -29,7 +29,7 @@ def retrieval_set(*languages, image_of=range(12)):
 
 @pytest.fixture
 def three_languages():
-    """English captions find all images, German a quarter; French captions find the next image."""
+    """All English captions find their image, a quarter of the German ones, no French one."""
     images = np.eye(12, dtype=np.float32)
     german = np.roll(images, 1, axis=0)
     german[:3] = images[:3]
@@ -108,7 +108,7 @@ def test_several_captions_an_image():
 
 
 def test_an_image_without_a_caption_in_a_language_is_left_out_of_its_mean():
-    """It remains a wrong answer."""
+    """For captions of other images, it still counts as a wrong answer."""
     images = np.eye(4, dtype=np.float32)
     data = retrieval_set("en", "de", image_of=range(4))
     data.image_of["de"] = np.array([0, 1, 3])

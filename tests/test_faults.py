@@ -96,7 +96,7 @@ def killed(process: int) -> Fault:
     action = f"{SAVED}; os.kill(os.getpid(), signal.SIGKILL)"
     line = f"launch.sh: process {process} ended with exit code 137"
     # 1 and 134 are exit codes of the other process, if it fails at once and launch.sh sees that
-    # first. JAX ends it with SIGABRT if its coordination service notices before a collective does.
+    # first. 134 is SIGABRT: JAX's coordination service noticed the fault before a collective did.
     return Fault(after_step(13, action, process=process), {137, 1, 134}, line)
 
 

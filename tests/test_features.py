@@ -192,7 +192,7 @@ def test_only_damaged_blocks_are_computed_anew(tmp_path, caplog):
 
 def test_another_size_of_blocks_keeps_what_is_intact(tmp_path):
     build(tmp_path, [], block=1000)
-    damage(tmp_path, 1)  # a row of the second thousand
+    damage(tmp_path, 1)  # a row in the second block of 1,000 rows
     calls = []
     np.testing.assert_array_equal(build(tmp_path, calls, block=600), EXPECTED)
     assert calls == [(1000, 1600), (1600, 2200)]

@@ -48,7 +48,7 @@ def test_damaged_digests_are_named(folder):
         damaged = bytearray(content)
         damaged[place] ^= 1
         sums.write_bytes(damaged)
-        # The error names the file, or a missing file with a changed name, or the list itself.
+        # The error names the file, a missing file (if its name was changed), or the list itself.
         with pytest.raises((ValueError, FileNotFoundError)) as info:
             files.check_sums(folder)
         assert len(str(info.value).splitlines()) == 1

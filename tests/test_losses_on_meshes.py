@@ -21,7 +21,8 @@ DENSE = [
     for name in (*PAIRWISE, "triplet", "patr", "m3l")
     for push_apart in (0.0, 0.3)
 ]
-# On eight devices with four rows: one image of each, three (with one left over), and all.
+# On eight devices with four rows each, a chunk has one image of each device, three images of each
+# (one is left over for the next chunk), or all of them.
 CHUNKED = [(name, 0.0, chunk) for name in PAIRWISE for chunk in (8, 20, 100)]
 
 

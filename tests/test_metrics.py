@@ -16,12 +16,12 @@ from xlir import metrics
 
 
 def first_ranks(scores, positive, order):
-    """The rank of the first positive of each row, candidates listed in an order that breaks ties.
+    """The rank of each query's first positive; tied candidates are ranked in the given order.
 
     Args:
       scores: [queries, candidates].
-      positive: the same shape.
-      order: of the candidates, for each query, the same shape.
+      positive: whether a candidate is a positive; of the same shape.
+      order: a permutation of the candidates for each query; of the same shape.
     """
     scores, positive = (np.take_along_axis(array, order, axis=1) for array in (scores, positive))
     ranks = rankdata(-scores, method="ordinal", axis=1)
@@ -60,7 +60,7 @@ def test_ties_count_as_the_mean_over_all_orders(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_count_as_the_mean_over_random_orders(seed, monkeypatch):
-    """Embeddings with large tied groups: within four standard errors of 400 shuffles."""
+    """With large tied groups, metrics are within four standard errors of 400 shuffles' mean."""
     monkeypatch.setattr(metrics, "CHUNK", 7)  # several chunks; the last one is shorter
     rng = np.random.default_rng(seed)
     # Signs in 6 dimensions: seven different cosines.
@@ -152,7 +152,7 @@ def test_a_collapsed_encoder_scores_chance(photos, dim, noise):
 
 
 def test_ties_stop_at_rounding_errors():
-    """Cosines that differ by 1e-7 are tied (two of the photos), and by 2e-6 are not (the third)."""
+    """Two photos whose cosines differ by 1e-7 are tied; a third, which differs by 2e-6, is not."""
     angle = np.arccos([0.5, 0.5 + 1e-7, 0.5 + 2e-6])
     images, text = np.stack([np.cos(angle), np.sin(angle)], axis=1), np.array([[1.0, 0.0]])
     for right, rank in ((0, 2.5), (1, 2.5), (2, 1)):

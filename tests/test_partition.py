@@ -85,7 +85,7 @@ def test_a_real_run_holds_what_the_table_says():
     ("path", "shape", "expected"),
     [
         ("text_tower.layers.stacked.mlp.fc1.kernel", (12, 768, 3072), (None, None, "fsdp")),
-        # The last axis does not divide, the one before does; a stack's first axis is never used.
+        # 1001 is no multiple of 8, and 768 is; the first axis of a stack is never sharded.
         ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 768, 1001), (None, "fsdp")),
         ("text_tower.layers.stacked.mlp.fc1.kernel", (8, 767, 1001), ()),
         ("text_tower.embedding", (250002, 768), (None, "fsdp")),

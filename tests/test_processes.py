@@ -43,7 +43,7 @@ def two_processes(flags, session_folder) -> Run:
 
 @pytest.fixture(scope="session")
 def interrupted(flags, session_folder) -> Run:
-    """Stopped on one device, then in two processes with four each; finished on eight devices."""
+    """A run that stops on 1 device, then in 2 processes of 4 devices, and ends on 8 devices."""
     return run_once(session_folder / "interrupted", lambda folder: train_in_legs(folder, flags))
 
 

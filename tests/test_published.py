@@ -290,7 +290,7 @@ def unit(x):
 
 
 def pictures():
-    """Images; torchvision and transformers halve margins of 3 and 1 pixels differently."""
+    """Some have margins of 3 or 1 pixels, which torchvision and transformers halve differently."""
     rng = np.random.default_rng(0)
     sizes = [(32, 32), (48, 40), (70, 33), (64, 70), (32, 33), (35, 32)]
     return [Image.fromarray(rng.integers(0, 256, (*s, 3)).astype(np.uint8)) for s in sizes]

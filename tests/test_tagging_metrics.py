@@ -109,7 +109,7 @@ def test_cosines_of_many_photos_keep_their_average_precision_when_rounded():
 
 
 def test_average_precision_with_large_ties_is_the_mean_over_random_orders():
-    """2,000 photos with eleven scores: within four standard errors of 300 shuffles."""
+    """2,000 photos have few distinct scores; four standard errors of 300 shuffles are allowed."""
     rng = np.random.default_rng(4)
     positive = rng.random(2000) < 0.1
     scores = np.round(rng.random(2000) + 0.2 * positive, 1)

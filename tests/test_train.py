@@ -350,7 +350,7 @@ def test_the_temperature_is_learned_up_to_its_bound(temperature, noise, expected
 
 
 def test_the_temperature_of_a_run_that_was_beyond_its_bound(without_heads):
-    """In runs from before clipping, the scale is 100 when loaded, and training can lower it."""
+    """Old runs may have a scale above 100: it is 100 when loaded, and training can lower it."""
     encoder, state, step = without_heads(0.01)
     beyond = {**state.params, "log_scale": jax.numpy.float32(5.5)}
     frozen = encoder.parameters.frozen

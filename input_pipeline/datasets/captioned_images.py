@@ -118,11 +118,11 @@ class PreparedSet:
       builder: the data set as a TFDS builder.
       name: name of the set; results on a split are named NAME-SPLIT.
       main_split: the split whose results are named NAME alone; may be empty.
-      translations: for a set with one text per photo in several languages: takes a split's name and
-        returns, by language, the text of each photo. None: the set has English captions only.
+      translations: takes a split's name and returns, by language, the text of each photo; for a
+        set with one text per photo in each language. None: the set has English captions only.
       keeps_order: whether photos are in the order of the publisher's file.
-      own_tags: for a set with exactly one tag per photo: takes a split's name and returns the row
-        of each photo's tag in the vocabulary that has the same name as the set.
+      own_tags: takes a split's name and returns the row of each photo's tag in the vocabulary that
+        has the same name as the set; for a set with exactly one tag per photo, else None.
     """
 
     builder: tfds.core.DatasetBuilder

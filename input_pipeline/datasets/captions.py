@@ -95,8 +95,8 @@ def prepare(
 def set_name(annotations: pathlib.Path) -> str:
     """The set's name: NAME of dataset_NAME.json.
 
-    TFDS reads only names that begin with an ASCII letter, then word characters. Other characters
-    become "_"; "set_" is put before a name that begins with anything else.
+    TFDS reads only names of word characters that begin with an ASCII letter. Other characters
+    become "_", and a name that does not begin with a letter gets the prefix "set_".
     """
     name = annotations.stem.removeprefix("dataset_")
     if re.fullmatch(r"[a-zA-Z]\w*", name):
@@ -182,7 +182,7 @@ def _read(annotations: pathlib.Path, data: bytes, folder: pathlib.Path) -> list[
 
 
 def _image_id(value: object) -> int:
-    """Checks that an id fits into 64 bits, signed and not negative."""
+    """Checks that an id is not negative and fits into a signed integer of 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
         raise ValueError(
             f"the id {repr(value)[:40]} is not a whole number from 0 to {(1 << 63) - 1}"

@@ -30,7 +30,8 @@ from input_pipeline.datasets.source import DataSet
 LANGUAGES = ("en", "ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
 SIZES = {"test": 400, "val": 100}
 # Pictures count as the same if their root mean square difference, for values of 0 to 255, is less
-# than this. The flags of Norway and Svalbard differ by 1.3, different things by at least 4.
+# than this. The flags of Norway and Svalbard differ by 1.3, pictures of different things by 4 or
+# more.
 ALIKE = 3.0
 
 ZERO_WIDTH_JOINER, VARIATION_SELECTOR = "\u200d", "\ufe0f"
@@ -129,7 +130,7 @@ def _pictures() -> dict[str, pathlib.Path]:
     files = {file.stem: file for file in folder.iterdir()}
     found = {}
     for character in _names():
-        # Only joined sequences (all but one) have variation selectors in their file names.
+        # File names have variation selectors only for joined sequences, and one of these has none.
         bare = character.replace(VARIATION_SELECTOR, "")
         candidates = [bare] if ZERO_WIDTH_JOINER not in character else [character, bare]
         for candidate in candidates:

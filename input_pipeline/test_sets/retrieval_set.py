@@ -68,7 +68,7 @@ def nothing_missing(options: Options, run: RunData) -> str:
 
 
 def no_photos(options: Options, run: RunData) -> Collection[str]:
-    """A `photos` that names none: they are recognized otherwise, or may be trained on."""
+    """A `photos` for types whose photos may be trained on, or are kept out in another way."""
     return ()
 
 

@@ -35,8 +35,7 @@ def length_batches(
     """Groups texts of similar lengths into batches of few distinct padded shapes.
 
     Texts are sorted from the longest to the shortest. So the first text of a batch determines its
-    length, the first batch needs the most memory, and only the last batch can have an odd number of
-    rows.
+    length, the first batch needs the most memory, and only the last batch can be incomplete.
 
     Args:
       lengths: number of tokens of each text, with special tokens.
@@ -55,7 +54,7 @@ def length_batches(
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
         length = length if longest is None else min(length, longest)
-        # A power of two: callers pad the last batch to one, so that its shape is often known.
+        # A power of two: callers pad the last batch to one, so its shape is often known already.
         fitting = 1 << max(max_tokens // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]
         yield rows, length

@@ -83,7 +83,7 @@ class HuggingFaceTokenizer:
         Raises:
           FileNotFoundError: the folder holds no tokenizer.
           ValueError: the tokenizer is damaged or needs the checkpoint's code, or its vocabulary,
-            its special ids or its case disagree with the model.
+            its special ids or its lowercasing do not fit the model.
         """
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             raise FileNotFoundError(
@@ -290,8 +290,8 @@ class HuggingFaceTokenizer:
             )
         for name, ours in special_ids.items():
             theirs = model_config.get(name)
-            # BERT's config.json has pad_token_id 0 for any tokenizer (multilingual-e5-small: 1),
-            # and the model does not use it.
+            # BERT's config.json has pad_token_id 0 whatever the tokenizer has (1 in
+            # multilingual-e5-small), and the model does not use it.
             bert = model_config.get("model_type") in ABSOLUTE_POSITIONS
             if None in (ours, theirs) or (bert and (name, theirs) == ("pad_token_id", 0)):
                 continue

@@ -10,8 +10,8 @@ from typing import Any
 
 # Length of the beginning that is tokenized first, in characters per wanted token.
 CHARACTERS_PER_TOKEN = 64
-# Where a text may be cut: before a space after a letter or digit. Excluded are characters that
-# Unicode may join with what follows them: U+0D4E, and some beyond the 16-bit plane.
+# Where a text may be cut: before a space that follows a letter or digit. Characters that Unicode
+# may join with what follows them are excluded: U+0D4E, and some beyond the 16-bit plane.
 CUT = re.compile("(?<=[^\\W\u0d4e\U00010000-\U0010ffff]) ")
 # Steps of a tokenizer.json that treat a text's beginning the same with or without the rest.
 NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled")
@@ -30,8 +30,8 @@ def first_tokens(
 ) -> list[list[int]]:
     """At least the first `keep` tokens of each text, or all tokens of shorter texts.
 
-    Of a long text, only the beginning up to a space is tokenized, and a longer beginning if that
-    gives too few tokens. A text without a space to cut at is tokenized as a whole.
+    Only the beginning of a long text, up to a space, is tokenized. If that gives too few tokens, a
+    longer beginning is tokenized. A text without a space to cut at is tokenized as a whole.
 
     Args:
       split: tokenizes whole texts.
@@ -58,7 +58,7 @@ def first_tokens(
 
 
 def splits_at_spaces(content: Mapping[str, Any]) -> bool:
-    """Whether no token and no normalization step depends on text beyond a space (see `CUT`).
+    """Whether tokens and normalization before a space are independent of what follows (see `CUT`).
 
     Args:
       content: a tokenizer.json.

@@ -12,9 +12,9 @@ A file without tabs is a list with a tag per line, which is used for every langu
 
 This folder holds `coco`, COCO's 80 objects in XTD10's 11 languages, and `flickr8k`, the 200 most
 frequent nouns of Flickr8k's training captions (`input_pipeline.nouns`) in 5 languages. The
-translations are our own. Where the first translation of a tag also has another meaning, further
-names were added, tested on validation photos. `emoji`, the names of 1,914 emoji in 14 languages,
-comes from the PyPI package of that name.
+translations are our own. Where the first translation of a tag also has another meaning, we added
+further names and tested them on validation photos. `emoji`, the names of 1,914 emoji in 14
+languages, comes from the PyPI package of that name.
 """
 
 import dataclasses

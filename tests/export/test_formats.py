@@ -191,7 +191,7 @@ def pairs(photos) -> verification.Examples:
     turned[ExifTags.Base.Orientation] = 6
     images = [
         (photos / "images" / "00.jpg").read_bytes(),
-        # So large that training decodes it at a reduced size; an exported model does not.
+        # Training decodes a photo of this size at a reduced size; an exported model does not.
         encoded("RGB", (600, 450), "JPEG"),
         encoded("RGB", (70, 90), "JPEG", exif=turned),
         encoded("RGBA", (64, 48), "PNG"),

@@ -132,7 +132,8 @@ def test_shapes_are_known_without_a_checkpoint():
     compile.trace(config, partition.create_mesh(config.mesh))
 
 
-# Parameters of transformers' model: ours, a mask token, and the class token's position.
+# Number of parameters of transformers' model. In addition to ours, it has a mask token and a
+# position of the class token.
 PARAMETERS = {
     "facebook/dinov2-with-registers-small": 22_058_112,
     "facebook/dinov2-with-registers-base": 86_583_552,

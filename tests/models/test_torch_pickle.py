@@ -17,7 +17,7 @@ from xlir.models.torch_pickle import read_torch_pickle
 
 
 class Global:
-    """Pickles as a bare reference to module.name (protocol 2), whether it exists or not."""
+    """Its pickle only refers to module.name (protocol 2), whether that exists or not."""
 
     def __init__(self, module: str, name: str):
         self.opcodes = f"c{module}\n{name}\n".encode()
@@ -154,7 +154,7 @@ class Command:
 
 
 def attacks(witness: pathlib.Path) -> dict[str, tuple[bytes, str]]:
-    """Pickles that would create the file `witness`, and the name that each is refused for."""
+    """Pickles that would create the file `witness`, each with the name that the error shows."""
     command = f"open({str(witness)!r}, 'w').close()"
     return {
         "system": (pickle.dumps(Command(os.system, f"touch {witness}"), 2), r"posix\.system"),

@@ -407,7 +407,7 @@ def embed(e5_folder):
     config = pretrained.read_config(e5_folder)
     tokenizer = HuggingFaceTokenizer.from_checkpoint(e5_folder, config, prefix="query: ")
     graph, params = nnx.split(loaded(config, pretrained.read_checkpoint(e5_folder)))
-    # Most of the time is spent on computing, so that optimised machine code is faster.
+    # Here computing takes longer than compiling, so optimised machine code saves time.
     optimised = {"xla_backend_optimization_level": 3}
     apply = jax.jit(
         lambda params, ids, mask: nnx.merge(graph, params)(ids, mask), compiler_options=optimised

@@ -165,7 +165,7 @@ def test_ten_million_words_are_not_all_looked_at(tokenizer):
 
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "first")
-    # Self-contained: it still reads after the folder has moved.
+    # The folder is self-contained: it can still be read after it has moved.
     (tmp_path / "first").rename(tmp_path / "second")
     loaded = load_tokenizer(tmp_path / "second")
     assert loaded.fingerprint() == tokenizer.fingerprint()
