@@ -70,7 +70,14 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory) -> pathlib.Path:
-    """A folder that all workers share, for files that are made once (`runs.once`), then read."""
+    """A folder that all workers share, for files that are made once (`runs.once`), then read.
+
+    If $XLIR_TESTS_FOLDER is set, it is that folder, which later calls of pytest can use again.
+    """
+    if "XLIR_TESTS_FOLDER" in os.environ:
+        kept = pathlib.Path(os.environ["XLIR_TESTS_FOLDER"])
+        kept.mkdir(parents=True, exist_ok=True)
+        return kept
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if WORKER else folder
 

@@ -31,11 +31,10 @@ from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
-from input_pipeline import files, photo_limits
-from xlir.commands import processes
+from input_pipeline import photo_limits
+from xlir.commands import outputs, processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
-from xlir.commands.tag import SHEET_SUFFIXES, opened, printable
 
 WORDS = "QUERY..."
 # At this cutoff, one in twenty validation captions finds no validation photo.
@@ -57,14 +56,7 @@ def define(flags: Flags) -> None:
     flags.switch(
         "exact", "Compare with every photo; otherwise a search in a large index may miss a few."
     )
-    flags.string(
-        "output", "File for the results as JSON lines; with -, they are printed instead of a table."
-    )
-    flags.string(
-        "sheet",
-        "File for a contact sheet, a picture of the photos that were found "
-        f"({', '.join(SHEET_SUFFIXES)}).",
-    )
+    outputs.define(flags, "the photos", "the photos that were found")
 
 
 def run(values: FlagValues, *queries: str) -> None:
@@ -82,7 +74,7 @@ def run(values: FlagValues, *queries: str) -> None:
 
     index = Index.open(values.index)
     found = []
-    with opened(values.output) as output:
+    with outputs.opened(values.output) as output:
         for query in queries or [""]:
             parts = [*([query] if query else []), *values["and"].value, *image]
             hits = index.search(
@@ -110,14 +102,7 @@ def _check(values: FlagValues, queries: Sequence[str]) -> None:
         raise UsageError(f"--cutoff={values.cutoff} is not between 0 and 1")
     if any(not query.strip() for query in queries):
         raise UsageError("a query is empty")
-    if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
-        raise UsageError(f"--sheet={values.sheet} should end in {', '.join(SHEET_SUFFIXES)}")
-    for place in (values.output, values.sheet):
-        if place not in (None, "-"):
-            files.check_writable(pathlib.Path(place))
-    sys.stdout.reconfigure(
-        encoding="utf8" if values.output == "-" else None, errors="backslashreplace"
-    )
+    outputs.check(values)
 
 
 def json_line(query: str, hits: Sequence) -> str:
@@ -130,11 +115,11 @@ def json_line(query: str, hits: Sequence) -> str:
 
 def table(query: str, hits: Sequence) -> str:
     """A query and its hits for the terminal, a row per photo."""
-    rows = [
-        f"{hit.cosine if hit.percentile is None else hit.percentile:7.3f}  {printable(hit.path)}"
-        for hit in hits
-    ]
-    return "\n".join([printable(query), *(rows or ["  nothing fits"])])
+    rows = []
+    for hit in hits:
+        number = hit.cosine if hit.percentile is None else hit.percentile
+        rows.append(f"{number:7.3f}  {outputs.printable(hit.path)}")
+    return "\n".join([outputs.printable(query), *(rows or ["  nothing fits"])])
 
 
 def _draw(index, found: Sequence[tuple[str, Sequence]], file: pathlib.Path) -> None:

@@ -14,7 +14,6 @@ Examples:
       --output=tags.jsonl --sheet=tags.png PHOTOS
 """
 
-import contextlib
 import dataclasses
 import glob
 import json
@@ -22,22 +21,18 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TextIO
+from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
-from input_pipeline import files, photo_limits
-from xlir.commands import processes
+from input_pipeline import photo_limits
+from xlir.commands import outputs, processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
 log = logging.getLogger(__name__)
 
 WORDS = "IMAGES..."
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-# File name extensions of a contact sheet.
-SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def define(flags: Flags) -> None:
@@ -62,14 +57,7 @@ def define(flags: Flags) -> None:
         "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, 1% of "
         "the vocabulary become tags of a photo on average, in every language.",
     )
-    flags.string(
-        "output", "File for the tags as JSON lines; with -, they are printed instead of the table."
-    )
-    flags.string(
-        "sheet",
-        "File for a contact sheet, a picture of the first images with their tags "
-        f"({', '.join(SHEET_SUFFIXES)}).",
-    )
+    outputs.define(flags, "the tags", "the first images with their tags")
 
 
 def run(values: FlagValues, *images: str) -> None:
@@ -84,9 +72,6 @@ def run(values: FlagValues, *images: str) -> None:
         vocabulary.names_in(language)
     found = find_images(images)
     photo_limits.limit()
-    # JSON is UTF-8. In the table, characters that the terminal's encoding lacks are escaped.
-    encoding = "utf8" if values.output == "-" else None
-    sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     processes.start_jax(values)
     from xlir.encoder import Encoder
 
@@ -109,11 +94,7 @@ def _check(values: FlagValues, images: Sequence[str]) -> None:
         raise UsageError("--language= names no language")
     if values.threshold is not None and not 0 <= values.threshold <= 1:
         raise UsageError(f"--threshold={values.threshold} is not between 0 and 1")
-    if values.sheet and not values.sheet.lower().endswith(SHEET_SUFFIXES):
-        raise UsageError(f"--sheet={values.sheet} should end in {', '.join(SHEET_SUFFIXES)}")
-    for place in (values.output, values.sheet):
-        if place not in (None, "-"):
-            files.check_writable(pathlib.Path(place))
+    outputs.check(values)
 
 
 def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
@@ -122,6 +103,8 @@ def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
     Raises:
       FileNotFoundError: a path does not exist, or there are no images.
     """
+    from xlir.search.photos import SUFFIXES
+
     found: dict[pathlib.Path, None] = {}
     for path in paths:
         places = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -130,7 +113,7 @@ def find_images(paths: Sequence[str]) -> list[pathlib.Path]:
         for place in map(pathlib.Path, places):
             if place.is_dir():
                 inside = sorted(place.rglob("*"))
-                images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+                images = [file for file in inside if file.suffix.lower() in SUFFIXES]
             else:
                 # A file named on the command line counts as an image, whatever its extension.
                 images = [place]
@@ -174,10 +157,10 @@ def _tag(
 
     def skip(reason: str) -> None:
         skipped.append(reason)
-        log.warning("skipped: %s", printable(reason))
+        log.warning("skipped: %s", outputs.printable(reason))
 
     top_k = values.top_k or (None if values.threshold is not None else 5)
-    with opened(values.output) as output:
+    with outputs.opened(values.output) as output:
         for batch, embeddings in tagging.embed_files(encoder, images, skip):
             tags = {
                 language: tagger.tag(embeddings, top_k, values.threshold)
@@ -196,16 +179,6 @@ def _tag(
     if len(skipped) == len(images):
         raise ValueError("none of the images can be decoded")
     return sheet
-
-
-@contextlib.contextmanager
-def opened(output: str | None) -> Iterator[TextIO | None]:
-    """Where JSON lines are written: a file, standard output for "-", or None."""
-    if output in (None, "-"):
-        yield sys.stdout if output else None
-    else:
-        with open(output, "w", encoding="utf8") as file:
-            yield file
 
 
 def record(file: pathlib.Path, language: str, tags: Sequence) -> dict:
@@ -234,7 +207,7 @@ def json_line(record: dict) -> str:
 def _table_rows(records: Sequence[dict]) -> str:
     """An image's tags for the terminal, a row per language; the first row has the file name."""
     rows = []
-    name = printable(records[0]["image"])
+    name = outputs.printable(records[0]["image"])
     for one in records:
         cells = [
             f"{tag['name']} {tag['cosine'] if tag['percentile'] is None else tag['percentile']:.3f}"
@@ -243,11 +216,6 @@ def _table_rows(records: Sequence[dict]) -> str:
         rows.append(f"{name:<40}  {one['language']:<3} {', '.join(cells) or '-'}")
         name = ""
     return "\n".join(rows)
-
-
-def printable(text: str) -> str:
-    """The text with line ends, control characters and bytes that are not UTF-8 escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _draw(sheet: Sequence[tuple[pathlib.Path, list[dict]]], file: pathlib.Path) -> None:

@@ -229,6 +229,11 @@ def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Itera
         yield from _in_archive(root, excluded, skip) if archive else _file(root, skip)
 
 
+def _is_named_as_photo(name: str) -> bool:
+    """Whether a file's name is one of a photo. macOS keeps attributes of 1.jpg in `._1.jpg`."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._")
+
+
 def _holds_archive(path: str) -> bool:
     """Whether a file without a telling extension is an archive."""
     if os.path.splitext(path)[1].lower() in SUFFIXES or not os.path.isfile(path):
@@ -252,7 +257,7 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
             yield from _in_folder(entry.path, excluded, skip)
         elif archives.is_archive(entry.path):
             yield from _in_archive(entry.path, excluded, skip)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+        elif _is_named_as_photo(entry.name):
             yield from _file(entry.path, skip)
 
 
@@ -286,7 +291,7 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
     try:
         for name, size, modified, read in archives.members(path):
             inside = os.path.normpath(name)
-            if os.path.splitext(inside)[1].lower() not in SUFFIXES:
+            if not _is_named_as_photo(os.path.basename(inside)):
                 continue
             whole = f"{path}/{inside}"
             if inside.startswith(("/", "../")):
