@@ -17,6 +17,7 @@ import xlir
 from tests import runs
 from tests.runs import run_main
 from xlir.search import index as search_index
+from xlir.search import photo_rows
 from xlir.search import photos as collection
 from xlir.search.query import WITHOUT_WEIGHT
 
@@ -283,6 +284,53 @@ def test_a_killed_run_is_resumed(command, folder, photos):
         f"60 photos ({60 - len(before)} new, 0 changed, {len(before)} unchanged" in resumed.stdout
     )
     assert paths_of(xlir.Index.open(folder)) == files_of(photos / "images")
+
+
+KILL_AT_ANY_MOMENT = """
+import os, random, signal, threading
+from xlir import embed
+from xlir.search import photo_rows
+from xlir.search.stores.lance import LanceStore
+embed.IMAGE_BATCH = photo_rows.ROWS_AT_ONCE = 4
+file = open({file!r}, "w")
+moment = random.Random({round}).uniform(0, 1)
+killer = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL))
+def acknowledged(store):
+    def stored(self, rows):
+        store(self, rows)
+        file.writelines(path + "\\n" for path in rows["path"].to_pylist())
+        file.flush()
+        if not killer.ident:
+            killer.start()
+    return stored
+LanceStore.add = acknowledged(LanceStore.add)
+LanceStore.replace = acknowledged(LanceStore.replace)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_at_any_moment_lose_nothing(command, index, folder, photos, tmp_path):
+    """Between the rounds, photos change; after each, what was acknowledged is stored, and once."""
+    images = shutil.copytree(photos / "images", tmp_path / "images")
+    kills = 0
+    for number in range(10):
+        file = tmp_path / f"{number}.txt"
+        script = KILL_AT_ANY_MOMENT.format(file=str(file), round=number)
+        for image in sorted(images.glob("*.jpg"))[number % 2 :: 2]:
+            os.utime(image, ns=(0, number * 10**12))
+        ended = command("index", f"--to={folder}", str(images), script=script, check=False)
+        kills += ended.returncode == -signal.SIGKILL
+        assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+        index.refresh()
+        stored = paths_of(index)
+        assert len(set(stored)) == len(stored)
+        known = photo_rows.known(index._store)
+        for path in file.read_text().splitlines():
+            assert known[collection.identifier(path)][1] == os.stat(path).st_mtime_ns
+    assert kills >= 5
+    assert index.add([images]).skipped == 0
+    assert paths_of(index) == files_of(images)
+    assert index.add([images]).unchanged == 60
 
 
 def test_an_interrupted_creation_is_made_again(toy_run, tmp_path, monkeypatch):
