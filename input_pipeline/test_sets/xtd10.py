@@ -183,7 +183,7 @@ def _show_licence(folder: pathlib.Path) -> None:
         return
     licence = next(folder.rglob("LICENSE.md"), f"{URL}/blob/master/LICENSE.md")
     log.warning(
-        "XTD10's captions are under %s. Its text: %s (this is shown once)",
+        "XTD10's captions are under %s. The licence is at %s (this is shown once)",
         *(TERMS, licence),
     )
     # If the cache can't be written, the terms are shown again next time.

@@ -552,7 +552,7 @@ def test_members_leading_out_of_the_archive(folder, kind):
     for name, reason in zip(bad, reasons, strict=True):
         assert os.path.normpath(name) in reason
         assert reason.startswith(f"{folder}/m.{kind}: ")
-        assert reason.endswith(" leads out of it")
+        assert reason.endswith(" lies outside the archive")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 on macOS")

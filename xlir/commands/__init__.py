@@ -127,5 +127,5 @@ def _unknown_flag(name: str, verb: str) -> str:
     if not others:
         return f"unknown flag --{name}"
     listed = " and ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
-    hint = ": it reads the configuration in the run's folder" if name == "config" else ""
+    hint = ": it reads the configuration of the run" if name == "config" else ""
     return f"--{name} is a flag of {listed}, not of {verb}{hint}"

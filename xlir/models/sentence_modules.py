@@ -109,7 +109,7 @@ def _listed(folder: pathlib.Path) -> list[tuple[str, str]]:
 def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; {MODULES_FILE} beside it lists its folder")
+        raise FileNotFoundError(f"{file} is missing, but {MODULES_FILE} lists its folder")
     return pretrained.read_json(file)
 
 

@@ -110,7 +110,7 @@ def of_run(encoder: Encoder, workdir: pathlib.Path) -> Calibration | None:
     except (ValueError, FileNotFoundError) as error:
         reason, *_ = str(error).splitlines()
         log.warning(
-            "the index has no calibrated percentiles, so searches do not say that nothing fits: %s",
+            "the index has no calibrated percentiles, so searches can't tell when nothing fits: %s",
             reason,
         )
         return None

@@ -75,8 +75,8 @@ def parse(text: str) -> Filter:
 def _expect(words: list[str], word: str, text: str) -> None:
     if words[0].lower() != word or len(words) == 1:
         raise ValueError(
-            f"the filter {text!r} is not terms joined by 'and', near {words[0]!r}; put values with "
-            "spaces in quotes"
+            f"the filter {text!r} is not valid at {words[0]!r}: join terms with 'and', and put "
+            "values with spaces in quotes"
         )
     del words[0]
 

@@ -295,7 +295,7 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
                 continue
             whole = f"{path}/{inside}"
             if inside.startswith(("/", "../")):
-                skip(f"{_shown(path)}: the path {_shown(inside)} in it leads out of it")
+                skip(f"{_shown(path)}: its member {_shown(inside)} lies outside the archive")
             elif not _is_text(inside):
                 skip(f"{_shown(path)}: the path {_shown(inside)} in it is not valid UTF-8")
             elif not excluded.member(path, inside):
