@@ -138,7 +138,10 @@ def test_bounds_beyond_any_photo():
         ("folder x and and name y", "has no term"),
         ("folder x name y", "is not valid at 'name'"),
         ("folder x or name y", "is not valid at 'or'"),
-        ("folder My Pictures", "near 'Pictures'; put values with spaces in quotes"),
+        (
+            "folder My Pictures",
+            "at 'Pictures': join terms with 'and', and put values with spaces in quotes",
+        ),
         ("name it's", "has a quote that is not closed"),
         ('name "x', "has a quote that is not closed"),
         ("width big", "width takes whole numbers such as 1000..2000, not 'big'"),
