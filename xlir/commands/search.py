@@ -1,7 +1,8 @@
 """Search an index of photos, with texts in any language or with a photo.
 
 Each QUERY is searched for on its own. --and and --image add to what the photos of every query
-should show; --not names what they should not show.
+should show; --not names what they should not show. The parts of a query are added with weight 1,
+those of --not are subtracted with weight 0.5 (docs/results.md compares weights).
 
 The number beside a photo is its calibrated percentile: 0.3 means that for 30% of the run's
 validation captions, even the best photo fits less well. Photos below --cutoff are not shown; if
