@@ -52,6 +52,8 @@ def png_of_size(width: int, height: int) -> bytes:
         "/api/photos/" + "0" * 20,
         "/api/photos/" + "0" * 20 + "/file",
         "/api/photos/" + "0" * 20 + "/thumbnail",
+        "/api/photos/" + "0" * 20 + "/tags",
+        "/api/photos/" + "0" * 20 + "/tags?language=../../etc",
         "/api/photos/' OR '1'='1",
         "/api/photos/" + "0" * 19 + "'/thumbnail",
         "/api/photos/" + "A" * 20,

@@ -7,6 +7,7 @@ import urllib.parse
 
 import pytest
 
+# Needs `pip install playwright axe-playwright-python`, and Chromium.
 CHROMIUM = "/usr/bin/chromium"
 # As in page.js.
 CUTOFF = 0.05
@@ -56,7 +57,7 @@ def status(page, text: str) -> None:
 def ask(page, query: str) -> None:
     page.get_by_label("What the photos should show").fill(query)
     page.keyboard.press("Enter")
-    status(page, "the best first|No photo|the best$")
+    status(page, "the best first|No photo|^1 photo$")
 
 
 def names(page) -> list[str]:
@@ -155,6 +156,126 @@ def test_what_photos_should_not_show(page, served):
     )
 
 
+def slide(page, value: float) -> None:
+    """Moves the slider of the cutoff without letting it go, as dragging does."""
+    page.locator("#cutoff").evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+        value,
+    )
+
+
+def test_the_slider_shows_how_many_photos_pass(page, served):
+    ask(page, "rot")
+    hits = served.index.search("rot", count=60)
+    percentiles = [hit.percentile for hit in hits]
+    middle = round(sorted(percentiles)[len(hits) // 2], 2)
+    searches = []
+    page.on("request", lambda request: searches.append(request.url))
+    for value in (0, middle, 1):
+        slide(page, value)
+        passing = [hit for hit in hits if hit.percentile >= value]
+        text = f"{len(passing)} of {len(hits)} photos pass"
+        playwright.expect(page.locator("#passing")).to_have_text(text)
+        assert page.locator("#cutoff").get_attribute("aria-valuetext") == f"{value}: {text}"
+        assert names(page) == names_of(passing)
+    assert not [url for url in searches if "/api/search" in url]
+    assert "cutoff" not in page.url
+
+
+def test_the_cutoff_is_in_the_address(page, served):
+    ask(page, "rot")
+    page.get_by_label("Cutoff").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page).to_have_url(re.compile(r"[?&]cutoff=0\.07$"))
+    page.reload()
+    status(page, "the best first")
+    assert page.get_by_label("Cutoff").input_value() == "0.07"
+    assert names(page) == names_of(served.index.search("rot", count=60, cutoff=0.07))
+    page.get_by_label("Cutoff").press("ArrowLeft")
+    page.get_by_label("Cutoff").press("ArrowLeft")
+    playwright.expect(page).to_have_url(f"{served.url}/?q=rot")
+    for odd in ("x", "7", "-1", "NaN", "%00"):
+        page.goto(f"{served.url}/?q=rot&cutoff={odd}")
+        status(page, "the best first")
+        assert page.get_by_label("Cutoff").input_value() == "0.05"
+
+
+def test_a_query_that_nothing_fits(page, served):
+    words = ("rot", "blau", "grün", "Kreis", "Quadrat", "Hund", "x", "y", "z")
+    best = {word: served.index.search(word, count=1)[0].percentile for word in words}
+    word = min(best, key=best.get)
+    assert best[word] < 0.99
+    page.goto(f"{served.url}/?q={word}&cutoff=1")
+    status(page, "^No photo fits.*lower cutoff to see the nearest")
+    playwright.expect(page.locator("#passing")).to_have_text(re.compile("^0 of"))
+    assert names(page) == []
+    slide(page, 0)
+    assert names(page) == names_of(served.index.search(word, count=60))
+
+
+def test_queries_with_photos_have_no_cutoff(page):
+    ask(page, "rot")
+    playwright.expect(page.get_by_label("Cutoff")).to_be_visible()
+    page.get_by_role("button", name="More like").first.click()
+    playwright.expect(page.locator("#example")).to_be_visible()
+    playwright.expect(page.get_by_label("Cutoff")).to_be_hidden()
+
+
+def tags_of(page) -> list[str]:
+    """The tags of the first photo, once they are shown."""
+    tags = page.locator("#results li").first.locator(".tags a")
+    playwright.expect(tags.first).to_be_visible(timeout=60_000)
+    return tags.all_text_contents()
+
+
+def fitting_tags(page, language: str) -> list[str]:
+    """The tags of the first photo, by the API."""
+    place = page.locator("#results img").first.get_attribute("src").removesuffix("/thumbnail")
+    address = f"{place}/tags?language={language}&count=8&cutoff={CUTOFF}"
+    found = page.evaluate("async (url) => (await fetch(url)).json()", address)
+    return [one["tag"] for one in found["tags"]]
+
+
+def test_tags_in_two_languages(browser, served):
+    with opened(browser, f"{served.url}/?q=rot", locale="de-AT") as page:
+        status(page, "the best first")
+        assert page.get_by_label("Tags in").input_value() == "de"
+        button = page.get_by_role("button", name=re.compile("^Tags of")).first
+        button.press("Enter")
+        german = tags_of(page)
+        assert german == fitting_tags(page, "de")
+        assert button.get_attribute("aria-expanded") == "true"
+        page.get_by_label("Tags in").select_option(label="العربية")
+        playwright.expect(page.locator(".tags a[lang=ar]").first).to_be_visible(timeout=60_000)
+        assert tags_of(page) == fitting_tags(page, "ar") != german
+        direction = "link => getComputedStyle(link).direction"
+        assert page.locator(".tags a").first.evaluate(direction) == "rtl"
+        page.reload()
+        playwright.expect(page.get_by_label("Tags in")).to_have_value("ar")
+        page.get_by_label("Tags in").select_option("de")
+        button.click()
+        page.locator(".tags a", has_text=german[0]).first.click()
+        playwright.expect(page.locator("#q")).to_have_value(german[0])
+        status(page, "the best first|No photo|^1 photo$")
+        found = served.index.search(german[0], count=60, cutoff=CUTOFF)
+        assert names(page) == names_of(found) != []
+        button.click()
+        playwright.expect(page.locator(".tags:visible")).to_have_count(1)
+        button.click()
+        playwright.expect(page.locator(".tags:visible")).to_have_count(0)
+
+
+def test_without_names_the_page_offers_no_tags(browser, served):
+    page = browser.new_page()
+    page.route("**/api/languages", lambda route: route.fulfill(json={"languages": []}))
+    page.goto(f"{served.url}/?q=rot")
+    status(page, "the best first")
+    playwright.expect(page.get_by_label("Tags in")).to_be_hidden()
+    assert page.get_by_role("button", name=re.compile("^Tags of")).count() == 0
+    page.close()
+
+
 def test_more_like_this_and_the_back_button(page, served):
     ask(page, "rot")
     before = names(page)
@@ -191,10 +312,11 @@ def test_the_keyboard_reaches_everything(page):
     ask(page, "rot")
     page.locator("#q").focus()
     reached = []
-    for _ in range(6):
+    for _ in range(9):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert reached == ["BUTTON", "photo", "SUMMARY", "A", "BUTTON", "A"]
+    start = ["BUTTON", "photo", "SUMMARY", "cutoff", "language"]
+    assert reached == [*start, "A", "BUTTON", "BUTTON", "A"]
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(outline) == "solid"
 
@@ -202,7 +324,7 @@ def test_the_keyboard_reaches_everything(page):
 def test_every_field_has_a_label(page):
     filters(page)
     unnamed = page.evaluate(
-        "[...document.querySelectorAll('input')].filter(one => !one.labels.length).length"
+        "[...document.querySelectorAll('input, select')].filter(one => !one.labels.length).length"
     )
     assert unnamed == 0
     assert page.locator("#status").get_attribute("aria-live") == "polite"
@@ -217,3 +339,53 @@ def test_no_width_needs_scrolling_sideways(browser, served, width, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def harm(axe, page) -> list[str]:
+    """What axe finds that hinders people seriously: rules, and the elements that break them."""
+    found = axe.Axe().run(page).response["violations"]
+    return [
+        f"{one['id']} ({one['impact']}): {[node['html'] for node in one['nodes']]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"color_scheme": "light", "viewport": {"width": 390, "height": 800}},
+    ],
+    ids=["light", "dark", "narrow"],
+)
+def test_the_page_is_accessible(browser, served, options):
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright",
+        reason="needs axe: pip install axe-playwright-python",
+    )
+    harms = {}
+    with opened(browser, served.url, locale="de", **options) as page:
+        status(page, "^Describe")
+        harms["empty"] = harm(axe, page)
+        ask(page, "rot")
+        harms["results"] = harm(axe, page)
+        page.get_by_role("button", name=re.compile("^Tags of")).first.click()
+        tags_of(page)
+        harms["tags"] = harm(axe, page)
+        filters(page)
+        harms["filters"] = harm(axe, page)
+        page.get_by_label("until").fill("1999-12-31")
+        page.keyboard.press("Enter")
+        status(page, "^No photo fits")
+        harms["nothing"] = harm(axe, page)
+        page.goto(f"{served.url}/?q=rot&cutoff=1")
+        status(page, "the best first|No photo|^1 photo$")
+        harms["cutoff"] = harm(axe, page)
+        page.get_by_role("button", name="Search").press("Enter")
+        slide(page, 0)
+        page.get_by_role("button", name="More like").first.click()
+        playwright.expect(page.locator("#example")).to_be_visible()
+        harms["example"] = harm(axe, page)
+    assert not any(harms.values()), harms

@@ -199,6 +199,8 @@ def test_counts_and_description(client):
         "/api/photos/{id}",
         "/api/photos/{id}/thumbnail",
         "/api/photos/{id}/file",
+        "/api/photos/{id}/tags",
+        "/api/languages",
         "/healthz",
         "/metrics",
     }

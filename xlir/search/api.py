@@ -5,7 +5,7 @@ from typing import Annotated
 import pydantic
 from fastapi import Path
 
-# Most characters of a text, unwanted texts of a query, and photos of an answer.
+# Most characters of a text, unwanted texts of a query, and photos or tags of an answer.
 LONGEST, MOST_TEXTS, MOST_HITS = 1000, 8, 200
 
 EXAMPLE = {
@@ -61,6 +61,39 @@ class Answer(pydantic.BaseModel):
     hits: list[Found]
 
 
+class Tag(pydantic.BaseModel):
+    """A name that fits a photo.
+
+    `cosine` is the similarity of name and photo, -1 to 1. `percentile` is that of the photo in a
+    search for the name, 0 to 1; it is null if the index is not calibrated.
+    """
+
+    model_config = pydantic.ConfigDict(
+        json_schema_extra={"examples": [{"tag": "Hund", "cosine": 0.29816, "percentile": 0.41}]}
+    )
+
+    tag: str
+    cosine: float
+    percentile: float | None
+
+
+class PhotoTags(pydantic.BaseModel):
+    """The tags that fit a photo in a language, the best first."""
+
+    language: str
+    tags: list[Tag]
+
+
+class Languages(pydantic.BaseModel):
+    """The languages that have tags, as codes of ISO 639; none if tags are not installed."""
+
+    model_config = pydantic.ConfigDict(
+        json_schema_extra={"examples": [{"languages": ["en", "ar", "de"]}]}
+    )
+
+    languages: list[str]
+
+
 class Problem(pydantic.BaseModel):
     """Why a request is not answered."""
 
@@ -74,7 +107,7 @@ class Problem(pydantic.BaseModel):
 PROBLEMS = {
     code: {"model": Problem, "description": text}
     for code, text in {
-        404: "There is no such photo.",
+        404: "There is no such photo, or tags are not installed.",
         413: "The request is too large.",
         422: "A parameter is not valid.",
         429: "Too many requests at a time from this client.",
@@ -97,6 +130,13 @@ CUTOFF = {
     "description": "Photos with a lower percentile are left out.",
     "examples": [0.05],
 }
+LANGUAGE = {
+    "pattern": r"^[a-z]{2,3}$",
+    "description": "The language of the tags, one of those that /api/languages tells.",
+    "examples": ["de"],
+}
+TAG_COUNT = {"ge": 1, "le": MOST_HITS, "description": "The largest number of tags."}
+TAG_CUTOFF = CUTOFF | {"description": "Tags with a lower percentile are left out."}
 WHERE = {
     "description": "A filter: which photos to consider.",
     "examples": ["folder greece and taken 2021..2023-06"],

@@ -55,22 +55,22 @@ class Calibration:
         uncalibrated = cls(photos.training, np.zeros(1, np.float32))
         queries = encoder.encode_text(captions[::step])
         cosines = (queries @ photos.held_out.T).max(axis=1)
-        scores = [
-            uncalibrated.offset(query) + cosine
-            for query, cosine in zip(queries, cosines, strict=True)
-        ]
-        return cls(photos.training, np.sort(np.asarray(scores, np.float32)))
+        scores = uncalibrated.offsets(queries) + cosines
+        return cls(photos.training, np.sort(scores.astype(np.float32)))
 
-    def offset(self, query: Float[np.ndarray, " dim"]) -> float:
-        """The number to add to a unit-length query's cosines to get scores."""
-        cosines = self.training @ query
-        return float(cosines.std() - cosines.mean())
+    def offsets(self, queries: Float[np.ndarray, "queries dim"]) -> Float[np.ndarray, " queries"]:
+        """The numbers to add to the cosines of unit-length queries to get scores."""
+        cosines = queries @ self.training.T
+        return cosines.std(axis=1) - cosines.mean(axis=1)
 
     def percentiles(
         self, query: Float[np.ndarray, " dim"], cosines: Float[np.ndarray, " photos"]
     ) -> Float[np.ndarray, " photos"]:
         """The percentiles, 0 to 1, of photos with these cosines for a query of unit length."""
-        scores = cosines + self.offset(query)
+        return self.of_scores(cosines + self.offsets(query[None]))
+
+    def of_scores(self, scores: Float[np.ndarray, " scores"]) -> Float[np.ndarray, " scores"]:
+        """The percentiles, 0 to 1, of scores."""
         return np.searchsorted(self.best, scores) / len(self.best)
 
     def write(self, folder: pathlib.Path) -> None:

@@ -26,9 +26,11 @@ from fastapi.responses import JSONResponse
 
 from xlir.search import api, archives, filters
 from xlir.search.batching import Batcher, Full, Part
+from xlir.search.calibration import Calibration
 from xlir.search.guard import Access, Guard, Limits, Metrics
 from xlir.search.index import Hit, Index
 from xlir.search.query import combined
+from xlir.search.tags import Tags
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class Service:
         self._index, self._metrics, self._paths = index, metrics, paths
         encoder = index.encoder
         self.batcher = Batcher(encoder.encode_text, encoder.encode_image, metrics.batch.observe)
+        calibration = Calibration.read(index.folder, encoder.config.embedding_dim)
+        self.tags = Tags(self.batcher.embed, calibration)
         self._refreshed, self._refreshing = -math.inf, threading.Lock()
         self._decoding = anyio.CapacityLimiter(DECODED_AT_ONCE)
         self._reading = anyio.CapacityLimiter(READ_AT_ONCE)
@@ -129,6 +133,15 @@ class Service:
         """What the index knows about a photo."""
         return api.Photo(**self._told(await self._hit(identifier)))
 
+    async def photo_tags(
+        self, identifier: str, language: str, count: int, cutoff: float
+    ) -> api.PhotoTags:
+        """The tags that fit a photo in a language."""
+        await anyio.to_thread.run_sync(self.refresh)
+        vector = await self._vector(identifier)
+        tags = await self.tags.of_photo(vector, language, count, cutoff)
+        return api.PhotoTags(language=language, tags=tags)
+
     async def thumbnail(self, identifier: str) -> Response:
         """The thumbnail of a photo."""
         found = await anyio.to_thread.run_sync(self._index.thumbnails, [identifier])
@@ -141,7 +154,7 @@ class Service:
         hit = await self._hit(identifier)
         data = await anyio.to_thread.run_sync(read_file, hit.path, limiter=self._reading)
         if data is None:
-            raise HTTPException(404, "the file of this photo is not there, or in an archive")
+            raise HTTPException(404, "this photo's file is missing or inside an archive")
         suffix = os.path.splitext(hit.path)[1].lower()
         media_type = MEDIA_TYPES.get(suffix, "application/octet-stream")
         return Response(data, media_type=media_type, headers=FILE_HEADERS | CACHED)
@@ -208,6 +221,7 @@ def application(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        service.tags.close()
         await anyio.to_thread.run_sync(service.batcher.close)
 
     app = FastAPI(
@@ -225,6 +239,7 @@ def application(
     app.add_exception_handler(OSError, _failed)
     _add_searches(app, service)
     _add_photos(app, service)
+    _add_tags(app, service)
     _add_pages(app, metrics)
     return app
 
@@ -280,6 +295,25 @@ def _add_photos(app: FastAPI, service: Service) -> None:
     async def file(id: api.Id) -> Response:
         """The file of a photo, unless it lies in an archive."""
         return await service.file(id)
+
+
+def _add_tags(app: FastAPI, service: Service) -> None:
+    """The routes of the photos' tags."""
+
+    @app.get("/api/languages")
+    async def languages() -> api.Languages:
+        """The languages that have tags."""
+        return api.Languages(languages=await service.tags.languages())
+
+    @app.get("/api/photos/{id}/tags", responses=api.PROBLEMS)
+    async def tags(
+        id: api.Id,
+        language: Annotated[str, Query(**api.LANGUAGE)] = "en",
+        count: Annotated[int, Query(**api.TAG_COUNT)] = 10,
+        cutoff: Annotated[float, Query(**api.TAG_CUTOFF)] = 0.0,
+    ) -> api.PhotoTags:
+        """The tags that best fit a photo, names of emoji in one of several languages."""
+        return await service.photo_tags(id, language, count, cutoff)
 
 
 def _add_pages(app: FastAPI, metrics: Metrics) -> None:

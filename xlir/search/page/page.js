@@ -8,6 +8,7 @@ const FEW = 60;
 const MANY = 200;
 // As in the command line: one in twenty queries that fit a photo finds none.
 const CUTOFF = 0.05;
+const TAGS = 8;
 const LARGEST_UPLOAD = 30e6;
 const SECONDS = 40;
 
@@ -15,6 +16,8 @@ const at = (id) => document.getElementById(id);
 const uploads = [];
 let running = null;
 let shown = { fields: {}, like: "", photo: null };
+// The hits of the last answer with their elements, and how many were asked for.
+let found = { hits: [], count: FEW };
 
 /** The query that the address and the history name. */
 function queryOfAddress() {
@@ -32,8 +35,20 @@ function addressOf(query) {
   for (const [name, value] of Object.entries({ ...query.fields, like: query.like })) {
     if (value) parameters.set(name, value);
   }
+  if (cutoff() !== CUTOFF) parameters.set("cutoff", cutoff());
   const text = parameters.toString();
   return text ? `?${text}` : location.pathname;
+}
+
+function cutoff() {
+  return Number(at("cutoff").value);
+}
+
+/** Shows the query of the address, and its cutoff. */
+function showAddress() {
+  const value = Number(new URLSearchParams(location.search).get("cutoff") ?? CUTOFF);
+  at("cutoff").value = value >= 0 && value <= 1 ? value : CUTOFF;
+  show(queryOfAddress());
 }
 
 /** The filter as the service reads it. */
@@ -75,10 +90,11 @@ function showExample(query) {
 
 async function search(query, count) {
   running?.abort();
+  running = null;
   const file = uploads[query.photo];
   if (!query.fields.q && !query.like && !file) {
     const lost = query.photo !== null ? "Choose the photo again: it was not kept." : "";
-    return finish(null, lost || "Describe a photo, or choose one that others should be like.");
+    return fail(lost || "Describe a photo, or choose one to find similar photos.");
   }
   const control = (running = new AbortController());
   const timer = setTimeout(() => control.abort("slow"), SECONDS * 1000);
@@ -86,11 +102,12 @@ async function search(query, count) {
   at("results").setAttribute("aria-busy", "true");
   try {
     const answer = await ask(query, file, count, control.signal);
-    finish(answer.hits, foundText(answer.hits.length), count);
+    found = { hits: answer.hits.map((hit) => ({ ...hit, element: item(hit) })), count };
+    showFound();
   } catch (error) {
     if (control !== running) return; // another search has begun
     const reason = error instanceof Problem ? error.message : "The service does not answer.";
-    finish(null, reason);
+    fail(reason);
   } finally {
     clearTimeout(timer);
   }
@@ -102,46 +119,57 @@ class Problem extends Error {}
 async function ask(query, file, count, signal) {
   const { q, not } = query.fields;
   const parts = { q, not, count, where: filterOf(query.fields) };
-  const options = { signal };
-  let address = "/api/search";
-  if (file) {
-    options.method = "POST";
-    options.body = new FormData();
-    options.body.set("photo", file, "photo");
-    for (const [name, value] of Object.entries(parts)) if (value) options.body.set(name, value);
-  } else {
-    const parameters = new URLSearchParams();
-    const cutoff = count < MANY ? CUTOFF : 0;
-    for (const [name, value] of Object.entries({ ...parts, like: query.like, cutoff })) {
-      if (value) parameters.set(name, value);
-    }
-    address += `?${parameters}`;
+  const body = file ? new FormData() : new URLSearchParams();
+  for (const [name, value] of Object.entries({ ...parts, like: query.like })) {
+    if (value) body.set(name, value);
   }
+  if (!file) return answerOf(`/api/search?${body}`, { signal });
+  body.set("photo", file, "photo");
+  return answerOf("/api/search", { signal, method: "POST", body });
+}
+
+async function answerOf(address, options) {
   const response = await fetch(address, options);
   if (response.ok) return response.json();
   const body = await response.json().catch(() => ({}));
   throw new Problem(`That did not work: ${body.detail ?? response.statusText}.`);
 }
 
-function foundText(number) {
-  if (!number) return "No photo fits. Try other words, or fewer filters.";
-  return number === 1 ? "1 photo, the best" : `${number} photos, the best first`;
+/** Shows the hits of the last answer that pass the cutoff; hits without a percentile pass. */
+function showFound() {
+  const { hits, count } = found;
+  const passing = hits.filter(({ percentile }) => percentile === null || percentile >= cutoff());
+  at("results").replaceChildren(...passing.map(({ element }) => element));
+  at("results").removeAttribute("aria-busy");
+  at("status").textContent = foundText(passing.length, hits.length);
+  // The hits are in order: if one does not pass, further ones do not either.
+  const whole = hits.length < count;
+  at("show-more").hidden = whole || count >= MANY || passing.length < hits.length;
+  at("fit").hidden = !hits.length || hits[0].percentile === null;
+  const all = whole ? `${hits.length} photos` : `the ${hits.length} nearest photos`;
+  at("passing").textContent = `${passing.length} of ${all} pass`;
+  at("cutoff").setAttribute("aria-valuetext", `${cutoff()}: ${at("passing").textContent}`);
+  at("tags-in").hidden = !hits.length;
 }
 
-function finish(hits, text, count = FEW) {
-  const items = (hits ?? []).map(item);
-  at("results").replaceChildren(...items);
-  at("results").removeAttribute("aria-busy");
-  at("status").textContent = text;
-  // A search for more also shows photos that hardly fit.
-  const complete = !hits || count >= MANY || (items.length < count && !shown.fields.q);
-  at("show-more").hidden = complete;
-  at("show-more").textContent = items.length < count ? "Show photos that hardly fit" : "Show more";
+function foundText(passing, number) {
+  if (passing > 1) return `${passing} photos, the best first`;
+  if (passing) return "1 photo";
+  return number
+    ? "No photo fits. Try other words, or a lower cutoff to see the nearest photos."
+    : "No photo fits. Try other words, or fewer filters.";
+}
+
+/** Shows no photos, and says why. */
+function fail(reason) {
+  found = { hits: [], count: FEW };
+  showFound();
+  at("status").textContent = reason;
 }
 
 function item(hit) {
   const element = at("result").content.cloneNode(true).firstElementChild;
-  const [link, image, button] = ["a", "img", "button"].map((name) => element.querySelector(name));
+  const [link, image, like] = ["a", "img", ".like"].map((name) => element.querySelector(name));
   if (hit.file) link.href = hit.file;
   image.src = hit.thumbnail;
   image.alt = hit.name;
@@ -152,8 +180,9 @@ function item(hit) {
     element.querySelector("time").dateTime = day;
     element.querySelector("time").textContent = new Date(`${day}T12:00`).toLocaleDateString();
   }
-  button.setAttribute("aria-label", `More like ${hit.name}`);
-  button.addEventListener("click", () => {
+  offerTags(element, hit);
+  like.setAttribute("aria-label", `More like ${hit.name}`);
+  like.addEventListener("click", () => {
     go({ fields: { ...queryOfForm(), q: "" }, like: hit.id, photo: null });
     at("q").focus();
     scrollTo({ top: 0 });
@@ -161,10 +190,94 @@ function item(hit) {
   return element;
 }
 
+/** The button that shows and hides the tags of a photo. */
+function offerTags(element, hit) {
+  const [button, list] = [".tags-of", ".tags"].map((name) => element.querySelector(name));
+  button.setAttribute("aria-label", `Tags of ${hit.name}`);
+  list.setAttribute("aria-label", `Tags of ${hit.name}`);
+  button.addEventListener("click", () => {
+    list.hidden = !list.hidden;
+    button.setAttribute("aria-expanded", !list.hidden);
+    if (!list.hidden) showTags(list, hit.id);
+  });
+  // Shows the tags in another language.
+  list.addEventListener("language", () => list.hidden || showTags(list, hit.id));
+}
+
+async function showTags(list, id) {
+  const [text, tags] = ["p", "ul"].map((name) => list.querySelector(name));
+  const language = at("language").value;
+  const parameters = new URLSearchParams({ language, count: TAGS, cutoff: CUTOFF });
+  text.textContent = "Looking for tags…";
+  let items = [];
+  let told = "";
+  try {
+    const answer = await answerOf(`/api/photos/${id}/tags?${parameters}`);
+    items = answer.tags.map(({ tag }) => tagItem(tag, language));
+    if (!items.length) told = "No tag fits this photo.";
+  } catch (error) {
+    told = error instanceof Problem ? error.message : "The service does not answer.";
+  }
+  if (language !== at("language").value) return; // another language was chosen
+  text.textContent = told;
+  text.hidden = !told;
+  tags.replaceChildren(...items);
+}
+
+/** A link that searches for a tag. */
+function tagItem(tag, language) {
+  const element = document.createElement("li");
+  const link = element.appendChild(document.createElement("a"));
+  const query = { fields: { ...shown.fields, q: tag }, like: "", photo: null };
+  link.href = addressOf(query);
+  link.textContent = tag;
+  link.lang = language;
+  link.dir = "auto";
+  link.addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return; // opens a tab or window
+    event.preventDefault();
+    go(query);
+    at("q").focus();
+    scrollTo({ top: 0 });
+  });
+  return element;
+}
+
+/** The language of tags that was chosen on an earlier visit. Browsers may refuse to keep it. */
+function keptLanguage() {
+  try {
+    return localStorage.getItem("language");
+  } catch {
+    return null;
+  }
+}
+
+function keepLanguage(code) {
+  try {
+    localStorage.setItem("language", code);
+  } catch {
+    // It is chosen again at the next visit.
+  }
+}
+
+/** Offers the languages that have tags; without any, the page shows nothing of tags. */
+async function offerLanguages() {
+  const { languages } = await answerOf("/api/languages").catch(() => ({ languages: [] }));
+  const wanted = [keptLanguage(), ...navigator.languages];
+  const codes = wanted.map((code) => code?.split("-")[0]);
+  const chosen = codes.find((code) => languages.includes(code));
+  for (const code of languages) {
+    const name = new Intl.DisplayNames([code], { type: "language" }).of(code);
+    at("language").add(new Option(name, code, false, code === chosen));
+  }
+  for (const option of at("language").options) option.lang = option.value;
+  document.body.classList.toggle("with-tags", languages.length > 0);
+}
+
 function choose(file) {
   if (!file) return;
   if (file.size > LARGEST_UPLOAD) {
-    return finish(null, `The photo is larger than ${LARGEST_UPLOAD / 1e6} MB.`);
+    return fail(`The photo is larger than ${LARGEST_UPLOAD / 1e6} MB.`);
   }
   uploads.push(file);
   go({ fields: { ...queryOfForm(), q: "" }, like: "", photo: uploads.length - 1 });
@@ -186,7 +299,15 @@ at("example-remove").addEventListener("click", () => {
   at("q").focus();
 });
 at("show-more").addEventListener("click", () => search(shown, MANY));
-addEventListener("popstate", () => show(queryOfAddress()));
+at("cutoff").addEventListener("input", showFound);
+at("cutoff").addEventListener("change", () => {
+  history.replaceState(history.state, "", addressOf(shown));
+});
+at("language").addEventListener("change", () => {
+  keepLanguage(at("language").value);
+  for (const list of document.querySelectorAll(".tags")) list.dispatchEvent(new Event("language"));
+});
+addEventListener("popstate", showAddress);
 
 // A photo can be dropped anywhere on the page.
 addEventListener("dragover", (event) => {
@@ -202,4 +323,5 @@ addEventListener("drop", (event) => {
   choose(event.dataTransfer.files[0]);
 });
 
-show(queryOfAddress());
+showAddress();
+offerLanguages();
