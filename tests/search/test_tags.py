@@ -22,7 +22,7 @@ from xlir.search.index import Index  # noqa: E402
 from xlir.search.service import application  # noqa: E402
 from xlir.search.tags import Tags  # noqa: E402
 
-LANGUAGES = "en ar de es fa fr id it ja ko pt ru tr zh".split()
+LANGUAGES = ["en", "ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh"]
 
 
 def photo_id(client, number: int = 0) -> str:

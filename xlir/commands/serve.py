@@ -1,8 +1,10 @@
 """Serve an index: a page to search its photos in any language, and a JSON API.
 
-The page is at http://HOST:PORT/, the description of the API at /openapi.json, and counts for
-Prometheus at /metrics. Photos that `index` adds while the service runs are found at once. After
-SIGTERM or Ctrl-C, the service finishes the requests that are running, and ends.
+The page is at http://HOST:PORT/. It searches by texts and by photos, has a slider for the cutoff,
+and shows tags of photos in 14 languages (tags need `pip install 'xlir[quickstart]'`). The
+description of the API is at /openapi.json, and counts for Prometheus are at /metrics. Photos that
+`index` adds while the service runs are found at once. After SIGTERM or Ctrl-C, the service finishes
+the requests that are running, and ends.
 
 By default, only browsers on this machine are answered. To serve others, choose an address with
 --host, and either --token (for those who know it) or --public (for all who reach the address).
