@@ -209,6 +209,7 @@ async function showTags(list, id) {
   const language = at("language").value;
   const parameters = new URLSearchParams({ language, count: TAGS, cutoff: CUTOFF });
   text.textContent = "Looking for tags…";
+  text.hidden = false;
   let items = [];
   let told = "";
   try {
@@ -305,7 +306,9 @@ at("cutoff").addEventListener("change", () => {
 });
 at("language").addEventListener("change", () => {
   keepLanguage(at("language").value);
-  for (const list of document.querySelectorAll(".tags")) list.dispatchEvent(new Event("language"));
+  for (const { element } of found.hits) {
+    element.querySelector(".tags").dispatchEvent(new Event("language"));
+  }
 });
 addEventListener("popstate", showAddress);
 
