@@ -206,6 +206,23 @@ def test_a_client_that_leaves_does_not_stop_the_embedding():
     asyncio.run(check())
 
 
+def test_closing_stops_the_embedding():
+    embedding = Embedding()
+    found = Tags(embedding, None)
+
+    async def check():
+        asked = asyncio.create_task(found.of_photo(QUERY, "de", 3, 0.0))
+        while not embedding.parts:
+            await asyncio.sleep(0.001)
+        found.close()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        texts = [text for part in embedding.parts for text in part]
+        assert len(texts) < len(emoji_names("de"))
+
+    asyncio.run(check())
+
+
 def test_a_failure_is_not_kept():
     embedding = Embedding()
 
