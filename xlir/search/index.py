@@ -53,8 +53,7 @@ class Hit:
       percentile: how well the photo fits a text query, 0 to 1 (`xlir.search.calibration`); None
         for queries with a photo, and if the index is not calibrated.
       taken: when it was taken, in seconds since 1970 by the camera's clock.
-      width, height: pixels.
-      size: bytes.
+      width, height, size: pixels, and bytes.
     """
 
     id: str
@@ -84,18 +83,19 @@ class Index:
     Attributes:
       folder: the folder.
       store: the address of the server that stores the rows; None if they are in the folder.
+      calibration: makes the percentiles; None if the index is not calibrated.
     """
 
     def __init__(self, folder: pathlib.Path, content: Mapping):
         self.folder, self._dim, self.store = folder, int(content["dim"]), content.get("store")
         self._store = _store(folder, content)
-        self._calibration = calibration.Calibration.read(folder, self._dim)
+        self.calibration = calibration.Calibration.read(folder, self._dim)
 
     @classmethod
     def create(
         cls, folder: str | os.PathLike, workdir: str | os.PathLike, store: str | None = None
     ) -> "Index":
-        """A new, empty index, with a copy of a run's encoder.
+        """A new index, with a copy of a run's encoder.
 
         Args:
           folder: the folder of the index; must not exist, or be empty.
@@ -319,8 +319,8 @@ class Index:
         hits = self._store.search(query, count, filters.parse(where), exact=exact)
         rows = self._rows(hits.ids)
         shares: list[float | None] = [None] * len(hits.ids)
-        if calibrated and self._calibration is not None:
-            shares = self._calibration.percentiles(query, hits.cosines).tolist()
+        if calibrated and self.calibration is not None:
+            shares = self.calibration.percentiles(query, hits.cosines).tolist()
         # A photo that was removed a moment ago is left out.
         return [
             Hit(cosine=float(cosine), percentile=share, **rows[identifier])

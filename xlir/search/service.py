@@ -26,7 +26,6 @@ from fastapi.responses import JSONResponse
 
 from xlir.search import api, archives, filters
 from xlir.search.batching import Batcher, Full, Part
-from xlir.search.calibration import Calibration
 from xlir.search.guard import Access, Guard, Limits, Metrics
 from xlir.search.index import Hit, Index
 from xlir.search.query import combined
@@ -86,8 +85,7 @@ class Service:
         self._index, self._metrics, self._paths = index, metrics, paths
         encoder = index.encoder
         self.batcher = Batcher(encoder.encode_text, encoder.encode_image, metrics.batch.observe)
-        calibration = Calibration.read(index.folder, encoder.config.embedding_dim)
-        self.tags = Tags(self.batcher.embed, calibration)
+        self.tags = Tags(self.batcher.embed, index.calibration)
         self._refreshed, self._refreshing = -math.inf, threading.Lock()
         self._decoding = anyio.CapacityLimiter(DECODED_AT_ONCE)
         self._reading = anyio.CapacityLimiter(READ_AT_ONCE)
