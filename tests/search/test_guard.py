@@ -228,6 +228,22 @@ def test_requests_at_a_time_are_bounded(slow):
     assert asked(each, path="/api/search?q=rot").status_code == 200
 
 
+def test_uploads_at_a_time_are_bounded(slow, small_index):
+    photo = next((small_index / "photos").rglob("05.jpg")).read_bytes()
+    app = application(slow, limits=Limits(uploads=1))
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            photos = [client.post("/api/search", files={"photo": photo}) for _ in range(3)]
+            answers = await asyncio.gather(*photos, client.get("/api/search?q=rot"))
+            return [answer.status_code for answer in answers]
+
+    found = asyncio.run(statuses())
+    assert (sorted(found[:3]), found[3]) == ([200, 503, 503], 200)
+    assert asked(app, "POST", "/api/search", files={"photo": photo}).status_code == 200
+
+
 def test_a_slow_upload_is_given_up(served):
     app = application(served.index, limits=Limits(seconds=0.5))
     head = b"POST /api/search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n"

@@ -101,16 +101,21 @@ def _listening(host: str, port: int) -> socket.socket:
 def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> None:
     import uvicorn
 
-    from xlir.search.guard import LOOPBACK_NAMES, Access
+    from xlir.search.guard import LOOPBACK_NAMES, Access, Limits
     from xlir.search.index import Index
     from xlir.search.service import application
+    from xlir.search.warming import warming
 
     index = Index.open(values.index)
     index.encoder.encode_text(["compiles the model"])
-    own = LOOPBACK_NAMES | {values.host} if _is_loopback(values.host) else None
+    local, limits = _is_loopback(values.host), Limits()
+    own = LOOPBACK_NAMES | {values.host} if local else None
     access = Access(token, names=None if values.public else own, paths=not values.public)
+    if local:
+        # All clients have one address, also those of a proxy on this machine.
+        limits = Limits(of_client=limits.in_flight)
     config = uvicorn.Config(
-        application(index, access),
+        application(index, access, limits),
         http="h11",
         ws="none",
         log_config=None,
@@ -130,4 +135,5 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
     # Once uvicorn has finished, it raises the signal that stopped it again. Ignore that signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run([listener])
+    with warming(index.encoder):
+        uvicorn.Server(config).run([listener])

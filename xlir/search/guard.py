@@ -44,12 +44,14 @@ class Limits:
       seconds: time limit of a request.
       in_flight: requests at a time, in total.
       of_client: requests at a time, per address.
+      uploads: requests with a body at a time, in total, which bounds the memory for them.
     """
 
     body: int = 32_000_000
     seconds: float = 30.0
-    in_flight: int = 64
+    in_flight: int = 128
     of_client: int = 32
+    uploads: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Guard:
     def __init__(self, app: ASGIApp, access: Access, limits: Limits, metrics: Metrics):
         self._app, self._access, self._limits, self._metrics = app, access, limits, metrics
         self._clients: collections.Counter[str] = collections.Counter()
+        self._uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -143,7 +146,8 @@ class Guard:
             return _refused(413, _too_large(self._limits.body))
         if path in OPEN_PATHS:
             return None
-        if self._clients.total() >= self._limits.in_flight:
+        full = self._clients.total() >= self._limits.in_flight
+        if full or (_has_body(request.scope) and self._uploads >= self._limits.uploads):
             return _refused(503, "too many requests at a time; try again soon", retry=True)
         if self._clients[_client(request.scope)] >= self._limits.of_client:
             return _refused(429, "too many requests at a time from you", retry=True)
@@ -166,10 +170,11 @@ class Guard:
 
     async def _bounded(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         """Answers within the limits of time and size."""
-        client = _client(scope)
+        client, uploads = _client(scope), _has_body(scope)
         self._clients[client] += 1
+        self._uploads += uploads
         self._metrics.in_flight.inc()
-        body = _Body(receive, self._limits.body, whole=not _has_body(scope))
+        body = _Body(receive, self._limits.body, whole=not uploads)
         try:
             async with asyncio.timeout(self._limits.seconds):
                 await self._app(scope, body.receive, answer.send)
@@ -179,6 +184,7 @@ class Guard:
                 await _refused(code, reason)(scope, receive, answer.send)
         finally:
             self._metrics.in_flight.dec()
+            self._uploads -= uploads
             self._clients[client] -= 1
             if not self._clients[client]:
                 del self._clients[client]
