@@ -6,20 +6,27 @@ import pytest
 
 pytest.importorskip("lancedb")
 
-from xlir.encoder import Encoder  # noqa: E402
-from xlir.search.warming import shapes, warming  # noqa: E402
+from xlir.encoder import Encoder
+from xlir.search.warming import shapes, warming
 
 
-def test_later_batches_compile_nothing(toy_run):
-    encoder = Encoder.load(toy_run)
+def test_all_shapes_of_batches_are_compiled(toy_run, monkeypatch):
+    encoder, met = Encoder.load(toy_run), set()
+
+    def record(texts):
+        for _, batch in encoder.embedder.text_batches(texts):
+            met.add(batch["text_ids"].shape)
+
+    monkeypatch.setattr(encoder, "encode_text", record)
+    monkeypatch.setattr(encoder, "encode_image", lambda images: None)
     for embed in shapes(encoder):
         embed()
-    compiled = encoder.embedder._embed["text"]
-    before = compiled._cache_size()
-    assert before > 10
-    for size, words in ((1, 1), (3, 20), (17, 9), (64, 31), (64, 200), (33, 2)):
-        encoder.encode_text(["rot " * words] * size)
-    assert compiled._cache_size() == before
+    compiled = set(met)
+    assert len(compiled) > 10
+    for size in (1, 2, 3, 17, 33, 64):
+        for letters in range(1, 80):
+            record(["x" * letters] * size)
+    assert met == compiled
 
 
 def test_warming_ends_with_the_service(toy_run):

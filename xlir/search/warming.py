@@ -52,7 +52,8 @@ def warming(encoder: Encoder) -> Iterator[threading.Thread]:
 def shapes(encoder: Encoder) -> Iterator[Callable[[], np.ndarray]]:
     """A function for each shape of a batch, the usual ones first."""
     longest = encoder.config.text.max_length
-    texts = ["photo " * words for words in range(1, longest)]
+    # Whether tokens are words or letters, these have all numbers of tokens.
+    texts = [("a " * longest)[:letters] for letters in range(1, 2 * longest + 1)]
     lengths: dict[int, str] = {}
     for text, ids in zip(texts, encoder.tokenizer(texts, max_length=longest), strict=True):
         lengths[min(padded_length(len(ids)), longest)] = text
