@@ -7,7 +7,8 @@
 Every library builds its index in one process and is asked in a new one, one query at a time. The
 table tells how long building took (rows included), how much memory the asking process needed at
 most (VmHWM), and for each kind of query the median and the 95th percentile of its time and the
-share of the ten nearest rows that were found. The last line is the same as JSON.
+share of the ten nearest rows that were found. The last line is the same as JSON. The share of
+the processors' time that other programs took tells whether the times can be trusted.
 
 Without --photos, the rows are drawn around topics (of which there are 2,000). With it, each row is
 a photo's embedding plus half the difference of two others' embeddings, so that the spread is that
@@ -22,6 +23,7 @@ lie together, so it is nearly always far from the query or full of its neighbour
 import argparse
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -293,16 +295,27 @@ def steps(engine: str):
     return (xlir_build, xlir_ask) if engine == "xlir" else (None, torch_ask)
 
 
+def busy_seconds() -> float:
+    """Processor time that all programs on this machine have taken."""
+    user, nice, system, _, _, irq, softirq = map(
+        int, pathlib.Path("/proc/stat").read_text().split()[1:8]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def step(engine: str, what: str, folder: pathlib.Path) -> None:
     """Builds or asks, in this process; prints the result."""
     build, ask = steps(engine)
-    data, start = Data(folder), time.perf_counter()
+    data, start, busy = Data(folder), time.perf_counter(), busy_seconds()
     results = {}
     if what == "ask":
         results["kinds"] = ask(data)
     elif build:
         build(data)
     results["seconds"] = time.perf_counter() - start
+    results["cpu seconds"] = time.process_time()
+    others = busy_seconds() - busy - time.process_time()
+    results["others"] = max(others, 0) / results["seconds"] / os.cpu_count()
     status = pathlib.Path("/proc/self/status").read_text()
     results["memory"] = int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1e6
     print(json.dumps(results))
@@ -315,14 +328,11 @@ def run(engine: str, folder: pathlib.Path) -> dict:
         command = [sys.executable, __file__, f"--step={engine}:{what}", f"--folder={folder}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         parts[what] = json.loads(done.stdout.splitlines()[-1])
-    load = pathlib.Path("/proc/loadavg").read_text().split()[0]
-    build = parts["build"]
     return {
         "engine": engine,
-        "build seconds": build["seconds"],
-        "build memory": build["memory"],
+        "build": {name: round(value, 3) for name, value in parts["build"].items()},
         "memory": parts["ask"]["memory"],
-        "load": float(load),
+        "others": parts["ask"]["others"],
         **parts["ask"]["kinds"],
     }
 
@@ -330,13 +340,15 @@ def run(engine: str, folder: pathlib.Path) -> dict:
 def report(result: dict) -> None:
     """Prints the rows of one engine."""
     setting = f", effort {result['setting']}" if "setting" in result else ""
+    build = result["build"]
     print(
-        f"\n{result['engine']}{setting}: built in {result['build seconds']:.0f} s, "
-        f"memory of the asking process {result['memory']:.2f} GB, "
-        f"of the building one {result['build memory']:.2f} GB, load {result['load']:.1f}"
+        f"\n{result['engine']}{setting}: built in {build['seconds']:.0f} s "
+        f"({build['cpu seconds']:.0f} s of processor time, {build['memory']:.2f} GB, "
+        f"{build['others']:.0%} taken by other programs); "
+        f"asked with {result['memory']:.2f} GB, {result['others']:.0%} taken by other programs"
     )
     for kind, found in result.items():
-        if isinstance(found, dict):
+        if isinstance(found, dict) and "p50" in found:
             print(
                 f"  {kind:24} p50 {found['p50']:7.1f} ms  p95 {found['p95']:7.1f} ms  "
                 f"recall {found['recall']:.4f}",

@@ -5,7 +5,8 @@ killed in between leaves the last version.
 
 A small table is searched exactly. A large one has an index over the vectors (IVF_SQ: the nearest of
 many clusters, and one byte for each component), whose candidates are compared again with the whole
-vectors. A filter that leaves few rows would leave few candidates, so such a search is exact.
+vectors. A filter thins out the clusters, so a search with a filter looks into more of them, and
+into all if it leaves 100,000 rows or fewer. If it leaves few rows, these are compared exactly.
 """
 
 import contextlib
@@ -27,17 +28,24 @@ from xlir.search.stores import Hits, schema
 TABLE = "photos"
 # From this many rows on, a table has an index over its vectors; searching fewer takes up to 0.1 s.
 LARGE = 50_000
-# A filter that leaves fewer rows than this is answered exactly.
-FEW = 150_000
-# Rows of a cluster of the index. A query looks into PROBES * sqrt(clusters) of them: on the 7,761
-# photos of Flickr8k, 10% of 88 clusters have 0.97 of the ten nearest, and 20% have 0.99.
+# A filter that leaves fewer rows than this is answered exactly: their vectors are read one by one.
+FEW = 2000
+# With a filter that leaves more rows, about this many of them are compared through the clusters.
+COMPARED = 100_000
+# Rows of a cluster of the index. Without a filter, a query looks into PROBES * sqrt(clusters): of a
+# million rows, 5% of the clusters have 0.99 of the ten nearest, and of 7,761 rows 20% (docs/results).
 CLUSTER_ROWS, PROBES = 1000, 1.6
+# Rows for each cluster from which the clusters are computed. LanceDB's default of 256 takes most of
+# the time for building.
+SAMPLED = 40
 # Candidates for each row of the answer; their whole vectors are compared.
-REFINE = 4
+REFINE = 2
 # Columns with an index for filters.
 INDEXED = ("id", "taken", "width", "height")
 # The names of indexes over the vectors begin with this; the number of clusters follows.
 CLUSTERS = "vectors_"
+# The store remembers how many rows this many filters leave.
+REMEMBERED = 1000
 # Old versions of the table are kept for readers this long.
 KEPT = datetime.timedelta(minutes=10)
 
@@ -67,6 +75,8 @@ class LanceStore:
             else:
                 self._table = database.create_table(TABLE, schema=schema(dim))
             self._clusters = max(self._vector_indexes().values(), default=0)
+        # The version of the table, and the number of its rows that filters leave.
+        self._counted: tuple[int, dict[Filter, int]] = (0, {})
 
     def add(self, rows: pa.Table) -> None:
         """See `Store.add`."""
@@ -95,17 +105,20 @@ class LanceStore:
     ) -> Hits:
         """See `Store.search`."""
         with self._errors():
-            search = self._table.search(query.astype(np.float32)).distance_type("cosine")
-            # LanceDB rounds the query to 16 bits too, so nearly equal rows may change places.
-            search = search.select(["id", "vector", "_distance"]).limit(2 * count + 10)
-            if where:
-                search = search.where(sql(where), prefilter=True)
-            if not self._clusters or exact or (where and self.count(where) < FEW):
-                search = search.bypass_vector_index()
+            left = self._left(where) if where and self._clusters else 0
+            if where and self._clusters and left < FEW:
+                found = self._table.search().where(sql(where)).select(["id", "vector"]).to_arrow()
             else:
-                probes = math.ceil(PROBES * self._clusters**0.5)
-                search = search.nprobes(probes).refine_factor(REFINE)
-            found = search.to_arrow()
+                search = self._table.search(query.astype(np.float32)).distance_type("cosine")
+                # LanceDB rounds the query to 16 bits too, so nearly equal rows may change places.
+                search = search.select(["id", "vector", "_distance"]).limit(2 * count + 10)
+                if where:
+                    search = search.where(sql(where), prefilter=True)
+                if exact or not self._clusters:
+                    search = search.bypass_vector_index()
+                else:
+                    search = search.nprobes(probes(self._clusters, left)).refine_factor(REFINE)
+                found = search.to_arrow()
         flat = found["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
         vectors = flat.reshape(len(found), len(query))
         cosines = vectors @ query / np.linalg.norm(vectors, axis=1)
@@ -150,7 +163,7 @@ class LanceStore:
             old = self._vector_indexes()
             # Rows join the nearest clusters; when there are twice as many, new clusters are made.
             if not old or max(old.values()) * 2 <= clusters:
-                config = IvfSq(distance_type="cosine", num_partitions=clusters)
+                config = IvfSq(distance_type="cosine", num_partitions=clusters, sample_rate=SAMPLED)
                 self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
                 for name in old:
                     self._table.drop_index(name)
@@ -161,6 +174,17 @@ class LanceStore:
         with self._errors():
             self._table.checkout_latest()
             self._clusters = max(self._vector_indexes().values(), default=0)
+
+    def _left(self, where: Filter) -> int:
+        """The number of rows that a filter leaves; counted once for each version of the table."""
+        version = self._table.version
+        known, counts = self._counted
+        if version != known or len(counts) >= REMEMBERED:
+            counts = {}
+            self._counted = (version, counts)
+        if where not in counts:
+            counts[where] = self.count(where)
+        return counts[where]
 
     def _vector_indexes(self) -> dict[str, int]:
         """The indexes over the vectors -> their clusters; two while one replaces the other."""
@@ -177,6 +201,17 @@ class LanceStore:
             raise ValueError(f"{self._folder}: {reason}") from error
 
 
+def probes(clusters: int, left: int = 0) -> int:
+    """The number of clusters to look into.
+
+    Args:
+      clusters: all clusters.
+      left: the number of rows that a filter leaves; 0 without a filter.
+    """
+    least = math.ceil(PROBES * clusters**0.5)
+    return min(clusters, max(least, math.ceil(clusters * COMPARED / left))) if left else least
+
+
 def sql(where: Filter) -> str:
     """A filter in LanceDB's SQL."""
     return " AND ".join(f"NOT ({_sql(term)})" if term.negated else _sql(term) for term in where)
@@ -184,6 +219,9 @@ def sql(where: Filter) -> str:
 
 def _sql(term: Term) -> str:
     if term.pattern is not None:
+        if re.fullmatch(r"\*[^*]+\*", term.pattern):
+            # Faster than LIKE.
+            return f"contains({term.column}, {_strings([term.pattern[1:-1]])})"
         like = re.sub(r"([%_\\])", r"\\\1", term.pattern).replace("*", "%").replace("'", "''")
         return f"{term.column} LIKE '{like}' ESCAPE '\\'"
     bounds = [
