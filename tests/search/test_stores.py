@@ -121,6 +121,7 @@ def test_a_large_store_has_an_index_that_finds_nearly_all(lance_store, monkeypat
     store = lance_store
     monkeypatch.setattr(lance, "LARGE", 5000)
     monkeypatch.setattr(lance, "FEW", 500)
+    monkeypatch.setattr(lance, "CLUSTER_ROWS", 1000)
     vectors, queries = unit(1, 20_000), unit(2, 50)
     store.add(rows_of(range(15_000), vectors[:15_000]))
     store.optimize()

@@ -32,12 +32,10 @@ LARGE = 50_000
 FEW = 2000
 # With a filter that leaves more rows, about this many of them are compared through the clusters.
 COMPARED = 100_000
-# Rows of a cluster of the index. Without a filter, a query looks into PROBES * sqrt(clusters): of a
-# million rows, 5% of them have 0.99 of the ten nearest, and of 7,761 rows 20% (docs/results.md).
-CLUSTER_ROWS, PROBES = 1000, 1.6
-# Rows for each cluster from which the clusters are computed. LanceDB's default of 256 takes most of
-# the time for building.
-SAMPLED = 40
+# Rows of a cluster of the index. Without a filter, a query looks into PROBES * sqrt(clusters).
+# Building compares every row with every cluster, which is slow: LanceDB has no fast path for 16-bit
+# vectors. So the clusters are few, and computed from SAMPLED rows for each.
+CLUSTER_ROWS, PROBES, SAMPLED = 4000, 1.6, 64
 # Candidates for each row of the answer; their whole vectors are compared.
 REFINE = 2
 # Columns with an index for filters.
