@@ -4,8 +4,8 @@
     python benchmarks/serve.py RUN --captions=PATH/xtd10,PATH/flickr8k [--photos=VECTORS.npy]
 
 Makes an index of 100,000 photos with the encoder of a run, starts `xlir serve` on this machine,
-and sends it text queries over the loopback device: all clients at once right after the start, then
-one client, then all of them. Clients keep their connections, wait for each answer, and never ask
+and sends it text queries over the loopback device: all clients at once right after the start, then,
+after a pause, one client, then all of them. Clients keep their connections, wait for each answer, and never ask
 the same query twice. They run in a process of their own, on the same cores as the service. The
 same again with a service that embeds each query by itself.
 
@@ -162,6 +162,8 @@ def measured(folder: pathlib.Path, batch: int, options: argparse.Namespace) -> l
             ("one client", 1, options.seconds / 4),
             ("all clients", options.clients, options.seconds),
         ):
+            if number == 1:
+                time.sleep(options.pause)
             part = load(service, number, seconds, texts, first)
             first += part["answers"] + number
             parts.append({"part": name, "batch": batch, **part})
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--pause", type=float, default=30, help="seconds after the first burst")
     parser.add_argument("--batches", default="64,1", help="most requests in a batch")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -17,6 +17,9 @@ from jaxtyping import Float
 
 # Most requests in one call, and most that may wait.
 LARGEST_BATCH, MOST_WAITING = 64, 256
+# Texts are filled up to these numbers, because every other number would be compiled when it is first
+# met. A program takes a good part of a second to compile, and several megabytes.
+SIZES = (1, 4, 16, 64)
 
 # A text, or a photo's pixels.
 Part = str | np.ndarray
@@ -105,6 +108,9 @@ class Batcher:
         for kind, embed in ((str, self._texts), (np.ndarray, self._photos)):
             rows = [row for row, part in enumerate(parts) if isinstance(part, kind)]
             if rows:
-                for row, vector in zip(rows, embed([parts[row] for row in rows]), strict=True):
+                size = min((size for size in SIZES if size >= len(rows)), default=len(rows))
+                filled = rows + rows[-1:] * (size - len(rows)) if kind is str else rows
+                embedded = embed([parts[row] for row in filled])[: len(rows)]
+                for row, vector in zip(rows, embedded, strict=True):
                     vectors[row] = vector
         return np.stack(vectors)

@@ -1,4 +1,4 @@
-"""Compiles the model for the shapes of batches that a service will meet.
+"""Compiles the model for the usual shapes of batches that a service will meet.
 
 JAX compiles a program for each shape, which takes a good part of a second. Without this, the first
 requests of each shape would wait for it.
@@ -12,21 +12,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from input_pipeline.tokenizers import padded_length
-from xlir.embed import TEXT_TOKENS
 from xlir.encoder import Encoder
-from xlir.search.batching import LARGEST_BATCH
+from xlir.search.batching import LARGEST_BATCH, SIZES
 
 log = logging.getLogger(__name__)
 
-# Most queries have at most this many tokens; these are compiled first.
+# Most queries have at most this many tokens.
 USUAL_TOKENS = 32
-# Uploaded photos that are embedded together.
-PHOTOS = (1, 2, 4)
 
 
 @contextlib.contextmanager
 def warming(encoder: Encoder) -> Iterator[threading.Thread]:
-    """Compiles in a thread, the usual shapes first; yields the thread. Ends within one shape."""
+    """Compiles in a thread; yields the thread. Ends within one shape."""
     ended = threading.Event()
 
     def work() -> None:
@@ -50,26 +47,16 @@ def warming(encoder: Encoder) -> Iterator[threading.Thread]:
 
 
 def shapes(encoder: Encoder) -> Iterator[Callable[[], np.ndarray]]:
-    """A function for each shape of a batch, the usual ones first."""
-    longest = encoder.config.text.max_length
+    """A function for each usual shape of a batch; batches of one and of many texts come first."""
+    longest = min(encoder.config.text.max_length, USUAL_TOKENS)
     # Whether tokens are words or letters, these have all numbers of tokens.
     texts = [("a " * longest)[:letters] for letters in range(1, 2 * longest + 1)]
     lengths: dict[int, str] = {}
     for text, ids in zip(texts, encoder.tokenizer(texts, max_length=longest), strict=True):
         lengths[min(padded_length(len(ids)), longest)] = text
-    sizes = [1 << power for power in range(LARGEST_BATCH.bit_length())]
-
-    def texts_of(usual: bool) -> Iterator[Callable[[], np.ndarray]]:
-        for size in (1, *reversed(sizes[1:])):
-            for length, text in lengths.items():
-                # A batch with more tokens is split.
-                fits = size * length <= TEXT_TOKENS * encoder.mesh.size
-                if fits and (length <= USUAL_TOKENS) == usual:
-                    yield lambda text=text, size=size: encoder.encode_text([text] * size)
-
+    for size in sorted(SIZES, key=lambda size: (1 < size < LARGEST_BATCH, -size)):
+        if size <= LARGEST_BATCH:
+            for text in reversed(lengths.values()):
+                yield lambda text=text, size=size: encoder.encode_text([text] * size)
     side = encoder.preprocessing.size
-    pixels = np.zeros((side, side, 3), np.uint8)
-    yield from texts_of(usual=True)
-    for size in PHOTOS:
-        yield lambda size=size: encoder.encode_image([pixels] * size)
-    yield from texts_of(usual=False)
+    yield lambda: encoder.encode_image([np.zeros((side, side, 3), np.uint8)])
