@@ -5,9 +5,9 @@
 
 Makes an index of 100,000 photos with the encoder of a run, starts `xlir serve` on this machine,
 and sends it text queries over the loopback device: all clients at once right after the start, then,
-after a pause, one client, then all of them. Clients keep their connections, wait for each answer, and never ask
-the same query twice. They run in a process of their own, on the same cores as the service. The
-same again with a service that embeds each query by itself.
+after a pause, one client, then all of them. Clients keep their connections, wait for each answer,
+and never ask the same query twice. They run in a process of their own, on the same cores as the
+service. The same again with a service that embeds each query by itself.
 
 The embeddings of the photos are drawn around topics; with --photos, each is the embedding of a
 photo plus half the difference of two others. Prints for each part the answers per second,

@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 # Most requests in one call, and most that may wait.
 LARGEST_BATCH, MOST_WAITING = 64, 256
-# Texts are filled up to these numbers, because every other number would be compiled when it is first
-# met. A program takes a good part of a second to compile, and several megabytes.
+# Texts are filled up to these numbers, because each other number would need a program of its own,
+# which takes a good part of a second to compile, and several megabytes.
 SIZES = (1, 4, 16, 64)
 
 # A text, or a photo's pixels.
