@@ -14,6 +14,7 @@ import datetime
 import math
 import pathlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 
 import lancedb
@@ -42,6 +43,8 @@ REFINE = 2
 INDEXED = ("id", "taken", "width", "height")
 # The names of indexes over the vectors begin with this; the number of clusters follows.
 CLUSTERS = "vectors_"
+# Searches and reads at a time: forty threads at once are slower, and need more memory.
+AT_ONCE = 4
 # The store remembers how many rows this many filters leave.
 REMEMBERED = 1000
 # Old versions of the table are kept for readers this long.
@@ -73,6 +76,7 @@ class LanceStore:
             else:
                 self._table = database.create_table(TABLE, schema=schema(dim))
             self._clusters = max(self._vector_indexes().values(), default=0)
+        self._turns = threading.BoundedSemaphore(AT_ONCE)
         # The version of the table, and the number of its rows that filters leave.
         self._counted: tuple[int, dict[Filter, int]] = (0, {})
 
@@ -102,7 +106,7 @@ class LanceStore:
         exact: bool = False,
     ) -> Hits:
         """See `Store.search`."""
-        with self._errors():
+        with self._errors(), self._turns:
             left = self._left(where) if where and self._clusters else 0
             if where and self._clusters and left < FEW:
                 found = self._table.search().where(sql(where)).select(["id", "vector"]).to_arrow()
@@ -126,7 +130,7 @@ class LanceStore:
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
         names = list(dict.fromkeys(["id", *columns]))
-        with self._errors():
+        with self._errors(), self._turns:
             # An empty list is not valid SQL.
             chosen = f"id IN ({_strings(ids or [''])})"
             found = self._table.search().where(chosen).select(names)
