@@ -29,10 +29,8 @@ from input_pipeline import files
 from xlir import search
 from xlir.decoding import Photo as AnyPhoto
 from xlir.encoder import Encoder
-from xlir.search import calibration, filters, photo_rows, photos
+from xlir.search import calibration, filters, photo_rows, photos, stores
 from xlir.search.query import combined
-from xlir.search.stores import Store
-from xlir.search.stores.lance import LanceStore
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class Index:
 
     def __init__(self, folder: pathlib.Path, content: Mapping):
         self.folder, self._dim, self.store = folder, int(content["dim"]), content.get("store")
-        self._store = _store(folder, content)
+        self._store = stores.opened(folder / STORE, content)
         self.calibration = calibration.Calibration.read(folder, self._dim)
 
     @classmethod
@@ -127,7 +125,7 @@ class Index:
                 "model": encoder.fingerprint(),
                 "store": store,
             }
-            _store(folder, content, create=True)
+            stores.opened(folder / STORE, content, create=True)
             files.write_whole(folder / INDEX_FILE, json.dumps(content, indent=1))
         index = cls(folder, content)
         index.encoder = encoder
@@ -200,7 +198,9 @@ class Index:
             self._store.refresh()
             known = photo_rows.known(self._store)
             found, wanted, unread = set(), 0, []
-            for photo in photos.find(places, exclude, unread.append):
+            for photo in photos.find(
+                places, exclude, lambda line: unread.append(line) or skip(line)
+            ):
                 found.add(photo.id)
                 wanted += _differs(photo, known)
             skipped: list[str] = []
@@ -209,10 +209,10 @@ class Index:
                 skipped.append(reason)
                 skip(reason)
 
-            todo = (photo for photo in photos.find(places, exclude, skip) if _differs(photo, known))
+            todo = (photo for photo in photos.find(places, exclude) if _differs(photo, known))
             new = changed = 0
             with tqdm(total=wanted, desc="indexing", unit="") as bar:
-                for rows in self._embedded(todo, note, engine):
+                for rows in self._embedded(todo, note, engine) if wanted else ():
                     old = sum(name in known for name in rows["id"].to_pylist())
                     (self._store.replace if old else self._store.add)(rows)
                     new, changed = new + len(rows) - old, changed + old
@@ -372,16 +372,6 @@ class Index:
         embedded = [self.encoder.encode_text(texts)] if texts else []
         embedded += [self.encoder.encode_image(pictures)] if pictures else []
         return np.concatenate(embedded)
-
-
-def _store(folder: pathlib.Path, content: Mapping, *, create: bool = False) -> Store:
-    """The store of an index with this `index.json`."""
-    if not content.get("store"):
-        return LanceStore(folder / STORE, content["dim"], create=create)
-    search.check_installed("pymilvus", "milvus")
-    from xlir.search.stores.milvus import MilvusStore
-
-    return MilvusStore(content["store"], content["dim"], content["model"], create=create)
 
 
 def is_index(folder: pathlib.Path) -> bool:

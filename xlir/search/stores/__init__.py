@@ -4,13 +4,15 @@ A store holds one row for each photo, in the columns of `schema`. Both stores do
 tests/search/test_stores.py checks on each.
 """
 
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from xlir import search
 from xlir.search.filters import Filter
 
 
@@ -71,6 +73,27 @@ class Store(Protocol):
 
     def refresh(self) -> None:
         """Makes rows visible that other processes have added."""
+
+
+def opened(folder: pathlib.Path, content: Mapping, *, create: bool = False) -> Store:
+    """The store of an index.
+
+    Args:
+      folder: where it is, if it is on this machine.
+      content: describes the index: the address of the `store` or None, `dim` and `model`.
+      create: whether to create the store if there is none.
+
+    Raises:
+      FileNotFoundError, ValueError: as the stores' constructors.
+    """
+    if content.get("store"):
+        search.check_installed("pymilvus", "milvus")
+        from xlir.search.stores.milvus import MilvusStore
+
+        return MilvusStore(content["store"], content["dim"], content["model"], create=create)
+    from xlir.search.stores.lance import LanceStore
+
+    return LanceStore(folder, content["dim"], create=create)
 
 
 def schema(dim: int) -> pa.Schema:
