@@ -53,7 +53,7 @@ def shapes(encoder: Encoder) -> Iterator[Callable[[], np.ndarray]]:
     texts = [("a " * longest)[:letters] for letters in range(1, 2 * longest + 1)]
     lengths: dict[int, str] = {}
     for text, ids in zip(texts, encoder.tokenizer(texts, max_length=longest), strict=True):
-        lengths[min(padded_length(len(ids)), longest)] = text
+        lengths.setdefault(min(padded_length(len(ids)), longest), text)
     for size in sorted(SIZES, key=lambda size: (1 < size < LARGEST_BATCH, -size)):
         if size <= LARGEST_BATCH:
             for text in reversed(lengths.values()):
