@@ -86,7 +86,7 @@ def run(values: FlagValues, *words: str) -> None:
     else:
         index = Index.create(folder, values.workdir, values.store)
     if values["from"].value:
-        added = index.add_embeddings(pathlib.Path(values["from"].value), pathlib.Path(words[0]))
+        added = index.add_embeddings(values["from"].value, words[0])
     else:
         added = index.add(words, exclude=values.exclude, prune=values.prune, engine=values.engine)
     print(

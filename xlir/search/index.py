@@ -224,7 +224,7 @@ class Index:
         unchanged = len(found) - wanted
         return Added(new, changed, unchanged, skipped=len(skipped), removed=len(gone))
 
-    def add_embeddings(self, vectors: pathlib.Path, paths: pathlib.Path) -> Added:
+    def add_embeddings(self, vectors: str | os.PathLike, paths: str | os.PathLike) -> Added:
         """Adds photos that were embedded elsewhere by the model of this index.
 
         Such photos have no size, time or thumbnail in the index.
@@ -236,7 +236,9 @@ class Index:
         Raises:
           ValueError: the files do not fit each other or the index.
         """
-        array, named = photo_rows.read_embeddings(vectors, paths, self._dim)
+        array, named = photo_rows.read_embeddings(
+            pathlib.Path(vectors), pathlib.Path(paths), self._dim
+        )
         found = [photos.Photo(path, path, 0, 0, bytes) for path in map(os.path.realpath, named)]
         with _locked(self.folder):
             self._store.refresh()
