@@ -216,6 +216,11 @@ def table(start: int, vectors: np.ndarray, days: np.ndarray, rows: int):
     return pa.table(columns, schema=stores.schema(vectors.shape[1]))
 
 
+def named(found: list) -> list[int]:
+    """The numbers of the rows that a store found for one query."""
+    return [int(name, 16) for name in found[0].rows["id"].to_pylist()]
+
+
 def xlir_ask(data: Data) -> dict[str, dict]:
     from xlir.search import filters
     from xlir.search.stores.lance import LanceStore
@@ -223,11 +228,10 @@ def xlir_ask(data: Data) -> dict[str, dict]:
     store = LanceStore(data.folder / "store", data.shape[1])
 
     def search(query, where, kept):
-        found = store.search(query, NEAREST, filters.parse(where))
-        return [int(name, 16) for name in found.ids]
+        return named(store.search(query[None], NEAREST, ["id"], filters.parse(where)))
 
     def exact(query, where, kept):
-        return [int(name, 16) for name in store.search(query, NEAREST, exact=True).ids]
+        return named(store.search(query[None], NEAREST, ["id"], exact=True))
 
     asked(data, search)  # reads the index from the disk
     results = asked(data, search, ["all rows", *filters_of(data.shape[0])])

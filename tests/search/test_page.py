@@ -282,7 +282,7 @@ def test_more_like_this_and_the_back_button(page, served):
     page.get_by_role("button", name=f"More like {before[3]}").click()
     playwright.expect(page.locator("#example")).to_be_visible()
     identifier = re.search(r"like=([0-9a-f]{20})$", page.url)[1]
-    found = served.index.find(served.index.vector(identifier), 60)
+    found = served.index.find(served.index.vector(identifier)[None], 60)[0]
     playwright.expect(page.locator("#results .name")).to_have_text(names_of(found))
     assert before[3] in [hit.path.rsplit("/")[-1] for hit in found if hit.cosine > 0.999]
     page.go_back()

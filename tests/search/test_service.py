@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import functools
 import io
 import os
 import pathlib
@@ -20,7 +21,13 @@ for package in ("fastapi", "lancedb", "prometheus_client", "python_multipart", "
 
 import httpx  # noqa: E402
 
-from xlir.search.batching import Batcher, Full  # noqa: E402
+from xlir.search.batching import (  # noqa: E402
+    Batcher,
+    Full,
+    Search,
+    embed_together,
+    find_together,
+)
 from xlir.search.query import combined  # noqa: E402
 from xlir.search.service import application  # noqa: E402
 
@@ -80,7 +87,7 @@ def test_like_is_the_stored_embedding(client, served):
     assert identifier in [hit["id"] for hit in hits if hit["cosine"] > 0.999]
     query = np.stack([served.index.vector(identifier), *served.index.encoder.encode_text(["blau"])])
     answer = client.get("/api/search", params={"like": identifier, "q": "blau", "count": 5})
-    same(answer, served.index.find(combined(query), 5))
+    same(answer, served.index.find(combined(query)[None], 5)[0])
 
 
 def test_an_uploaded_photo_finds_itself(client, served):
@@ -220,16 +227,16 @@ def test_requests_that_wait_are_embedded_together():
     def photos(parts):
         return np.array([[-part.sum()] for part in parts], np.float32)
 
-    batcher = Batcher(texts, photos, waiting=4)
+    batcher = Batcher(functools.partial(embed_together, texts, photos), waiting=4)
 
     async def ask():
-        first = asyncio.create_task(batcher.embed(["1"]))
+        first = asyncio.create_task(batcher(["1"]))
         await asyncio.sleep(0.05)
         parts = (["22", np.ones(3)], ["333"], ["bad"], ["cancelled"])
-        tasks = [asyncio.create_task(batcher.embed(one)) for one in parts]
+        tasks = [asyncio.create_task(batcher(one)) for one in parts]
         await asyncio.sleep(0.05)
         with pytest.raises(Full):
-            await batcher.embed(["one too many"])
+            await batcher(["one too many"])
         tasks[3].cancel()
         return await asyncio.gather(first, *tasks, return_exceptions=True)
 
@@ -240,6 +247,27 @@ def test_requests_that_wait_are_embedded_together():
     # Filled up to four.
     assert calls[:2] == [["1"], ["22", "333", "bad", "bad"]]
     batcher.close()
+
+
+def test_searches_that_wait_share_calls_and_find_what_each_finds(index, monkeypatch):
+    vectors = index.encoder.encode_text(["rot", "blau", "grün", "gelb", "schwarz"])
+    wanted = [(3, "", True), (3, "", True), (2, "", True), (3, "folder greece", True)]
+    wanted += [(3, "", False)]
+    searches = [Search(vector, *one) for vector, one in zip(vectors, wanted, strict=True)]
+    expected = [
+        index.find(vector[None], count, where, calibrated=calibrated)[0]
+        for vector, (count, where, calibrated) in zip(vectors, wanted, strict=True)
+    ]
+    calls, find = [], type(index).find
+    monkeypatch.setattr(
+        type(index), "find", lambda *given, **more: calls.append(1) or find(*given, **more)
+    )
+    found = find_together(index, searches)
+    assert len(calls) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert [hit.path for hit in one] == [hit.path for hit in other]
+        assert [hit.percentile for hit in one] == [hit.percentile for hit in other]
+    assert found[4][0].percentile is None
 
 
 def test_many_clients_at_once(served):

@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def ids(store, where=()) -> set[str]:
     return {name for batch in store.scan(["id"], where) for name in batch["id"].to_pylist()}
 
 
+class Found(NamedTuple):
+    """What a search found."""
+
+    ids: list[str]
+    cosines: np.ndarray
+
+
+def search(store, query, count, where=(), **options) -> Found:
+    """Searches with one query."""
+    [(rows, cosines)] = store.search(query[None], count, ["id"], where, **options)
+    return Found(rows["id"].to_pylist(), cosines)
+
+
 def nearest(vectors, query, count):
     """Cosines and places of the nearest vectors, from faiss; skips without it."""
     faiss = pytest.importorskip("faiss")
@@ -96,9 +110,25 @@ def test_nearest_rows_are_those_of_faiss(store):
     store.add(rows_of(range(2000), vectors))
     cosines, places = nearest(vectors, queries, 10)
     for row, query in enumerate(queries):
-        hits = store.search(query, 10)
+        hits = search(store, query, 10)
         assert hits.ids == [f"{place:020x}" for place in places[row]]
         np.testing.assert_allclose(hits.cosines, cosines[row], atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("where", ["", "taken ..1970-04-10", "width 3..", "width 9000.."])
+def test_several_queries_find_what_each_one_finds(store, where, count):
+    store.add(rows_of(range(500), unit(1, 500)))
+    queries, columns, where = unit(2, 7), ["path", "id"], filters.parse(where)
+    found = store.search(queries, count, columns, where)
+    assert len(found) == 7
+    for query, (rows, cosines) in zip(queries, found, strict=True):
+        assert rows.column_names == columns
+        alone = search(store, query, count, where)
+        assert rows["id"].to_pylist() == alone.ids
+        np.testing.assert_allclose(cosines, alone.cosines, atol=1e-6)
+        expected = [f"/photos/{int(name, 16) % 10}/Ünd {int(name, 16)}.jpg" for name in alone.ids]
+        assert rows["path"].to_pylist() == expected
 
 
 def test_a_filter_applies_before_the_nearest_rows_are_taken(store):
@@ -110,11 +140,11 @@ def test_a_filter_applies_before_the_nearest_rows_are_taken(store):
         7, "width", pa.array([9000 if row in set(order) else 1 for row in range(2000)], pa.int32())
     )
     store.replace(wide)
-    hits = store.search(query, 5, filters.parse("width 9000.."))
+    hits = search(store, query, 5, filters.parse("width 9000.."))
     expected = order[np.argsort(-(vectors[order] @ query))][:5]
     assert set(hits.ids) == {f"{place:020x}" for place in expected}
     assert store.count(filters.parse("width 9000..")) == 200
-    assert store.search(query, 5, filters.parse("width 9001..")).ids == []
+    assert search(store, query, 5, filters.parse("width 9001..")).ids == []
 
 
 def test_a_large_store_has_an_index_that_finds_nearly_all(lance_store, monkeypatch):
@@ -131,7 +161,7 @@ def test_a_large_store_has_an_index_that_finds_nearly_all(lance_store, monkeypat
     _, places = nearest(vectors, queries, 10)
 
     def recall(**options) -> float:
-        found = [set(store.search(query, 10, **options).ids) for query in queries]
+        found = [set(search(store, query, 10, **options).ids) for query in queries]
         right = [{f"{place:020x}" for place in row} for row in places]
         return np.mean([len(a & b) / 10 for a, b in zip(found, right, strict=True)])
 
@@ -140,7 +170,7 @@ def test_a_large_store_has_an_index_that_finds_nearly_all(lance_store, monkeypat
     few = filters.parse("taken 1970-01-01..1970-04-10")
     assert store.count(few) == 100
     expected = np.argsort(-(vectors[:100].astype(np.float16).astype(np.float32) @ queries[0]))[:10]
-    assert set(store.search(queries[0], 10, few).ids) == {f"{place:020x}" for place in expected}
+    assert set(search(store, queries[0], 10, few).ids) == {f"{place:020x}" for place in expected}
     # The new rows are taken into the old clusters; new clusters come when there are twice as many.
     store.optimize()
     assert store._vector_indexes() == {"vectors_15": 15}
@@ -154,7 +184,7 @@ def test_rows_are_replaced_and_removed(store):
     store.add(rows_of(range(100), vectors))
     store.replace(rows_of([5, 200], unit(4, 2)))
     assert store.count() == 101
-    assert store.search(unit(4, 2)[0], 1).ids == [f"{5:020x}"]
+    assert search(store, unit(4, 2)[0], 1).ids == [f"{5:020x}"]
     store.remove([f"{number:020x}" for number in (5, 7, 12345)])
     assert ids(store) == {f"{number:020x}" for number in [*range(100), 200] if number not in (5, 7)}
 
@@ -210,7 +240,7 @@ def test_a_damaged_file_is_one_line_that_names_the_folder(lance_store, tmp_path)
         if file.is_file():
             file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match=str(tmp_path / "store")) as error:
-        lance.LanceStore(tmp_path / "store", DIM).search(unit(2, 1)[0], 5)
+        search(lance.LanceStore(tmp_path / "store", DIM), unit(2, 1)[0], 5)
     assert "\n" not in str(error.value)
 
 
@@ -232,7 +262,7 @@ def test_characters_of_names_have_no_meaning_in_filters(store, name):
     if isinstance(store, lance.LanceStore) or "\\" not in name:
         assert ids(store, (filters.Term("name", f"{name[:-1]}*"),)) >= {f"{0:020x}"}
     assert store.count((filters.Term("name", name, negated=True),)) == len(names) - 1
-    [first] = store.search(unit(1, 1)[0], 10, where).ids
+    [first] = search(store, unit(1, 1)[0], 10, where).ids
     assert first == f"{0:020x}"
     assert store.count((filters.Term("name", "new\nline"),)) == 1
 
@@ -270,7 +300,7 @@ def test_a_large_milvus_collection_finds_nearly_all(milvus_server):
     _, places = nearest(vectors, queries, 10)
     right = [{f"{place:020x}" for place in row} for row in places]
     for options, least in (({}, 0.9), ({"exact": True}, 1.0)):
-        found = [set(store.search(query, 10, **options).ids) for query in queries]
+        found = [set(search(store, query, 10, **options).ids) for query in queries]
         assert np.mean([len(a & b) / 10 for a, b in zip(found, right, strict=True)]) >= least
 
 

@@ -119,7 +119,7 @@ def test_without_names_there_are_no_tags(index, client, monkeypatch):
     def load(name):
         raise FileNotFoundError("emoji is not installed")
 
-    path = f"/api/photos/{index.find(index.encoder.encode_text(['rot'])[0])[0].id}/tags"
+    path = f"/api/photos/{index.find(index.encoder.encode_text(['rot']))[0][0].id}/tags"
     monkeypatch.setattr(vocabularies, "load", load)
     app = application(index)
     assert asked(app, path="/api/languages").json() == {"languages": []}
@@ -132,7 +132,7 @@ def test_without_calibration_tags_are_ordered_by_cosine(small_index, tmp_path):
     folder = shutil.copytree(small_index / "photos.index", tmp_path / "photos.index")
     (folder / FILE).unlink()
     index = Index.open(folder)
-    identifier = index.find(index.encoder.encode_text(["rot"])[0])[0].id
+    identifier = index.find(index.encoder.encode_text(["rot"]))[0][0].id
     answer = asked(application(index), path=f"/api/photos/{identifier}/tags?cutoff=0.9&count=5")
     found = answer.json()["tags"]
     cosines = index.encoder.encode_text(emoji_names("en")) @ index.vector(identifier)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("lancedb")
 
 from xlir.encoder import Encoder
-from xlir.search.batching import Batcher
+from xlir.search.batching import embed_together
 from xlir.search.warming import shapes, warming
 
 
@@ -29,11 +29,10 @@ def test_usual_shapes_of_batches_are_compiled(toy_run, monkeypatch):
     def zeros(parts):
         return np.zeros((len(parts), 1), np.float32)
 
-    batcher = Batcher(lambda texts: record(texts) or zeros(texts), zeros)
     for size in (1, 2, 3, 17, 33, 64):
         for letters in range(1, 30):
-            batcher._embed(["x" * letters] * size)
-    batcher.close()
+            queries = [["x" * letters]] * size
+            embed_together(lambda texts: record(texts) or zeros(texts), zeros, queries)
     assert met == compiled
 
 

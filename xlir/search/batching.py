@@ -1,8 +1,8 @@
-"""Embeds the queries of many requests together.
+"""Answers the queries of many requests together.
 
-One thread does all embedding. While it works, further requests wait, and all that wait are embedded
-in its next call. So a single request never waits for others to arrive, and many requests share
-calls.
+One thread embeds queries, and another one searches. While a thread works, further requests wait,
+and all that wait share its next call. So a single request never waits for others to arrive, and
+many requests share calls, which take less time for each.
 """
 
 import asyncio
@@ -11,9 +11,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
+
+from xlir.search.index import Hit, Index
 
 # Most requests in one call, and most that may wait.
 LARGEST_BATCH, MOST_WAITING = 64, 256
@@ -23,53 +26,50 @@ SIZES = (1, 4, 16, 64)
 
 # A text, or a photo's pixels.
 Part = str | np.ndarray
-Waiting = tuple[list[Part], concurrent.futures.Future]
+Asked, Answer = TypeVar("Asked"), TypeVar("Answer")
 
 
 class Full(Exception):
     """Too many requests are waiting."""
 
 
-class Batcher:
-    """Embeds texts and photos in one thread; all that wait share a call.
+class Batcher(Generic[Asked, Answer]):
+    """Calls a function in one thread; all requests that wait share a call.
 
     Args:
-      texts: embeds texts, such as `Encoder.encode_text`.
-      photos: embeds the pixels of photos, such as `Encoder.encode_image`.
+      answer: returns an answer for each of the things that are asked.
       observe: called with the number of requests of each call.
       waiting: the number of requests that may wait.
     """
 
     def __init__(
         self,
-        texts: Callable[[Sequence[str]], np.ndarray],
-        photos: Callable[[Sequence[np.ndarray]], np.ndarray],
+        answer: Callable[[Sequence[Asked]], Sequence[Answer]],
         observe: Callable[[int], None] = lambda size: None,
         waiting: int = MOST_WAITING,
     ):
-        self._texts, self._photos, self._observe = texts, photos, observe
-        self._queue: queue.Queue[Waiting | None] = queue.Queue(waiting)
-        self._thread = threading.Thread(target=self._work, name="embedding", daemon=True)
+        self._answer, self._observe = answer, observe
+        self._queue: queue.Queue[tuple[Asked, concurrent.futures.Future] | None]
+        self._queue = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
-    async def embed(self, parts: Sequence[Part]) -> Float[np.ndarray, "parts dim"]:
-        """The embeddings of the parts of one query, in their order.
-
-        If the caller is cancelled while it waits, its parts are not embedded.
+    async def __call__(self, asked: Asked) -> Answer:
+        """The answer. If the caller is cancelled while it waits, it is left out.
 
         Raises:
           Full: too many requests are waiting.
-          ValueError: as `Encoder.encode_text`.
+          Exception: as the function.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
         try:
-            self._queue.put_nowait((list(parts), future))
+            self._queue.put_nowait((asked, future))
         except queue.Full as error:
             raise Full("too many searches are waiting") from error
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Ends the thread when everything that waits is embedded."""
+        """Ends the thread when everything that waits is answered."""
         self._queue.put(None)
         self._thread.join()
 
@@ -85,32 +85,66 @@ class Batcher:
             ready = [one for one in batch if one and one[1].set_running_or_notify_cancel()]
             if ready:
                 self._observe(len(ready))
-                self._answer(ready)
+                self._finish(ready)
 
-    def _answer(self, batch: Sequence[Waiting]) -> None:
+    def _finish(self, batch: Sequence[tuple[Asked, concurrent.futures.Future]]) -> None:
         try:
-            vectors = self._embed([part for parts, _ in batch for part in parts])
+            answers = self._answer([asked for asked, _ in batch])
         except Exception as error:
-            # A query that can't be embedded must not fail the others.
+            # A request that can't be answered must not fail the others.
             for one in batch if len(batch) > 1 else ():
-                self._answer([one])
+                self._finish([one])
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
             return
-        start = 0
-        for parts, future in batch:
-            future.set_result(vectors[start : start + len(parts)])
-            start += len(parts)
+        for (_, future), answer in zip(batch, answers, strict=True):
+            future.set_result(answer)
 
-    def _embed(self, parts: Sequence[Part]) -> np.ndarray:
-        """The embeddings of parts of both kinds, in their order."""
-        vectors: list[np.ndarray | None] = [None] * len(parts)
-        for kind, embed in ((str, self._texts), (np.ndarray, self._photos)):
-            rows = [row for row, part in enumerate(parts) if isinstance(part, kind)]
-            if rows:
-                size = min((size for size in SIZES if size >= len(rows)), default=len(rows))
-                filled = rows + rows[-1:] * (size - len(rows)) if kind is str else rows
-                embedded = embed([parts[row] for row in filled])[: len(rows)]
-                for row, vector in zip(rows, embedded, strict=True):
-                    vectors[row] = vector
-        return np.stack(vectors)
+
+def embed_together(
+    texts: Callable[[Sequence[str]], np.ndarray],
+    photos: Callable[[Sequence[np.ndarray]], np.ndarray],
+    queries: Sequence[Sequence[Part]],
+) -> list[Float[np.ndarray, "parts dim"]]:
+    """The embeddings of the parts of several queries.
+
+    Args:
+      texts: embeds texts, such as `Encoder.encode_text`.
+      photos: embeds the pixels of photos, such as `Encoder.encode_image`.
+      queries: the parts of each query.
+    """
+    parts = [part for query in queries for part in query]
+    vectors: list[np.ndarray | None] = [None] * len(parts)
+    for kind, embed in ((str, texts), (np.ndarray, photos)):
+        rows = [row for row, part in enumerate(parts) if isinstance(part, kind)]
+        if rows:
+            size = min((size for size in SIZES if size >= len(rows)), default=len(rows))
+            filled = rows + rows[-1:] * (size - len(rows)) if kind is str else rows
+            embedded = embed([parts[row] for row in filled])[: len(rows)]
+            for row, vector in zip(rows, embedded, strict=True):
+                vectors[row] = vector
+    ends = np.cumsum([len(query) for query in queries])
+    return np.split(np.stack(vectors), ends[:-1])
+
+
+class Search(NamedTuple):
+    """What `Index.find` is asked for; see there."""
+
+    query: Float[np.ndarray, " dim"]
+    count: int
+    where: str
+    calibrated: bool
+
+
+def find_together(index: Index, searches: Sequence[Search]) -> list[list[Hit]]:
+    """The hits of several searches; those that differ in their query only share a call."""
+    alike: dict[tuple, list[int]] = {}
+    for row, (_, *others) in enumerate(searches):
+        alike.setdefault(tuple(others), []).append(row)
+    found: list[list[Hit]] = [[]] * len(searches)
+    for (count, where, calibrated), rows in alike.items():
+        queries = np.stack([searches[row].query for row in rows])
+        each = index.find(queries, count, where, calibrated=calibrated)
+        for row, hits in zip(rows, each, strict=True):
+            found[row] = hits
+    return found

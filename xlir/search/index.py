@@ -64,6 +64,10 @@ class Hit:
     size: int
 
 
+# The fields of a hit that the store knows.
+FIELDS = ("id", "path", "taken", "width", "height", "size")
+
+
 @dataclasses.dataclass(frozen=True)
 class Added:
     """What `Index.add` did, as numbers of photos."""
@@ -292,7 +296,7 @@ class Index:
         """
         query = self.embed_query(queries, without)
         texts = all(isinstance(part, str) for part in [*queries, *without])
-        found = self.find(query, count, where, calibrated=texts, exact=exact)
+        [found] = self.find(query[None], count, where, calibrated=texts, exact=exact)
         return [hit for hit in found if hit.percentile is None or hit.percentile >= cutoff]
 
     def embed_query(
@@ -305,30 +309,33 @@ class Index:
 
     def find(
         self,
-        query: Float[np.ndarray, " dim"],
+        queries: Float[np.ndarray, "queries dim"],
         count: int = 10,
         where: str = "",
         *,
         calibrated: bool = True,
         exact: bool = False,
-    ) -> list[Hit]:
-        """As `search`, for an embedded query of unit length, and without a cutoff.
+    ) -> list[list[Hit]]:
+        """As `search`, for embedded queries, and without a cutoff.
 
         Args:
-          query, count, where, exact: see `search`.
+          queries: at least one, of unit length. Several at once take less time than one by one.
+          count, where, exact: see `search`.
           calibrated: whether the hits have percentiles, which only mean something for texts.
         """
-        hits = self._store.search(query, count, filters.parse(where), exact=exact)
-        rows = self._rows(hits.ids)
-        shares: list[float | None] = [None] * len(hits.ids)
-        if calibrated and self.calibration is not None:
-            shares = self.calibration.percentiles(query, hits.cosines).tolist()
-        # A photo that was removed a moment ago is left out.
-        return [
-            Hit(cosine=float(cosine), percentile=share, **rows[identifier])
-            for identifier, cosine, share in zip(*hits, shares, strict=True)
-            if identifier in rows
-        ]
+        found = self._store.search(queries, count, FIELDS, filters.parse(where), exact=exact)
+        each = []
+        for query, (rows, cosines) in zip(queries, found, strict=True):
+            shares: list[float | None] = [None] * len(rows)
+            if calibrated and self.calibration is not None:
+                shares = self.calibration.percentiles(query, cosines).tolist()
+            each.append(
+                [
+                    Hit(cosine=float(cosine), percentile=share, **row)
+                    for row, cosine, share in zip(rows.to_pylist(), cosines, shares, strict=True)
+                ]
+            )
+        return each
 
     def vector(self, identifier: str) -> Float[np.ndarray, " dim"] | None:
         """The stored embedding of a photo, of unit length; None if the index lacks the photo."""
@@ -340,8 +347,8 @@ class Index:
 
     def photo(self, identifier: str) -> Hit | None:
         """What the index knows about a photo, with a cosine of 1; None if it lacks the photo."""
-        rows = self._rows([identifier])
-        return Hit(cosine=1.0, percentile=None, **rows[identifier]) if rows else None
+        rows = self._store.read([identifier], FIELDS).to_pylist()
+        return Hit(cosine=1.0, percentile=None, **rows[0]) if rows else None
 
     def thumbnails(self, ids: Sequence[str]) -> list[bytes]:
         """The thumbnails of photos, as JPEG."""
@@ -350,12 +357,6 @@ class Index:
     def refresh(self) -> None:
         """Makes photos visible that other processes have added."""
         self._store.refresh()
-
-    def _rows(self, ids: Sequence[str]) -> dict[str, dict[str, str | int]]:
-        """Id -> what the store knows about a photo, without its thumbnail and its embedding."""
-        columns = [field.name for field in dataclasses.fields(photos.Described)]
-        columns = ["id", "path", "size", *(name for name in columns if name != "thumbnail")]
-        return {row["id"]: row for row in self._store.read(ids, columns).to_pylist()}
 
     def _embedded(
         self, todo: Iterable[photos.Photo], skip: Callable[[str], None], engine: str | None

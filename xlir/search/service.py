@@ -1,8 +1,8 @@
 """The service: a JSON API over an index, and the page that uses it.
 
 `application` makes the FastAPI app; `xlir.search.guard` stands before it and bounds every request.
-Photos are named by their ids only. Everything that takes time runs in threads: embedding in one
-(`xlir.search.batching`), the rest in a few.
+Photos are named by their ids only. Everything that takes time runs in threads: embedding and
+searching in one each (`xlir.search.batching`), the rest in a few.
 """
 
 import contextlib
@@ -25,7 +25,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from xlir.search import api, archives, filters
-from xlir.search.batching import Batcher, Full, Part
+from xlir.search.batching import (
+    Batcher,
+    Full,
+    Part,
+    Search,
+    embed_together,
+    find_together,
+)
 from xlir.search.guard import Access, Guard, Limits, Metrics
 from xlir.search.index import Hit, Index
 from xlir.search.query import combined
@@ -84,8 +91,10 @@ class Service:
     def __init__(self, index: Index, metrics: Metrics, *, paths: bool):
         self._index, self._metrics, self._paths = index, metrics, paths
         encoder = index.encoder
-        self.batcher = Batcher(encoder.encode_text, encoder.encode_image, metrics.batch.observe)
-        self.tags = Tags(self.batcher.embed, index.calibration)
+        embed = functools.partial(embed_together, encoder.encode_text, encoder.encode_image)
+        self.embed = Batcher(embed, metrics.batch.observe)
+        self.find = Batcher(functools.partial(find_together, index))
+        self.tags = Tags(self.embed, index.calibration)
         self._refreshed, self._refreshing = -math.inf, threading.Lock()
         self._decoding = anyio.CapacityLimiter(DECODED_AT_ONCE)
         self._reading = anyio.CapacityLimiter(READ_AT_ONCE)
@@ -99,14 +108,13 @@ class Service:
         await anyio.to_thread.run_sync(self.refresh)
         embedded = await self._embedded(query)
         texts = query.like is None and query.photo is None
-        find = functools.partial(self._index.find, embedded, count, where, calibrated=texts)
         hits = [
             api.Found(
                 cosine=round(hit.cosine, 5),
                 percentile=None if hit.percentile is None else round(hit.percentile, 5),
                 **self._told(hit),
             )
-            for hit in await anyio.to_thread.run_sync(find)
+            for hit in await self.find(Search(embedded, count, where, calibrated=texts))
             if hit.percentile is None or hit.percentile >= cutoff
         ]
         return api.Answer(hits=hits)
@@ -119,7 +127,7 @@ class Service:
         unwanted = [one for one in query.unwanted if one.strip()]
         vectors = [] if query.like is None else [await self._vector(query.like)]
         parts = [*wanted, *unwanted]
-        embedded = await self.batcher.embed(parts) if parts else np.zeros((0, 0), np.float32)
+        embedded = await self.embed(parts) if parts else np.zeros((0, 0), np.float32)
         vectors += list(embedded[: len(wanted)])
         others = embedded[len(wanted) :] if unwanted else None
         try:
@@ -220,7 +228,8 @@ def application(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.tags.close()
-        await anyio.to_thread.run_sync(service.batcher.close)
+        for batcher in (service.embed, service.find):
+            await anyio.to_thread.run_sync(batcher.close)
 
     app = FastAPI(
         title="xlir",

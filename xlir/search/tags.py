@@ -51,7 +51,7 @@ class Tags:
     """Finds the tags of photos. The names of a language are embedded when they are first needed.
 
     Args:
-      embed_texts: embeds texts, such as `Batcher.embed`; a row of unit length for each.
+      embed_texts: embeds texts, such as `Service.embed`; a row of unit length for each.
       calibration: that of the index; None if it has none.
     """
 

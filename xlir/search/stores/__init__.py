@@ -20,11 +20,11 @@ class Hits(NamedTuple):
     """The photos nearest to a query, the nearest first.
 
     Attributes:
-      ids: the ids of the photos.
-      cosines: their cosine similarities with the query.
+      rows: the columns that were asked for.
+      cosines: the cosine similarities with the query.
     """
 
-    ids: list[str]
+    rows: pa.Table
     cosines: Float[np.ndarray, " hits"]
 
 
@@ -43,17 +43,19 @@ class Store(Protocol):
 
     def search(
         self,
-        query: Float[np.ndarray, " dim"],
+        queries: Float[np.ndarray, "queries dim"],
         count: int,
+        columns: Sequence[str],
         where: Filter = (),
         *,
         exact: bool = False,
-    ) -> Hits:
-        """The rows with the highest cosine similarities with a unit-length query.
+    ) -> list[Hits]:
+        """For each query, the rows with the highest cosine similarities.
 
         Args:
-          query: of unit length.
-          count: the largest number of rows.
+          queries: at least one, of unit length. Several at once take less time than one by one.
+          count: the largest number of rows of a query.
+          columns: what to return of the rows.
           where: which rows to consider.
           exact: compare with every row; otherwise a large store may miss a few.
         """

@@ -99,21 +99,24 @@ class LanceStore:
 
     def search(
         self,
-        query: Float[np.ndarray, " dim"],
+        queries: Float[np.ndarray, "queries dim"],
         count: int,
+        columns: Sequence[str],
         where: Filter = (),
         *,
         exact: bool = False,
-    ) -> Hits:
+    ) -> list[Hits]:
         """See `Store.search`."""
+        names = list(dict.fromkeys([*columns, "vector"]))
         with self._errors(), self._turns:
             left = self._left(where) if where and self._clusters else 0
             if where and self._clusters and left < FEW:
-                found = self._table.search().where(sql(where)).select(["id", "vector"]).to_arrow()
+                found = self._table.search().where(sql(where)).select(names).to_arrow()
+                parts = [found] * len(queries)
             else:
-                search = self._table.search(query.astype(np.float32)).distance_type("cosine")
-                # LanceDB rounds the query to 16 bits too, so nearly equal rows may change places.
-                search = search.select(["id", "vector", "_distance"]).limit(2 * count + 10)
+                search = self._table.search(queries.astype(np.float32)).distance_type("cosine")
+                # LanceDB rounds queries to 16 bits too, so nearly equal rows may change places.
+                search = search.select([*names, "_distance"]).limit(2 * count + 10)
                 if where:
                     search = search.where(sql(where), prefilter=True)
                 if exact or not self._clusters:
@@ -121,11 +124,11 @@ class LanceStore:
                 else:
                     search = search.nprobes(probes(self._clusters, left)).refine_factor(REFINE)
                 found = search.to_arrow()
-        flat = found["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
-        vectors = flat.reshape(len(found), len(query))
-        cosines = vectors @ query / np.linalg.norm(vectors, axis=1)
-        best = np.argsort(-cosines, kind="stable")[:count]
-        return Hits(found["id"].take(best).to_pylist(), cosines[best])
+                parts = _of_queries(found, len(queries))
+        return [
+            _nearest(part, query, count, columns)
+            for part, query in zip(parts, queries, strict=True)
+        ]
 
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
@@ -201,6 +204,25 @@ class LanceStore:
         except (RuntimeError, OSError, ValueError) as error:
             reason = re.sub(r", ?/?[\w/.-]+\.rs:\d+:\d+", "", " ".join(str(error).split()))[:300]
             raise ValueError(f"{self._folder}: {reason}") from error
+
+
+def _of_queries(found: pa.Table, queries: int) -> list[pa.Table]:
+    """The rows that were found for each query, which LanceDB returns one below the other."""
+    if queries == 1:
+        return [found]
+    owners = found["query_index"].to_numpy()
+    return [found.take(np.flatnonzero(owners == query)) for query in range(queries)]
+
+
+def _nearest(
+    found: pa.Table, query: Float[np.ndarray, " dim"], count: int, columns: Sequence[str]
+) -> Hits:
+    """The nearest of the rows that LanceDB found for a query."""
+    flat = found["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
+    vectors = flat.reshape(len(found), len(query))
+    cosines = vectors @ query / np.linalg.norm(vectors, axis=1)
+    best = np.argsort(-cosines, kind="stable")[:count]
+    return Hits(found.select(list(columns)).take(best), cosines[best])
 
 
 def probes(clusters: int, left: int = 0) -> int:

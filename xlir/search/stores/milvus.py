@@ -115,23 +115,30 @@ class MilvusStore:
 
     def search(
         self,
-        query: Float[np.ndarray, " dim"],
+        queries: Float[np.ndarray, "queries dim"],
         count: int,
+        columns: Sequence[str],
         where: Filter = (),
         *,
         exact: bool = False,
-    ) -> Hits:
+    ) -> list[Hits]:
         """See `Store.search`."""
         with self._errors():
-            [found] = self._client.search(
+            found = self._client.search(
                 self._collection,
-                data=[query.astype(np.float32).tolist()],
+                data=queries.astype(np.float32).tolist(),
                 limit=count,
                 filter=expression(where),
+                output_fields=list(columns),
                 search_params={"params": {"nprobe": CLUSTERS if exact else PROBES}},
             )
-        cosines = np.asarray([hit["distance"] for hit in found], np.float32)
-        return Hits([hit["id"] for hit in found], cosines)
+        return [
+            Hits(
+                pa.Table.from_batches([self._received([hit["entity"] for hit in part], columns)]),
+                np.asarray([hit["distance"] for hit in part], np.float32),
+            )
+            for part in found
+        ]
 
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """See `Store.read`."""
