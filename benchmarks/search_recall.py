@@ -62,10 +62,7 @@ def compare(folder: pathlib.Path, rows: pa.Table, queries: dict, gold: list[str]
     print(f"{store._clusters} clusters, {lance.probes(store._clusters)} looked into")
     for language, embedded in queries.items():
         exact, found = (
-            [
-                hits.rows["id"].to_pylist()
-                for hits in store.search(embedded, 10, ["id"], exact=exact)
-            ]
+            [rows["id"].to_pylist() for rows, _ in store.search(embedded, 10, ["id"], exact=exact)]
             for exact in (True, False)
         )
         recalls = [
