@@ -30,8 +30,9 @@ def get_config() -> ConfigDict:
     config.head_dtype = "auto"
 
     # Number of devices along the two axes of the mesh. One may be -1, for all remaining devices.
-    # Parameters are replicated along "data". Along "fsdp" parameters, gradients and optimizer state
-    # are sharded, and gathered one layer at a time. A batch is split over all devices.
+    # Parameters are replicated along "data". Along "fsdp", parameters, gradients and optimizer
+    # state are sharded, and parameters are gathered one layer at a time. A batch is split over all
+    # devices.
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 1

@@ -191,7 +191,7 @@ RUN_MAIN = "from xlir import main; main.leave(main.main())"
 
 @pytest.fixture(scope="session")
 def tiny(photos) -> list[str]:
-    """Flags of a training run on the small set that takes seconds."""
+    """Flags of a training run that takes seconds, on the small set."""
     return [
         "--config=configs/flickr8k.py",
         f"--config.data.dir={photos}",
@@ -216,7 +216,7 @@ def workdir(command, tiny, session_folder, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def toy_config(photos):
-    """A run with trained toy towers and a moving average that takes seconds."""
+    """The configuration of a run that takes seconds: trained toy towers, a moving average."""
     from configs import xlmr
 
     config = xlmr.get_config("tiny")

@@ -127,7 +127,7 @@ def test_folds_are_searched_alone_and_averaged():
     """Each query ranks an image of the other fold first, so a joint search finds none."""
     images = np.eye(6, dtype=np.float32)
     text = 0.5 * np.repeat(images, 2, axis=0) + np.repeat(np.roll(images, 3, axis=0), 2, axis=0)
-    text[0] += 0.7 * images[1]  # except one query: another image of its own fold
+    text[0] += 0.7 * images[1]  # this query ranks another image of its own fold first
     data = dataclasses.replace(
         retrieval_set("en", image_of=np.repeat(np.arange(6), 2)), folds=("folded", 2)
     )

@@ -20,7 +20,7 @@ from input_pipeline import datasets, test_sets
 # The valid values of a field. Its `str` describes them at the end of an error message.
 Allowed = Container
 INT32 = 2**31 - 1
-# The upper limit of numbers without one of their own. Its square is finite in float32.
+# The default upper limit of a number; its square is finite in float32.
 LARGEST = 1e18
 HEAVIEST = 1e6
 # Dropout rates are rounded to 1/256, and a rate of 1 would drop everything.

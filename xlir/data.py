@@ -119,7 +119,7 @@ def check_batch_size(config: ConfigDict, captions: int) -> None:
 
 
 def validation_set(config: ConfigDict) -> RetrievalSet:
-    """The validation split, in every language that the data set has; captions are in English."""
+    """The validation split: in English, or in all languages of a data set with translations."""
     return split.read(Options("validation", split=config.data.validation), run_data(config))
 
 

@@ -32,7 +32,7 @@ TEXT_BATCH = 128
 TEXT_TOKENS = 2048  # padding included; mUSE's activations then stay in a CPU's cache
 FEATURE_BATCH = 1024
 
-# Pairs of the row numbers of a batch, and this process's share of the batch. The keys of the share
+# Pairs: the row numbers of a batch, and this process's share of the batch. The keys of the share
 # are those of a training batch.
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
 

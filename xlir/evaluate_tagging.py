@@ -122,7 +122,7 @@ def evaluate_set(
     )
     english = next(iter(taggers.values())).embeddings
     one_cosine = np.quantile(reference.held_out @ english.T, percentile)
-    # In float64 equal photos have equal cosines.
+    # In float64, equal photos have equal cosines.
     exact = images.astype(np.float64)
     languages = {}
     for language, tagger in taggers.items():
@@ -157,7 +157,7 @@ def evaluate_set(
 
 
 def spread(results: dict, threshold: str) -> float:
-    """The largest of the languages' mean numbers of tags per photo over the smallest, minus 1."""
+    """The languages' largest mean number of tags per photo, divided by the smallest, minus 1."""
     counts = [one["predicted_tags"][threshold] for one in results["languages"].values()]
     return max(counts) / max(min(counts), 1e-9) - 1
 

@@ -59,8 +59,8 @@ TEMPLATES = {
 }
 # Number of nearest neighbours in a neighbourhood, as in the paper.
 NEIGHBOURS = 10
-# Number of an image's best tags that prominence is relative to. With fewer, all images get the
-# same number of tags. With more, that number depends on which photos a small set holds out.
+# Number of an image's best tags that prominence is relative to. With fewer, a threshold gives all
+# images the same number. With more, the number depends on which photos a small set holds out.
 BEST_TAGS = 20
 # Images on a contact sheet, and tags per image and language.
 SHEET_PHOTOS, SHEET_TAGS = 12, 4

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 REPOSITORY = "adobe-research/Cross-lingual-Test-Dataset-XTD10"
 URL = f"https://github.com/{REPOSITORY}"
 RAW_URL = f"https://raw.githubusercontent.com/{REPOSITORY}"
-# SHA-256 of the published files, by file name: XTD10 has English captions in two folders.
+# SHA-256 of the published files, by name, not path: two folders of XTD10 hold the English file.
 SHA256 = {
     "test_image_names.txt": "504a472dfd40e44f2d0facd6320b9dc1c7d64c58aac9840f0b1da4807cb3a30a",
     "test_1kcaptions_en.txt": "ac5531b6842c1d469fba80aa6f44e2af054e84a41da8f9eaf01d831e943039b9",
@@ -99,7 +99,7 @@ def read_captions(
         there = {file.name for file in line_aligned.text_files(folder)}
         error, what = FileNotFoundError, "lacks"
         if altered := [name for name in absent if name in there]:
-            error, what, absent = ValueError, "differs from XTD10 as published in", altered
+            error, what, absent = ValueError, "differs from the published XTD10 in", altered
         raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 again with {command}")
     names, lines = line_aligned.read_lines(found.pop(line_aligned.NAMES_FILE)), {}
     for name, file in found.items():

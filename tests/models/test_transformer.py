@@ -147,7 +147,7 @@ def pooled(theirs, ids: np.ndarray, mask: np.ndarray, pooling: str):
 def test_outputs_equal_torch(model_type, pooling, tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     if (model_type, pooling) == ("distilbert", "pooler"):
-        pytest.skip("DistilBERT has none")
+        pytest.skip("DistilBERT has no pooler")
     theirs = reference(model_type)
     config, weights = written(theirs, tmp_path)
     ours = loaded(config, weights, pooling=pooling)

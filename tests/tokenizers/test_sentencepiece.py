@@ -143,7 +143,7 @@ def test_a_long_text_has_the_first_tokens_of_the_whole(tokenizer, shared, monkey
     files = sorted(shared.glob("xtd10/*/*captions*"))
     captions = [line for file in files for line in file.read_bytes().decode().split("\n")]
     texts = [*many_long_texts(captions), *STRANGE, *(" ".join([text] * 200) for text in STRANGE)]
-    # The expected ids: the library splits the whole text.
+    # The expected ids are from the library, which splits the whole text.
     whole = tokenizer(texts)
     for max_length in (3, 4, 32, 77):
         expected = [

@@ -42,7 +42,7 @@ def _read(config: Mapping) -> VisionConfig:
     mlp_dim = read_field(config, "hidden_size", WIDTH)
     mlp_dim = int(mlp_dim * read_field(config, "mlp_ratio", Real(1, 1000)))
     if gated := _is_gated(config):
-        # SwiGLU has three matrices instead of two. Two thirds of the width keep their total size.
+        # SwiGLU has three matrices, not two: two thirds of the width give the same total size.
         mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     activation = {"hidden_act": "silu"} if gated else {}
     layers = read_layers({**config, "intermediate_size": mlp_dim, **activation})

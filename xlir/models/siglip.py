@@ -89,7 +89,7 @@ class SigLIPFamily(VisionFamily):
         }
 
     def hub_config(self, spec: TowerSpec, pad_id: int) -> dict[str, Any]:
-        """See `Family.hub_config`. With mean pooling, the tower is exported without the head."""
+        """See `Family.hub_config`. With mean pooling, attention pooling is not exported."""
         config = super().hub_config(spec, pad_id)
         return config | {"vision_use_head": False} if spec.pooling == "mean" else config
 
