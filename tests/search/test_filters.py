@@ -1,4 +1,4 @@
-"""Filters: how they are read, and that a store finds the rows that match."""
+"""Filters are read as written, and a store finds the rows that match."""
 
 import datetime
 import fnmatch
@@ -124,18 +124,18 @@ def test_bounds_beyond_any_photo():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("beach", "has no term; terms begin with folder, name, taken, width, height"),
-        ("and", "has no term"),
-        ("not", "has no term"),
-        ("not not folder x", "has no term"),
-        ("path x", "has no term"),
-        ("folder=x", "has no term"),
-        ("and folder x", "has no term"),
+        ("beach", "has a term that does not begin with folder, name, taken, width, height"),
+        ("and", "has a term that does not begin"),
+        ("not", "has a term that does not begin"),
+        ("not not folder x", "has a term that does not begin"),
+        ("path x", "has a term that does not begin"),
+        ("folder=x", "has a term that does not begin"),
+        ("and folder x", "has a term that does not begin"),
         ("folder", "lacks a value for folder"),
         ("not name", "lacks a value for name"),
         ("folder x and name", "lacks a value for name"),
         ("folder x and", "is not valid at 'and'"),
-        ("folder x and and name y", "has no term"),
+        ("folder x and and name y", "has a term that does not begin"),
         ("folder x name y", "is not valid at 'name'"),
         ("folder x or name y", "is not valid at 'or'"),
         (
@@ -299,7 +299,7 @@ def day_of(row: dict) -> datetime.date:
 
 
 def quoted(value: str) -> str:
-    """A value quoted for a filter; single quotes in it become parts of their own."""
+    """A value in quotes for a filter. Its single quotes are put in double quotes."""
     return "".join(f"'{part}'" if part != "'" else '"\'"' for part in re.split("(')", value))
 
 
