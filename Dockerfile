@@ -5,7 +5,8 @@
 #   docker run -p 8000:8000 -e XLIR_TOKEN=SECRET \
 #       -v $PWD/photos.index:/photos.index:ro -v /photos:/photos:ro xlir
 #
-# To run another command, write it after the image's name: docker run ... xlir search --index=/photos.index "deniz"
+# To run another command, write it after the image's name:
+#   docker run ... xlir search --index=/photos.index "deniz"
 FROM python:3.13-slim
 
 WORKDIR /xlir

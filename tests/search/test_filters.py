@@ -318,7 +318,7 @@ def random_term(generator: random.Random):
     if kind == "name":
         name = row["path"].rsplit("/", 1)[1]
         name = generator.choice((str, str.upper, str.lower, in_other_form))(name)
-        # Cut between whole letters: an accent belongs to the letter before.
+        # The text is cut between whole letters: an accent belongs to the letter before it.
         name = unicodedata.normalize("NFC", name)
         start, end = sorted(generator.choices(range(len(name) + 1), k=2))
         forms = [name, f"{name[:start]}*", f"*{name[start:]}", f"{name[:start]}*{name[end:]}"]
@@ -379,7 +379,7 @@ def test_case_and_the_form_of_accents_make_no_difference(store):
     assert found(store, "name STRASSE") == found(store, "name straße") != set()
     assert found(store, "name İstanbul") == found(store, "name İSTANBUL") != set()
     assert found(store, "name istanbul") == found(store, "name ISTANBUL") != set()
-    # By Unicode's rules for all languages, the dot of "İ" stays.
+    # By the rules of Unicode that hold for all languages, the dot of "İ" stays.
     assert not found(store, "name istanbul") & found(store, "name İstanbul")
 
 

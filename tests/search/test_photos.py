@@ -597,7 +597,7 @@ def test_unreadable_folders_files_and_archives():
         for path, mode in modes.items():
             (folder / path).chmod(mode)
         if not os.getuid():
-            os.seteuid(65534)  # become nobody, because root may read everything
+            os.seteuid(65534)  # becomes nobody, because root may read everything
         try:
             found, reasons = found_in(folder)
             with pytest.raises(PermissionError):

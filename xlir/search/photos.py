@@ -236,7 +236,7 @@ def _is_named_as_photo(name: str) -> bool:
 
 
 def _holds_archive(path: str) -> bool:
-    """Whether a file is an archive by its content. Files with a photo's extension are not."""
+    """Whether a file is an archive by its content. A file with a photo's extension never is."""
     if os.path.splitext(path)[1].lower() in SUFFIXES or not os.path.isfile(path):
         return False
     try:

@@ -6,7 +6,7 @@
 const FIELDS = ["q", "not", "folder", "from", "to"];
 const FEW = 60;
 const MANY = 200;
-// As on the command line. With it, one in twenty queries that fit a photo finds no photos.
+// As on the command line. At this cutoff, one in twenty queries that fit a photo finds none.
 const CUTOFF = 0.05;
 const TAGS = 8;
 const LARGEST_UPLOAD = 30e6;

@@ -7,7 +7,7 @@ A small table is searched exactly. A large one has an index over the vectors, IV
 looks into the clusters that are nearest to the query, where each component of a vector takes one
 byte. The best candidates are compared again by their whole vectors. With a filter, each cluster
 has fewer rows that match, so a search looks into more clusters, and into all if the filter leaves
-100,000 rows or fewer. If it leaves fewer than 2,000 rows, they are compared exactly.
+100,000 rows or fewer. If the filter leaves fewer than 2,000 rows, they are compared exactly.
 """
 
 import contextlib
@@ -170,7 +170,7 @@ class LanceStore:
                     self._table.create_index(column, config=BTree())
             clusters = rows // CLUSTER_ROWS
             old = self._vector_indexes()
-            # New rows join the nearest clusters. With twice the rows, new clusters are made.
+            # New rows join the nearest clusters. When the rows have doubled, new clusters are made.
             if not old or max(old.values()) * 2 <= clusters:
                 config = IvfSq(distance_type="cosine", num_partitions=clusters, sample_rate=SAMPLED)
                 self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
@@ -196,7 +196,7 @@ class LanceStore:
         return counts[where]
 
     def _vector_indexes(self) -> dict[str, int]:
-        """Name -> clusters of the index over the vectors; of two while one replaces the other."""
+        """Name of each index over the vectors -> its clusters; two while one replaces the other."""
         names = [one.name for one in self._table.list_indices() if one.columns == ["vector"]]
         return {name: int(name.removeprefix(CLUSTERS)) for name in names}
 
