@@ -170,7 +170,7 @@ class LanceStore:
                     self._table.create_index(column, config=BTree())
             clusters = rows // CLUSTER_ROWS
             old = self._vector_indexes()
-            # New rows join the nearest clusters. When the rows have doubled, new clusters are made.
+            # New rows join the nearest clusters. Once rows have doubled, new clusters are made.
             if not old or max(old.values()) * 2 <= clusters:
                 config = IvfSq(distance_type="cosine", num_partitions=clusters, sample_rate=SAMPLED)
                 self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
@@ -196,7 +196,7 @@ class LanceStore:
         return counts[where]
 
     def _vector_indexes(self) -> dict[str, int]:
-        """Name of each index over the vectors -> its clusters; two while one replaces the other."""
+        """Name of an index over the vectors -> its clusters; two while one replaces the other."""
         names = [one.name for one in self._table.list_indices() if one.columns == ["vector"]]
         return {name: int(name.removeprefix(CLUSTERS)) for name in names}
 
