@@ -1,5 +1,5 @@
-# A container that serves an index. Mount the photos at the paths at which they were indexed. If they
-# are not mounted, the page shows only their thumbnails.
+# A container that serves an index. Mount the photos at the paths at which they were indexed. If
+# they are not mounted, the page shows only their thumbnails.
 #
 #   docker build -t xlir .
 #   docker run -p 8000:8000 -e XLIR_TOKEN=SECRET \

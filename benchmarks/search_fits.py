@@ -2,8 +2,8 @@
 
 Indexes the 970 test photos of Flickr8k. Queries that fit are the 899 test captions in each
 language. Queries that do not fit are names of emoji in the same language. An emoji is used if no
-word of its English name, singular or plural, is in any English caption of Flickr8k. Words of one or
-two letters do not count, and flags are left out.
+word of its English name, singular or plural, is in any English caption of Flickr8k. Words of one
+or two letters do not count, and flags are left out.
 
   python benchmarks/search_fits.py RUN PATH/flickr8k
 

@@ -42,8 +42,8 @@ def define(flags: Flags) -> None:
     )
     flags.string(
         "store",
-        "Where a new index keeps its embeddings: a Milvus collection, milvus://HOST:PORT/NAME, on "
-        "a server whose token or USER:PASSWORD is $MILVUS_TOKEN. Default: the folder of the index.",
+        "Where a new index keeps its embeddings: a Milvus collection, milvus://HOST:PORT/NAME. "
+        "$MILVUS_TOKEN is its token or USER:PASSWORD. Default: the folder of the index.",
     )
     flags.choice(
         "engine",
