@@ -1,11 +1,12 @@
-# A container that serves an index. The photos must have the paths under which they were indexed;
-# without them, the page shows thumbnails only.
+# A container that serves an index. Mount the photos at the paths at which they were indexed. If
+# they are not mounted, the page shows only their thumbnails.
 #
 #   docker build -t xlir .
 #   docker run -p 8000:8000 -e XLIR_TOKEN=SECRET \
 #       -v $PWD/photos.index:/photos.index:ro -v /photos:/photos:ro xlir
 #
-# Other commands are given after the name: docker run ... xlir search --index=/photos.index "deniz"
+# To run another command, write it after the image's name:
+#   docker run ... xlir search --index=/photos.index "deniz"
 FROM python:3.13-slim
 
 WORKDIR /xlir

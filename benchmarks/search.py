@@ -4,20 +4,20 @@
     python benchmarks/search.py [--rows=1000000] [--dim=512] [--engines=xlir,faiss-ivf]
     python benchmarks/search.py --photos=PHOTOS.npy --queries=QUERIES.npy
 
-Every library builds its index in one process and is asked in a new one, one query at a time. The
-table tells how long building took (rows included), how much memory the asking process needed at
-most (VmHWM), and for each kind of query the median and the 95th percentile of its time and the
-share of the ten nearest rows that were found. The last line is the same as JSON. The share of
-the processors' time that other programs took tells whether the times can be trusted.
+Every library builds its index in one process and searches in a new one, one query at a time. The
+table shows how long building took (storing the rows included), and the largest memory (VmHWM) of
+the process that searches. For each kind of query, it shows the median and the 95th percentile of
+the time, and the share of the ten nearest rows that were found. The last line is the same as JSON.
+The share of the processors' time that other programs took tells whether the times can be trusted.
 
-Without --photos, the rows are drawn around topics (of which there are 2,000). With it, each row is
-a photo's embedding plus half the difference of two others' embeddings, so that the spread is that
-of real photos. Rows of a topic, or of a photo, follow each other, as photos of a folder do. The
-embeddings are rounded to 16 bits, and the true neighbours are those of faiss.IndexFlatIP among the
-rounded ones.
+Without --photos, the rows are drawn around 2,000 random topics. With --photos, each row is the
+embedding of a photo plus half the difference of two others' embeddings, so that rows are spread as
+real photos are. Rows of one topic, or of one photo, follow each other, as photos of a folder do.
+The embeddings are rounded to 16 bits, and the true neighbours are those that faiss.IndexFlatIP
+finds among the rounded embeddings.
 
-Filters: a range of days keeps rows that are independent of the embeddings. A folder keeps rows that
-lie together, so it is nearly always far from the query or full of its neighbours.
+A filter by days keeps rows that are independent of the embeddings. A filter by folder keeps rows
+that lie together, so nearly always all of them are far from the query, or all are near it.
 """
 
 import argparse
@@ -36,7 +36,8 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 TOPICS, CHUNK, NEAREST = 2000, 50_000, 10
-# Photos are taken on this many days, from 1990 on, and lie in folders of folders.
+# The photos were taken on DAYS days from 1990 on. They lie in YEARS folders, which together hold
+# EVENTS folders.
 DAYS, YEARS, EVENTS = 10_000, 10, 1000
 QUERIES, FILTERED = 300, 40
 ENGINES = ("xlir", "faiss-ivf", "faiss-ivf-sq8", "sentence-transformers", "faiss-hnsw")
@@ -78,7 +79,7 @@ class Data:
         self.queries = np.load(folder / "queries.npy")
 
     def chunks(self):
-        """(first row, rows in 32 bits), in order."""
+        """Yields (first row, rows as float32), in order."""
         rows, dim = self.shape
         with open(self.folder / "vectors.bin", "rb") as file:
             for start in range(0, rows, CHUNK):
@@ -113,7 +114,7 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
 
         origins = len(photos)
     else:
-        # Directions matter less and less, as those of trained embeddings do.
+        # Each dimension varies less than the one before, as in trained embeddings.
         scale = (1 + np.arange(dim, dtype=np.float32)) ** -0.4
         centers = generator.normal(size=(TOPICS, dim)).astype(np.float32)
         origins = TOPICS
@@ -172,7 +173,7 @@ def asked(data: Data, search, kinds=("all rows",), queries: int = QUERIES) -> di
 
 
 def tuned(data: Data, search, settings) -> dict[str, dict]:
-    """The result of the first, cheapest setting with enough recall."""
+    """The results of the first setting with enough recall; the cheapest settings come first."""
     for setting in settings:
         results = asked(data, functools.partial(search, setting))
         if results["all rows"]["recall"] >= LEAST_RECALL:
@@ -192,7 +193,7 @@ def xlir_build(data: Data) -> None:
 
 
 def table(start: int, vectors: np.ndarray, days: np.ndarray, rows: int):
-    """Rows of a store, as those of photos embedded elsewhere but with dates and folders."""
+    """Rows of a store, with dates and folders, but without thumbnails."""
     import pyarrow as pa
 
     from xlir.search import stores
@@ -233,7 +234,7 @@ def xlir_ask(data: Data) -> dict[str, dict]:
     def exact(query, where, kept):
         return named(store.search(query[None], NEAREST, ["id"], exact=True))
 
-    asked(data, search)  # reads the index from the disk
+    asked(data, search)  # not timed: reads the index from the disk
     results = asked(data, search, ["all rows", *filters_of(data.shape[0])])
     return results | {"all rows, exact": asked(data, exact, queries=20)["all rows"]}
 
@@ -292,7 +293,7 @@ def torch_ask(data: Data) -> dict[str, dict]:
 
 
 def steps(engine: str):
-    """How an engine builds its index (None: it has none) and is asked."""
+    """The functions that build an engine's index (None if it has none) and that search."""
     if engine.startswith("faiss"):
         kind = engine.removeprefix("faiss-")
         return functools.partial(faiss_build, kind), functools.partial(faiss_ask, kind)
@@ -300,7 +301,7 @@ def steps(engine: str):
 
 
 def busy_seconds() -> float:
-    """Processor time that all programs on this machine have taken."""
+    """The processor time that all programs on this machine have taken."""
     user, nice, system, _, _, irq, softirq = map(
         int, pathlib.Path("/proc/stat").read_text().split()[1:8]
     )
@@ -308,7 +309,7 @@ def busy_seconds() -> float:
 
 
 def step(engine: str, what: str, folder: pathlib.Path) -> None:
-    """Builds or asks, in this process; prints the result."""
+    """Builds the index or searches it, in this process; prints the result."""
     build, ask = steps(engine)
     data, start, busy = Data(folder), time.perf_counter(), busy_seconds()
     results = {}
@@ -349,7 +350,7 @@ def report(result: dict) -> None:
         f"\n{result['engine']}{setting}: built in {build['seconds']:.0f} s "
         f"({build['cpu seconds']:.0f} s of processor time, {build['memory']:.2f} GB, "
         f"{build['others']:.0%} taken by other programs); "
-        f"asked with {result['memory']:.2f} GB, {result['others']:.0%} taken by other programs"
+        f"searched with {result['memory']:.2f} GB, {result['others']:.0%} taken by other programs"
     )
     for kind, found in result.items():
         if isinstance(found, dict) and "p50" in found:

@@ -1,14 +1,14 @@
-"""Can percentiles separate queries that fit a photo in an index from others?
+"""Can percentiles separate queries that fit a photo in an index from queries that fit none?
 
 Indexes the 970 test photos of Flickr8k. Queries that fit are the 899 test captions in each
-language. Queries that do not fit are the names of emoji in the same language if no word of the
-English name (of three letters or more, singular or plural) is in any English caption of Flickr8k.
-Flags are left out.
+language. Queries that do not fit are names of emoji in the same language. An emoji is used if no
+word of its English name, singular or plural, is in any English caption of Flickr8k. Words of one
+or two letters do not count, and flags are left out.
 
   python benchmarks/search_fits.py RUN PATH/flickr8k
 
-Prints for each language the area under the ROC curve (AUROC) of the top photo's cosine and
-percentile, and the share of each kind of queries for which a photo is shown, at two cutoffs.
+For each language, prints the area under the ROC curve (AUROC) of the top photo's cosine and of its
+percentile. Also prints, at two cutoffs, for which share of each kind of query a photo is shown.
 """
 
 import json

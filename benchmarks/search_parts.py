@@ -3,14 +3,14 @@
 Searches 970 test photos of Flickr8k for pairs of nouns. A photo shows a noun if one of its five
 English captions mentions it.
 
-- "A, but not B" (`search A --not=B`), with several weights of B. Pairs: at least ten photos show
-  both, and ten show A alone.
-- "A and B" (`search A --and=B`), with several weights of B, and as one text, "A B". Pairs: at least
-  ten photos show both.
+- "A, but not B" (`search A --not=B`), with several weights of B. A pair is used if at least ten
+  photos show both nouns, and at least ten show A without B.
+- "A and B" (`search A --and=B`), with several weights of B, and as one text, "A B". A pair is used
+  if at least ten photos show both nouns.
 
   python benchmarks/search_parts.py RUN PATH/flickr8k
 
-Prints for each language which share of the first ten photos show A, and B.
+For each language, prints which shares of the first ten photos show A, B, both, and A without B.
 """
 
 import itertools
@@ -68,7 +68,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 
 def report(name: str, queries, photos, shows, pairs) -> None:
-    """Prints the shares of the first photos of each pair's query that show A and B."""
+    """Prints which shares of the first photos for the pairs show A, B, both, and A without B."""
     best = np.argsort(-(np.stack(queries) @ photos.T), axis=1)[:, :BEST]
     first, second = (
         np.stack([shows[rows, pair[side]] for rows, pair in zip(best, pairs, strict=True)])

@@ -4,8 +4,8 @@
     python benchmarks/search_recall.py photos.index PATH/flickr8k
 
 Searches all photos of Flickr8k with the 899 test captions in each language, exactly and through
-clusters. These photos are few, so clusters are made smaller than usual, and it is also tried how
-it is to look into the same share of clusters (10%) as in an index of a million photos. Prints
+clusters. There are few photos, so the clusters are smaller than usual. A second setting looks
+into the same share of the clusters (10%) as a search in an index of a million photos does. Prints
 Recall@10 (the caption's own photo is among the first ten), and the share of the ten nearest photos
 that are found.
 """
@@ -26,7 +26,7 @@ from xlir.search.index import Index
 from xlir.search.stores import lance
 
 LANGUAGES = ("en", "de", "fr", "zh", "cs")
-# Pairs: rows of a cluster, and how many times the root of the number of clusters is looked into.
+# Pairs: the values of CLUSTER_ROWS and PROBES in `xlir.search.stores.lance`.
 SETTINGS = ((88, lance.PROBES), (88, 0.1 * 88**0.5))
 
 
@@ -72,7 +72,7 @@ def compare(folder: pathlib.Path, rows: pa.Table, queries: dict, gold: list[str]
         shares = [len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]
         print(
             f"  {language}: R@10 exact {recalls[0]:.4f}, through clusters {recalls[1]:.4f} "
-            f"({recalls[1] - recalls[0]:+.4f}); of the ten nearest {np.mean(shares):.4f}"
+            f"({recalls[1] - recalls[0]:+.4f}); share of the ten nearest {np.mean(shares):.4f}"
         )
 
 

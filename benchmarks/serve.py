@@ -1,13 +1,14 @@
-"""The service under load: many clients at once, against one client, and without batches.
+"""The service under load: many clients or one client, with batches and without.
 
     pip install -e '.[search,serve,quickstart]'
     python benchmarks/serve.py RUN --captions=PATH/xtd10,PATH/flickr8k [--photos=VECTORS.npy]
 
 Makes an index of 100,000 photos with the encoder of a run, starts `xlir serve` on this machine,
-and sends it text queries over the loopback device: all clients at once right after the start, then,
-after a pause, one client, then all of them. Clients keep their connections, wait for each answer,
-and never ask the same query twice. They run in a process of their own, on the same cores as the
-service. The same again with a service that embeds each query by itself.
+and sends it text queries over the loopback device. All clients send at once right after the start.
+After a pause, one client sends queries alone, and then all clients send again. Clients keep their
+connections, wait for each answer, and never ask the same query twice. They run in a process of
+their own, on the same cores as the service. All of this is repeated with a service that answers
+each query by itself.
 
 The embeddings of the photos are drawn around topics; with --photos, each is the embedding of a
 photo plus half the difference of two others. Prints for each part the answers per second,
@@ -34,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-# Replaces the number of requests in a batch, then runs the program.
+# Sets the largest number of requests in a batch, then runs the program.
 START = """
 import sys
 from xlir.search import batching
@@ -74,7 +75,7 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
 
 
 class Service:
-    """A running service; a context."""
+    """A running service, as a context manager."""
 
     def __init__(self, index: pathlib.Path, batch: int):
         command = [sys.executable, "-c", START, str(batch), "serve", f"--index={index}", "--port=0"]
@@ -100,7 +101,7 @@ class Service:
 
 
 async def client(port: int, queries, end: float, waited: list, failed: list) -> None:
-    """Asks one query after the other, until the end."""
+    """Asks one query after the other, until the time `end`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -116,7 +117,7 @@ async def client(port: int, queries, end: float, waited: list, failed: list) -> 
 
 
 async def clients(port: int, number: int, seconds: float, queries) -> dict:
-    """What several clients see in some seconds."""
+    """Runs several clients for some seconds; returns their waiting times and failures."""
     waited, failed = [], []
     start = time.perf_counter()
     end = start + seconds
@@ -145,7 +146,7 @@ def load(service: Service, number: int, seconds: float, texts: pathlib.Path, fir
         memory.append(service.memory())
         time.sleep(0.5)
     result = json.loads(process.stdout.read())
-    # Medians of the tenth of the time in the middle, and of the last one.
+    # The medians of the memory in two tenths of the time: right after its middle, and at its end.
     width = max(len(memory) // 10, 1)
     middle = float(np.median(memory[len(memory) // 2 :][:width]))
     last = float(np.median(memory[-width:]))
@@ -153,7 +154,7 @@ def load(service: Service, number: int, seconds: float, texts: pathlib.Path, fir
 
 
 def measured(folder: pathlib.Path, batch: int, options: argparse.Namespace) -> list[dict]:
-    """All parts, with one service."""
+    """The results of all parts, with one service."""
     parts, texts, first = [], folder / "captions.json", 0
     with Service(folder / "index", batch) as service:
         idle = service.memory()
@@ -209,9 +210,7 @@ def main() -> None:
         found = [measured(folder, int(batch), options) for batch in options.batches.split(",")]
     many = found[0][2]
     bound = 5 * found[0][1]["p50"] * options.clients / os.cpu_count()
-    print(
-        f"\np95 {many['p95']:.0f} ms; five times its share of one client's median: {bound:.0f} ms"
-    )
+    print(f"\np95 {many['p95']:.0f} ms; 5 * one client's median * clients per core: {bound:.0f} ms")
     if len(found) > 1:
         ratio = many["per second"] / found[1][2]["per second"]
         print(f"answers per second, with batches / without: {ratio:.2f}")

@@ -23,7 +23,7 @@ class Served:
 
     Attributes:
       index: its index.
-      photos: the folder of the photos, to which tests may add.
+      photos: the folder of the photos, to which tests may add files.
       url: its address.
       port: its port.
     """
@@ -97,7 +97,7 @@ def milvus_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(small_index, tmp_path_factory):
-    """A service with an index of its own, of which tests may add and remove files."""
+    """A service with an index of its own, whose photos tests may add and remove."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     pytest.importorskip("prometheus_client")

@@ -83,7 +83,7 @@ def test_dates_of_cameras(text, expected):
 @pytest.mark.parametrize("orientation", [None, *range(1, 9), 0, 9, 65535])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO"])
 def test_size_date_and_thumbnail_are_as_pillow_reads_them(format, orientation):
-    """Size, date and thumbnail equal what Pillow reads, upright, from a photo it wrote."""
+    """Size, date and thumbnail equal those that Pillow reads from a photo, turned upright."""
     generator = np.random.default_rng(0)
     picture = generator.integers(0, 255, (4, 6, 3), np.uint8).repeat(160, 0).repeat(160, 1)
     exif = with_exif("2021:03:04 05:06:07", orientation)
@@ -137,12 +137,12 @@ def test_a_png_without_exif_is_not_decoded_for_its_facts(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_leaves_a_photo_of_use():
-    """Size and thumbnail stay right; the time is a date from the EXIF or the file's."""
+    """Size and thumbnail stay right; the time is the date in the EXIF data or the file's time."""
     generator = random.Random(5)
     exif = with_exif("2021:03:04 05:06:07", 1)
     whole = encoded(Image.linear_gradient("L"), exif=exif)
     start, dates = whole.index(exif), set()
-    # Cut EXIF, with a valid length of its segment.
+    # The EXIF data is cut short, but its segment states a valid length.
     for length in range(0, len(exif), 3):
         data = encoded(Image.linear_gradient("L"), exif=exif[:length])
         described = photos.describe(data, 7_000_000_000)

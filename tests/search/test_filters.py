@@ -1,4 +1,4 @@
-"""Filters: how they are read, and that a store finds the rows that match."""
+"""Filters are read as written, and a store finds the rows that match."""
 
 import datetime
 import fnmatch
@@ -124,18 +124,18 @@ def test_bounds_beyond_any_photo():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("beach", "has no term; terms begin with folder, name, taken, width, height"),
-        ("and", "has no term"),
-        ("not", "has no term"),
-        ("not not folder x", "has no term"),
-        ("path x", "has no term"),
-        ("folder=x", "has no term"),
-        ("and folder x", "has no term"),
+        ("beach", "has a term that does not begin with folder, name, taken, width, height"),
+        ("and", "has a term that does not begin"),
+        ("not", "has a term that does not begin"),
+        ("not not folder x", "has a term that does not begin"),
+        ("path x", "has a term that does not begin"),
+        ("folder=x", "has a term that does not begin"),
+        ("and folder x", "has a term that does not begin"),
         ("folder", "lacks a value for folder"),
         ("not name", "lacks a value for name"),
         ("folder x and name", "lacks a value for name"),
         ("folder x and", "is not valid at 'and'"),
-        ("folder x and and name y", "has no term"),
+        ("folder x and and name y", "has a term that does not begin"),
         ("folder x name y", "is not valid at 'name'"),
         ("folder x or name y", "is not valid at 'or'"),
         (
@@ -299,7 +299,7 @@ def day_of(row: dict) -> datetime.date:
 
 
 def quoted(value: str) -> str:
-    """A value quoted for a filter; single quotes in it become parts of their own."""
+    """A value in quotes for a filter. Its single quotes are put in double quotes."""
     return "".join(f"'{part}'" if part != "'" else '"\'"' for part in re.split("(')", value))
 
 
@@ -318,7 +318,7 @@ def random_term(generator: random.Random):
     if kind == "name":
         name = row["path"].rsplit("/", 1)[1]
         name = generator.choice((str, str.upper, str.lower, in_other_form))(name)
-        # Cut between whole letters: an accent belongs to the letter before.
+        # The text is cut between whole letters: an accent belongs to the letter before it.
         name = unicodedata.normalize("NFC", name)
         start, end = sorted(generator.choices(range(len(name) + 1), k=2))
         forms = [name, f"{name[:start]}*", f"*{name[start:]}", f"{name[:start]}*{name[end:]}"]
@@ -379,7 +379,7 @@ def test_case_and_the_form_of_accents_make_no_difference(store):
     assert found(store, "name STRASSE") == found(store, "name straße") != set()
     assert found(store, "name İstanbul") == found(store, "name İSTANBUL") != set()
     assert found(store, "name istanbul") == found(store, "name ISTANBUL") != set()
-    # By Unicode's rules for all languages, the dot of "İ" stays.
+    # By the rules of Unicode that hold for all languages, the dot of "İ" stays.
     assert not found(store, "name istanbul") & found(store, "name İstanbul")
 
 

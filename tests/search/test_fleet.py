@@ -1,4 +1,4 @@
-"""Embedding on a Ray cluster, whose machines are processes here, and one of which is killed."""
+"""Embedding on a Ray cluster. Its machines are processes here, and one of them is killed."""
 
 import shutil
 

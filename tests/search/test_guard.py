@@ -1,4 +1,4 @@
-"""Hostile requests, and requests of strangers, are refused without harm; the service ends well."""
+"""Hostile requests and requests of strangers do no harm, and the service ends cleanly."""
 
 import asyncio
 import re

@@ -310,7 +310,7 @@ LanceStore.replace = acknowledged(LanceStore.replace)
 
 @pytest.mark.slow
 def test_ten_kills_at_any_moment_lose_nothing(command, index, folder, photos, tmp_path):
-    """Between the rounds, photos change; after each, what was acknowledged is stored, and once."""
+    """Photos change between rounds. After each, every acknowledged photo is stored once."""
     images = shutil.copytree(photos / "images", tmp_path / "images")
     kills = 0
     for number in range(10):
@@ -335,7 +335,7 @@ def test_ten_kills_at_any_moment_lose_nothing(command, index, folder, photos, tm
 
 def test_an_interrupted_creation_is_made_again(toy_run, tmp_path, monkeypatch):
     with monkeypatch.context() as context:
-        # It is called after the encoder and the store are written.
+        # `fingerprint` is called after the encoder and the store are written.
         context.setattr(xlir.Encoder, "fingerprint", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             xlir.Index.create(tmp_path / "index", toy_run)

@@ -157,7 +157,7 @@ def test_what_photos_should_not_show(page, served):
 
 
 def slide(page, value: float) -> None:
-    """Moves the slider of the cutoff without letting it go, as dragging does."""
+    """Moves the slider of the cutoff as dragging does, without the event of letting it go."""
     page.locator("#cutoff").evaluate(
         "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
         value,
@@ -344,7 +344,7 @@ def test_no_width_needs_scrolling_sideways(browser, served, width, scheme):
 
 @pytest.fixture
 def harm():
-    """What axe finds on a page that hinders people seriously: rules, and elements that break them.
+    """The serious barriers that axe finds on a page: rules, and the elements that break them.
 
     Chromium runs axe outside the page's own scripts, so the page's policy need not allow it.
     """

@@ -1,4 +1,4 @@
-"""The photos that an index is made of: finding them, reading them, and what is kept of each."""
+"""The photos for an index: finding them, leaving some out, and reading them."""
 
 import contextlib
 import io
@@ -88,7 +88,7 @@ def found_in(*places, exclude=()) -> tuple[list[photos.Photo], list[str]]:
 
 
 def names_in(folder: pathlib.Path, *places, exclude=()) -> list[str]:
-    """The paths that are found, without those of `folder`; nothing may be skipped."""
+    """The paths that are found, relative to `folder`; nothing may be skipped."""
     found, reasons = found_in(*(places or [folder]), exclude=exclude)
     assert reasons == []
     assert len({photo.id for photo in found}) == len(found)
@@ -146,7 +146,7 @@ def test_a_named_archive_is_read_whatever_its_extension(folder, name, kind):
     write_archive(folder / f"x.{kind}", {"in/1.jpg": b"1"})
     (folder / f"x.{kind}").rename(folder / name)
     assert names_in(folder, folder / name) == [f"{name}/in/1.jpg"]
-    assert names_in(folder) == []  # it is not named, only its folder is
+    assert names_in(folder) == []  # the place is its folder, not the archive
 
 
 @pytest.mark.parametrize("name", ["x.zip", *TAR_MODES, "X.ZIP", "X.TAR.GZ"])
@@ -193,7 +193,7 @@ def test_files_that_macos_adds_are_no_photos(folder):
     write(folder, "1.jpg", "._1.jpg")
     write_zip(folder / "x.zip", {"2.jpg": b"2", "__MACOSX/._2.jpg": b"attributes"})
     assert names_in(folder) == ["1.jpg", "x.zip/2.jpg"]
-    # Unless it is named.
+    # A file that is itself a place is taken.
     assert names_in(folder, folder / "._1.jpg") == ["._1.jpg"]
 
 
@@ -302,7 +302,7 @@ def test_patterns_do_not_follow_links_at_any_depth_nor_in_circles(folder, tmp_pa
     outside = tmp_path / "outside"
     write(outside, "deep/2.jpg")
     (folder / "a/elsewhere").symlink_to(outside)
-    for name in ("one", "two", "three"):  # followed, there would be 3 ** 40 paths
+    for name in ("one", "two", "three"):  # with links followed, 3 ** 40 paths
         (folder / "a" / name).symlink_to(folder)
     assert names_in(folder, folder / "**/*.jpg") == ["a/own.jpg"]
 
@@ -335,7 +335,7 @@ def test_links_in_archives_are_not_photos(folder, kind):
     assert reasons == []
 
 
-# What is broken: one line each, and the rest is found
+# Broken files: each gives one line, and the rest is found
 
 
 def skipped_in(folder: pathlib.Path, rest: list[str]) -> str:
@@ -597,7 +597,7 @@ def test_unreadable_folders_files_and_archives():
         for path, mode in modes.items():
             (folder / path).chmod(mode)
         if not os.getuid():
-            os.seteuid(65534)  # become nobody, because root may read everything
+            os.seteuid(65534)  # becomes nobody, because root may read everything
         try:
             found, reasons = found_in(folder)
             with pytest.raises(PermissionError):

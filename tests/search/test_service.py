@@ -244,7 +244,7 @@ def test_requests_that_wait_are_embedded_together():
     assert (first.tolist(), both.tolist(), text.tolist()) == ([[1]], [[2], [-3]], [[3]])
     assert isinstance(bad, ValueError)
     assert isinstance(cancelled, asyncio.CancelledError)
-    # Filled up to four.
+    # Three texts are padded to a batch of four.
     assert calls[:2] == [["1"], ["22", "333", "bad", "bad"]]
     batcher.close()
 

@@ -171,7 +171,7 @@ def test_a_large_store_has_an_index_that_finds_nearly_all(lance_store, monkeypat
     assert store.count(few) == 100
     expected = np.argsort(-(vectors[:100].astype(np.float16).astype(np.float32) @ queries[0]))[:10]
     assert set(search(store, queries[0], 10, few).ids) == {f"{place:020x}" for place in expected}
-    # The new rows are taken into the old clusters; new clusters come when there are twice as many.
+    # New rows join the old clusters; new clusters are made once there are twice the rows.
     store.optimize()
     assert store._vector_indexes() == {"vectors_15": 15}
     store.add(rows_of(range(20_000, 31_000), unit(3, 11_000)))
@@ -227,7 +227,7 @@ def test_rows_survive_a_kill(store, place):
     process.join()
     store.refresh()
     found = sorted(name for batch in store.scan(["id"]) for name in batch["id"].to_pylist())
-    # The kill may hit between storing a row and counting.
+    # The process may be killed between storing a row and counting it.
     assert acknowledged.value >= 5
     assert len(found) in (acknowledged.value, acknowledged.value + 1)
     assert found == [f"{number:020x}" for number in range(len(found))]

@@ -1,4 +1,4 @@
-"""The tags of a photo are the names that fit it, as searches for these names find."""
+"""The tags of a photo are the names that fit it best, and searches for them agree."""
 
 import asyncio
 import shutil
@@ -142,7 +142,7 @@ def test_without_calibration_tags_are_ordered_by_cosine(small_index, tmp_path):
 
 
 class Embedding:
-    """Embeds texts as their lengths, and counts."""
+    """Embeds each text as its length, and records the calls."""
 
     def __init__(self):
         self.parts = []

@@ -3,12 +3,12 @@
 PHOTOS are files, folders (searched at any depth), zip and tar archives, and patterns. The first
 call makes the index, and copies the encoder of --workdir into it. Later calls do not need
 --workdir, and embed only photos that are new or have changed. After an interruption, the same
-command continues. Broken photos are skipped; the log names and counts them. Links inside folders
-are not followed.
+command continues where it stopped. Broken photos are skipped; the log names and counts them. Links
+inside folders are not followed.
 
-For collections that one machine no longer holds, --store puts the rows of the photos on a Milvus
-server, and --engine=ray embeds on all machines of a Ray cluster. The folder of the index then is
-small; a copy of it on another machine searches the same photos.
+For collections that are too large for one machine, --store keeps the embeddings and thumbnails on
+a Milvus server, and --engine=ray embeds on all machines of a Ray cluster. With --store, the folder
+of the index is small, and copies of it on other machines search the same photos.
 
 Needs `pip install 'xlir[search]'`; --store also `xlir[milvus]`, and --engine `xlir[ray]`.
 
@@ -42,13 +42,13 @@ def define(flags: Flags) -> None:
     )
     flags.string(
         "store",
-        "Address of a Milvus collection for the rows of a new index, milvus://HOST:PORT/NAME; "
+        "Where a new index keeps its embeddings: a Milvus collection, milvus://HOST:PORT/NAME. "
         "$MILVUS_TOKEN is its token or USER:PASSWORD. Default: the folder of the index.",
     )
     flags.choice(
         "engine",
-        "Where photos are embedded: with ray, on the cluster of $RAY_ADDRESS, whose machines all "
-        "see PHOTOS and the index under the same paths. Default: in this process.",
+        "Where photos are embedded: with ray, on the cluster at $RAY_ADDRESS. All its machines "
+        "must see PHOTOS and the index under the same paths. Default: in this process.",
         ["ray"],
     )
     flags.texts(
@@ -57,7 +57,7 @@ def define(flags: Flags) -> None:
         "such as private/*.png.",
     )
     flags.switch(
-        "prune", "Remove photos from the index that were found in PHOTOS before and are now gone."
+        "prune", "Remove from the index photos that were found in PHOTOS before and are now gone."
     )
     flags.string(
         "from",
@@ -96,7 +96,7 @@ def run(values: FlagValues, *words: str) -> None:
 
 
 def _for_photos(values: FlagValues) -> bool:
-    """Whether flags are given that are about finding and embedding photos."""
+    """Whether a flag for finding or embedding photos is given."""
     return bool(values.prune or values.exclude or values.engine)
 
 

@@ -57,5 +57,5 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
 
 
 def printable(text: str) -> str:
-    """The text with line ends, control characters and bytes that are not UTF-8 escaped."""
+    """Escapes line ends, control characters and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,8 +1,8 @@
 """Search an index of photos, with texts in any language or with a photo.
 
-Each QUERY is searched for on its own. --and and --image add to what the photos of every query
-should show; --not names what they should not show. The parts of a query are added with weight 1,
-those of --not are subtracted with weight 0.5 (docs/results.md compares weights).
+Each QUERY is a search of its own. In every search, --and and --image add to what photos should
+show, and --not names what they should not show. Embeddings of --not are subtracted with weight
+0.5, and those of the other parts are added with weight 1 (docs/results.md compares weights).
 
 The number beside a photo is its calibrated percentile: 0.3 means that for 30% of the run's
 validation captions, even the best photo fits less well. Photos below --cutoff are not shown; if
@@ -10,9 +10,9 @@ none is left, nothing in the index fits. If a query has a photo, or the index co
 calibrated, the number is the cosine similarity, and --cutoff does not apply.
 
 --where is one or several terms, joined by `and`; each may begin with `not`:
-  folder NAME/NAME      in or below such a folder; with a leading slash, from the root
+  folder NAME/NAME      in or below such a folder; /NAME/NAME begins at the root
   name PATTERN          the file's name; * is any text
-  taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; either may be left out
+  taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; one of the two may be left out
   width N..N, height N..N   pixels
 
 Needs `pip install 'xlir[search]'`.
@@ -52,7 +52,7 @@ def define(flags: Flags) -> None:
     flags.string("where", "Which photos to consider; see above.", default="")
     flags.number(
         "cutoff",
-        f"Only photos whose percentile is at least this, from 0 to 1; default: {CUTOFF}.",
+        f"Show only photos with at least this percentile, from 0 to 1; default: {CUTOFF}.",
     )
     flags.switch(
         "exact", "Compare with every photo; otherwise a search in a large index may miss a few."

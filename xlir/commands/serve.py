@@ -6,8 +6,8 @@ description of the API is at /openapi.json, and counts for Prometheus are at /me
 `index` adds while the service runs are found at once. After SIGTERM or Ctrl-C, the service finishes
 the requests that are running, and ends.
 
-By default, only browsers on this machine are answered. To serve others, choose an address with
---host, and either --token (for those who know it) or --public (for all who reach the address).
+By default, the service answers only this machine. To serve others, choose an address with --host,
+and either --token (to answer those who know it) or --public (to answer all who reach the address).
 --public hides the folders of photos. The service speaks HTTP: on networks that others can
 read, put a proxy in front of it that speaks HTTPS.
 
@@ -34,8 +34,8 @@ from xlir.commands.flags import Flags
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 # A shorter token could be guessed.
 SHORTEST_TOKEN = 8
-# Limits: seconds for running requests after SIGTERM, connections at a time, bytes of a request's
-# head.
+# Limits: seconds that requests may still run after SIGTERM, connections at a time, and bytes of a
+# request's headers.
 FINISHING, CONNECTIONS, HEAD = 30, 200, 32_768
 
 
@@ -85,7 +85,7 @@ def _check(values: FlagValues, token: str | None) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached only from this machine."""
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
@@ -112,7 +112,7 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
     own = LOOPBACK_NAMES | {values.host} if local else None
     access = Access(token, names=None if values.public else own, paths=not values.public)
     if local:
-        # All clients have one address, also those of a proxy on this machine.
+        # All clients have the same address, even those that come through a proxy on this machine.
         limits = Limits(of_client=limits.in_flight)
     config = uvicorn.Config(
         application(index, access, limits),
@@ -132,7 +132,7 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
         + ("?token=TOKEN" if token else ""),
         flush=True,
     )
-    # Once uvicorn has finished, it raises the signal that stopped it again. Ignore that signal.
+    # Once uvicorn has finished, it raises again the signal that stopped it. Ignore that signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     with warming(index.encoder):

@@ -54,7 +54,7 @@ def define(flags: Flags) -> None:
     )
     flags.number(
         "threshold",
-        "Only tags whose calibrated percentile is at least this, from 0 to 1. With 0.99, 1% of "
+        "Keep only tags with at least this calibrated percentile, from 0 to 1. With 0.99, 1% of "
         "the vocabulary become tags of a photo on average, in every language.",
     )
     outputs.define(flags, "the tags", "the first images with their tags")

@@ -5,7 +5,8 @@ from typing import Annotated
 import pydantic
 from fastapi import Path
 
-# Most characters of a text, unwanted texts of a query, and photos or tags of an answer.
+# The largest numbers of characters in a text, of unwanted texts in a query, and of photos or tags
+# in an answer.
 LONGEST, MOST_TEXTS, MOST_HITS = 1000, 8, 200
 
 EXAMPLE = {
@@ -26,8 +27,8 @@ EXAMPLE = {
 class Photo(pydantic.BaseModel):
     """A photo of the index.
 
-    `taken` is the time by the camera's clock. `path` is null if the service does not tell paths,
-    and `file` is null if only the thumbnail is served, because the photo lies in an archive.
+    `taken` is the time by the camera's clock. `path` is null if the service hides paths, and
+    `file` is null if only the thumbnail is served, because the photo lies in an archive.
     """
 
     model_config = pydantic.ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
@@ -64,8 +65,8 @@ class Answer(pydantic.BaseModel):
 class Tag(pydantic.BaseModel):
     """A name that fits a photo.
 
-    `cosine` is the similarity of name and photo, -1 to 1. `percentile` is that of the photo in a
-    search for the name, 0 to 1; it is null if the index is not calibrated.
+    `cosine` is the similarity of name and photo, -1 to 1. `percentile` is the percentile that the
+    photo has in a search for the name, 0 to 1; it is null if the index is not calibrated.
     """
 
     model_config = pydantic.ConfigDict(
@@ -85,7 +86,7 @@ class PhotoTags(pydantic.BaseModel):
 
 
 class Languages(pydantic.BaseModel):
-    """The languages that have tags, as codes of ISO 639; none if tags are not installed."""
+    """The languages that have tags, as ISO 639 codes. Empty if tags are not installed."""
 
     model_config = pydantic.ConfigDict(
         json_schema_extra={"examples": [{"languages": ["en", "ar", "de"]}]}
@@ -95,7 +96,7 @@ class Languages(pydantic.BaseModel):
 
 
 class Problem(pydantic.BaseModel):
-    """Why a request is not answered."""
+    """The reason why a request failed."""
 
     model_config = pydantic.ConfigDict(
         json_schema_extra={"examples": [{"detail": "a search needs a text, a photo or an id"}]}
@@ -132,7 +133,7 @@ CUTOFF = {
 }
 LANGUAGE = {
     "pattern": r"^[a-z]{2,3}$",
-    "description": "The language of the tags, one of those that /api/languages tells.",
+    "description": "The language of the tags, one of those that /api/languages lists.",
     "examples": ["de"],
 }
 TAG_COUNT = {"ge": 1, "le": MOST_HITS, "description": "The largest number of tags."}

@@ -32,8 +32,8 @@ DAMAGED = (
     OverflowError,
     struct.error,
 )
-# Tar headers with names and attributes of the next member. They are read into memory, so each may
-# have at most _HEADER_BYTES.
+# Types of tar headers that hold the name or attributes of the next member. They are read into
+# memory, so each may have at most _HEADER_BYTES.
 _TAR_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -42,20 +42,21 @@ _TAR_HEADERS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _HEADER_BYTES = 1 << 20
-# Times are clipped to this many seconds around 1970: nanoseconds fill 64 bits in 2262.
+# Times are clipped to this many seconds before or after 1970, because nanoseconds since 1970
+# overflow 64 bits in 2262.
 _LATEST = 9_000_000_000
 
 
 def is_archive(path: str) -> bool:
-    """Whether a path has the extension of an archive that photos are read from."""
+    """Whether a path has the extension of a zip or tar archive."""
     return path.lower().endswith((*ZIP_SUFFIXES, *TAR_SUFFIXES))
 
 
 def members(path: str) -> Iterator[Member]:
     """The files in a zip or tar archive.
 
-    They must be read in the order in which they are yielded, and before the next one is taken: a
-    compressed tar archive can only be read from its beginning to its end.
+    Each file must be read before the next one is taken from the iterator: a compressed tar archive
+    can only be read from its beginning to its end.
 
     Raises:
       DAMAGED: the archive is damaged; members before the damage are yielded.
@@ -77,14 +78,14 @@ def _zip_members(path: str) -> Iterator[Member]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar archive; refuses damaged headers, and those that would fill the memory."""
+    """A member of a tar archive. Refuses headers that are damaged or would fill the memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         try:
             return super().frombuf(buf, encoding, errors)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            # `TarFile.next` would take them for the end of the archive.
+            # `TarFile.next` would take these errors for the end of the archive.
             raise tarfile.ReadError(f"it is damaged: {error}") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -97,7 +98,7 @@ def _tar_members(path: str) -> Iterator[Member]:
     with tarfile.open(path, tarinfo=_Member, encoding="utf8") as archive:
         end = 0
         while member := archive.next():
-            archive.members.clear()  # a list that would grow with the archive
+            archive.members.clear()  # or the list would grow with the archive
             if archive.offset <= end or member.size < 0:
                 raise tarfile.ReadError("it has a member of negative size")
             end = archive.offset

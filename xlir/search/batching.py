@@ -1,8 +1,8 @@
 """Answers the queries of many requests together.
 
 One thread embeds queries, and another one searches. While a thread works, further requests wait,
-and all that wait share its next call. So a single request never waits for others to arrive, and
-many requests share calls, which take less time for each.
+and all that wait share its next call. So no request waits for others to arrive, and if there are
+many, they share calls, which takes less time per request.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from jaxtyping import Float
 
 from xlir.search.index import Hit, Index
 
-# Most requests in one call, and most that may wait.
+# The largest numbers of requests in one call, and of requests that wait.
 LARGEST_BATCH, MOST_WAITING = 64, 256
-# Texts are filled up to these numbers, because each other number would need a program of its own,
-# which takes a good part of a second to compile, and several megabytes.
+# Batches of texts are padded to these sizes. JAX would compile another program for any other size,
+# which takes a good part of a second and several megabytes.
 SIZES = (1, 4, 16, 64)
 
 # A text, or a photo's pixels.
@@ -37,7 +37,7 @@ class Batcher(Generic[Asked, Answer]):
     """Calls a function in one thread; all requests that wait share a call.
 
     Args:
-      answer: returns an answer for each of the things that are asked.
+      answer: takes what several requests ask, and returns one answer for each.
       observe: called with the number of requests of each call.
       waiting: the number of requests that may wait.
     """
@@ -55,11 +55,11 @@ class Batcher(Generic[Asked, Answer]):
         self._thread.start()
 
     async def __call__(self, asked: Asked) -> Answer:
-        """The answer. If the caller is cancelled while it waits, it is left out.
+        """Waits for the answer. If the caller is cancelled meanwhile, its request is dropped.
 
         Raises:
           Full: too many requests are waiting.
-          Exception: as the function.
+          Exception: the error that the function raised.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
         try:
@@ -69,7 +69,7 @@ class Batcher(Generic[Asked, Answer]):
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Ends the thread when everything that waits is answered."""
+        """Ends the thread after it has answered all requests that wait."""
         self._queue.put(None)
         self._thread.join()
 
@@ -128,7 +128,7 @@ def embed_together(
 
 
 class Search(NamedTuple):
-    """What `Index.find` is asked for; see there."""
+    """The arguments of `Index.find`, with a single query."""
 
     query: Float[np.ndarray, " dim"]
     count: int
@@ -137,7 +137,7 @@ class Search(NamedTuple):
 
 
 def find_together(index: Index, searches: Sequence[Search]) -> list[list[Hit]]:
-    """The hits of several searches; those that differ in their query only share a call."""
+    """The hits of several searches. Those that differ only in their query share a call."""
     alike: dict[tuple, list[int]] = {}
     for row, (_, *others) in enumerate(searches):
         alike.setdefault(tuple(others), []).append(row)

@@ -1,9 +1,9 @@
-"""Whether anything in an index fits a query: the calibrated percentile of a photo.
+"""Calibrated percentiles, which tell whether anything in an index fits a query.
 
-A cosine says little by itself: a query such as "Sagittarius" is about as near to all photos, while
-"a dog on a beach" is near to some and far from others. So a photo's score for a query is its
-cosine, minus the mean and plus the standard deviation of the query's cosines with training photos.
-Within one query, this does not change the order of the photos.
+A cosine says little by itself: a query such as "Sagittarius" has about the same cosine with all
+photos, while "a dog on a beach" is near some photos and far from others. So a photo's score for a
+query is its cosine, minus the mean and plus the standard deviation of the query's cosines with
+training photos. Within one query, this does not change the order of the photos.
 
 The percentile of a photo is the share of held-out captions whose best held-out photo has a lower
 score. With a cutoff of 0.1, one in ten such captions would find nothing. (docs/results.md measures
@@ -25,7 +25,7 @@ from xlir.encoder import Encoder
 log = logging.getLogger(__name__)
 
 FILE = "calibration.npz"
-# Held-out captions that the scores are compared with.
+# The largest number of held-out captions that scores are compared with.
 CAPTIONS = 2048
 
 
@@ -35,7 +35,7 @@ class Calibration:
 
     Attributes:
       training: embeddings of training photos, of unit length.
-      best: for held-out captions, the score of their best held-out photo, ascending.
+      best: for each held-out caption, the score of its best held-out photo; sorted, ascending.
     """
 
     training: Float[np.ndarray, "training dim"]
@@ -104,7 +104,7 @@ class Calibration:
 
 
 def of_run(encoder: Encoder, workdir: pathlib.Path) -> Calibration | None:
-    """As `Calibration.of_run`, or None if the data set is missing, which is logged."""
+    """As `Calibration.of_run`; if the data set is missing, logs this and returns None."""
     try:
         return Calibration.of_run(encoder, workdir)
     except (ValueError, FileNotFoundError) as error:

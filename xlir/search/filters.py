@@ -4,12 +4,12 @@ A filter is terms joined by `and`, each of which may begin with `not`:
 
     folder holidays/greece and taken 2023-06..2023-08 and not name *.png
 
-- `folder NAME/NAME`: photos in or below folders of these names, the second in the first. With a
-  leading slash, the names begin at the root. Case does not matter.
+- `folder NAME/NAME`: photos in or below a folder whose path has these names, one directly after
+  the other. With a leading slash, the path must begin with them. Case does not matter.
 - `name PATTERN`: the file's name, with `*` for any text. Case does not matter.
 - `taken DATE` or `taken DATE..DATE`: when the photo was taken. Both dates are included, and either
   may be missing. A date is 2023, 2023-06 or 2023-06-15.
-- `width N..N`, `height N..N`: pixels. Both are included, and either may be missing.
+- `width N..N`, `height N..N`: pixels. Both bounds are included, and either may be missing.
 
 A value with spaces is put in quotes.
 """
@@ -33,10 +33,11 @@ class Term:
 
     Attributes:
       column: the column of an index that is compared: "folder", "name" or one of the ranges.
-      pattern: for folder and name, case-folded text in which "*" is any text. None for ranges.
-      least, most: for ranges, the bounds, both included; None for none. `taken` counts seconds
-        since 1970.
-      negated: whether the photo must not match.
+      pattern: for folder and name, case-folded text in which "*" stands for any text. None for
+        ranges.
+      least, most: for ranges, the bounds, which are included. None means no bound. The bounds of
+        `taken` are seconds since 1970.
+      negated: whether the condition is reversed, so that photos must not match it.
     """
 
     column: str
@@ -84,7 +85,9 @@ def _expect(words: list[str], word: str, text: str) -> None:
 def _pair(words: list[str], text: str) -> tuple[str, str]:
     column = words[0].lower() if words else ""
     if column not in COLUMNS:
-        raise ValueError(f"the filter {text!r} has no term; terms begin with {', '.join(COLUMNS)}")
+        raise ValueError(
+            f"the filter {text!r} has a term that does not begin with {', '.join(COLUMNS)}"
+        )
     if len(words) == 1:
         raise ValueError(f"the filter {text!r} lacks a value for {column}")
     return column, words[1]
@@ -100,19 +103,19 @@ def _term(column: str, value: str) -> Term:
     least = bound(first, column, last=False) if first else None
     most = bound(last if dots else first, column, last=True) if (last or not dots) else None
     if least is not None and most is not None and least > most:
-        raise ValueError(f"{column} {value} begins after it ends: put the smaller one first")
+        raise ValueError(f"{column} {value} begins after it ends: put the smaller bound first")
     return Term(column, least=least, most=most)
 
 
 def _folder_pattern(value: str) -> str:
-    """A pattern: "/greece/" anywhere or, with a leading slash, at the beginning."""
+    """The pattern of "/greece/" anywhere in a path or, with a leading slash, at its beginning."""
     parts = [part for part in folded(value).split("/") if part]
     names = f"/{'/'.join(parts)}/" if parts else "/"
     return f"{names}*" if value.startswith("/") else f"*{names}*"
 
 
 def folded(value: str) -> str:
-    """Text in which case, and the Unicode form of accents, make no difference."""
+    """The same text for all texts that differ only in case or in the Unicode form of accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", value).casefold())
 
 

@@ -1,7 +1,7 @@
 """Embeds photos on the machines of a Ray cluster.
 
-This process finds the photos and stores their rows; the machines embed them, a shard at a time. If
-a machine fails, its shards are embedded by others. Each shard is stored once, in one step, so an
+This process finds the photos and stores their rows; the machines embed the photos, a shard at a
+time. If a machine fails, others embed its shards. Each shard is stored once, in one step, so an
 interrupted run leaves whole shards, and the next run embeds only what is missing.
 
 All machines need xlir, and must see the photos and the index under the same paths.
@@ -21,14 +21,14 @@ from input_pipeline import photo_limits
 from xlir.encoder import Encoder
 from xlir.search import photo_rows, photos
 
-# Photos of a shard; and times that a shard is embedded again after its machine failed.
+# The number of photos in a shard, and how often a shard is tried again after its machine failed.
 SHARD, RETRIES = 512, 5
 
 
 def embedded(
     encoder: pathlib.Path, found: Iterable[photos.Photo], skip: Callable[[str], None]
 ) -> Iterator[pa.Table]:
-    """As `photo_rows.embedded`, on the cluster of $RAY_ADDRESS, or on this machine.
+    """As `photo_rows.embedded`, on the cluster at $RAY_ADDRESS or, by default, on this machine.
 
     Args:
       encoder: the folder of the run whose encoder computes the embeddings.
@@ -36,7 +36,7 @@ def embedded(
       skip: called with one line for each photo that can't be read or decoded.
 
     Yields:
-      The rows of a shard, in the order in which the shards are finished.
+      The rows of each shard, in the order in which the shards finish.
 
     Raises:
       ValueError: the cluster can't be reached, or a machine can't embed.
@@ -49,7 +49,7 @@ def embedded(
         embed = ray.remote(_embed_shard).options(
             max_retries=RETRIES, runtime_env={"env_vars": variables}, **least
         )
-        # Twice as many as are embedded at a time, so that no machine waits for the next shard.
+        # Twice as many shards are sent as fit at a time, so no machine waits for the next one.
         shards = (embed.remote(encoder.absolute(), *shard) for shard in _shards(found))
         running = list(itertools.islice(shards, 2 * slots))
         while running:
@@ -67,10 +67,10 @@ def embedded(
 
 
 def _machines() -> tuple[dict[str, int], int]:
-    """What a shard takes of a machine, and how many shards can be embedded at a time.
+    """The resources that a shard needs, and how many shards can be embedded at a time.
 
-    With GPUs, a shard takes one. Without, it takes a whole machine, or a part of it if machines
-    differ: XLA uses all of a machine's cores for one shard.
+    If the cluster has GPUs, a shard needs one. Otherwise, it needs as many cores as the smallest
+    machine has, because XLA uses all of a machine's cores for one shard.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(resources.get("GPU", 0)) for resources in machines)
@@ -82,7 +82,7 @@ def _machines() -> tuple[dict[str, int], int]:
 
 
 def _shards(found: Iterable[photos.Photo]) -> Iterator[tuple[list[str], frozenset[str]]]:
-    """The files and archives of a shard's photos, and their ids."""
+    """For each shard, the files and archives of its photos, and the ids of the photos."""
     found = iter(found)
     while shard := list(itertools.islice(found, SHARD)):
         files = list(dict.fromkeys(photo.file for photo in shard))
@@ -92,10 +92,10 @@ def _shards(found: Iterable[photos.Photo]) -> Iterator[tuple[list[str], frozense
 def _embed_shard(
     folder: pathlib.Path, files: Sequence[str], ids: frozenset[str]
 ) -> tuple[pa.Table | None, list[str]]:
-    """The rows of a shard, on one of the machines; and a line for each photo without a row."""
+    """Embeds a shard on one of the machines: its rows, and a line for each photo without a row."""
     here = [file for file in files if os.path.exists(file)]
     reasons = [
-        f"{file} is not there on {platform.node()}" for file in files if file not in set(here)
+        f"{file} does not exist on {platform.node()}" for file in files if file not in set(here)
     ]
     todo = (photo for photo in photos.find(here, skip=reasons.append) if photo.id in ids)
     rows = list(photo_rows.embedded(_encoder(folder), todo, reasons.append))
@@ -104,5 +104,5 @@ def _embed_shard(
 
 @functools.cache
 def _encoder(folder: pathlib.Path) -> Encoder:
-    """A machine's encoder; its processes live on between shards."""
+    """The encoder, which each of a machine's processes keeps for further shards."""
     return Encoder.load(folder)

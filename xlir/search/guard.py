@@ -37,14 +37,14 @@ OPEN_PATHS = frozenset({"/healthz"})
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much a service takes.
+    """How much load a service accepts.
 
     Attributes:
       body: bytes of a request's body.
       seconds: time limit of a request.
       in_flight: requests at a time, in total.
-      of_client: requests at a time, per address.
-      uploads: requests with a body at a time, in total, which bounds the memory for them.
+      of_client: requests at a time, per client address.
+      uploads: requests with a body at a time, in total. This limits the memory for bodies.
     """
 
     body: int = 32_000_000
@@ -56,14 +56,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Who may use a service, and whether they see paths.
 
     Attributes:
       token: what requests must show, in the header "Authorization: Bearer TOKEN" or in the cookie
-        that the page sets; None for nothing.
-      names: the names in the header Host that are answered; None for all. This refuses foreign
-        sites whose names point to this machine (DNS rebinding).
-      paths: whether answers tell where photos lie.
+        that the page sets. None if no token is needed.
+      names: the host names (header Host) under which the service answers; None for all. This
+        refuses foreign sites whose names point to this machine (DNS rebinding).
+      paths: whether answers contain the paths of photos.
     """
 
     token: str | None = None
@@ -72,7 +72,7 @@ class Access:
 
 
 class Metrics:
-    """Counts for Prometheus, of one service."""
+    """The counts of one service, for Prometheus."""
 
     def __init__(self):
         self.registry = prometheus_client.CollectorRegistry()
@@ -105,9 +105,9 @@ class Guard:
 
     Args:
       app: answers requests that are let through.
-      access: who may ask.
-      limits: how much.
-      metrics: counts.
+      access: who may send requests.
+      limits: how much load is accepted.
+      metrics: counts the requests.
     """
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits, metrics: Metrics):
@@ -156,7 +156,7 @@ class Guard:
     def _without_token(self, request: Request, path: str) -> Response | None:
         if path in OPEN_PATHS or _shown(request.headers, self._access.token):
             return None
-        # A browser shows the token in the address once, and from then on a cookie.
+        # A browser sends the token in the address once. From then on, it sends a cookie.
         given = parse_qs(request.url.query).get("token", [""])[0]
         if path == "/" and request.method == "GET" and _equal(given, self._access.token):
             answer = RedirectResponse("/", 303)
@@ -180,7 +180,11 @@ class Guard:
                 await self._app(scope, body.receive, answer.send)
         except TimeoutError:
             if answer.status is None:
-                code, reason = (503, "this took too long") if body.whole else (408, "too slow")
+                code, reason = (
+                    (503, "this took too long")
+                    if body.whole
+                    else (408, "the request arrived too slowly")
+                )
                 await _refused(code, reason)(scope, receive, answer.send)
         finally:
             self._metrics.in_flight.dec()
@@ -191,7 +195,7 @@ class Guard:
 
 
 class _Answer:
-    """Sends an answer with the headers of every answer, and notes its status."""
+    """Sends an answer, adds `HEADERS` to it, and remembers its status."""
 
     def __init__(self, send: Send):
         self._send, self.status = send, None
@@ -206,7 +210,7 @@ class _Answer:
 
 
 class _Body:
-    """Receives a request's body, up to a limit; `whole`: nothing is left to arrive."""
+    """Receives a request's body, up to a limit. `whole` tells whether all of it has arrived."""
 
     def __init__(self, receive: Receive, limit: int, *, whole: bool):
         self._receive, self._left, self._limit, self.whole = receive, limit, limit, whole

@@ -1,4 +1,4 @@
-"""An index: the embeddings of photos, and the encoder that answers queries about them.
+"""An index: the embeddings of photos, and the encoder that embeds queries.
 
     index = xlir.Index.create("photos.index", "runs/flickr8k")
     index.add(["/photos"])
@@ -6,7 +6,7 @@
         print(hit.path, hit.cosine)
 
 The folder of an index holds what a search needs: `index.json`, the encoder as a run's folder
-(`encoder/`), and the photos' rows (`store/`) unless a server stores them; the photos stay outside.
+(`encoder/`) and, unless a server stores them, the photos' rows (`store/`). It holds no photos.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 INDEX_FILE, LOCK_FILE, ENCODER, STORE = "index.json", ".lock", "encoder", "store"
-# Rows of embeddings from elsewhere that are stored at a time.
+# The number of rows that `Index.add_embeddings` stores at a time.
 EMBEDDED_AT_ONCE = 50_000
 
 
@@ -51,7 +51,8 @@ class Hit:
       percentile: how well the photo fits a text query, 0 to 1 (`xlir.search.calibration`); None
         for queries with a photo, and if the index is not calibrated.
       taken: when it was taken, in seconds since 1970 by the camera's clock.
-      width, height, size: pixels, and bytes.
+      width, height: of the photo, in pixels.
+      size: of its file, in bytes.
     """
 
     id: str
@@ -64,7 +65,7 @@ class Hit:
     size: int
 
 
-# The fields of a hit that the store knows.
+# The fields of a hit that are columns of the store.
 FIELDS = ("id", "path", "taken", "width", "height", "size")
 
 
@@ -80,12 +81,12 @@ class Added:
 
 
 class Index:
-    """Photos that can be searched, in a folder. Use `create` or `open`.
+    """The index of photos in a folder. Use `create` or `open` to get one.
 
     Attributes:
       folder: the folder.
       store: the address of the server that stores the rows; None if they are in the folder.
-      calibration: makes the percentiles; None if the index is not calibrated.
+      calibration: computes the percentiles; None if the index is not calibrated.
     """
 
     def __init__(self, folder: pathlib.Path, content: Mapping):
@@ -105,7 +106,7 @@ class Index:
           store: a Milvus collection for the photos' rows, `milvus://HOST:PORT/COLLECTION`.
 
         Raises:
-          ValueError: the folder holds something else, or a store's error.
+          ValueError: the folder is not empty, or the store failed.
           FileNotFoundError, ValueError: as `Encoder.load`.
         """
         folder = pathlib.Path(folder)
@@ -141,7 +142,7 @@ class Index:
 
         Args:
           folder: the folder of the index.
-          workdir: if given, the run that the index must have been made with.
+          workdir: if given, a run; the index must have been made with the same model.
 
         Raises:
           FileNotFoundError: the folder is not an index.
@@ -186,17 +187,17 @@ class Index:
     ) -> Added:
         """Embeds the photos that are new or have changed since they were indexed.
 
-        Photos are stored after a few seconds at most; an interrupted call is resumed by the next.
+        Rows are stored every few seconds. So if a call is interrupted, the next one resumes it.
 
         Args:
-          places, exclude: as of `photos.find`.
-          prune: remove photos from the index that were in these places and are no longer found.
+          places, exclude: see `photos.find`.
+          prune: remove from the index photos that were in these places and are no longer there.
           engine: "ray" to embed on the machines of a cluster (`xlir.search.fleet`).
           skip: called with one line for each photo that can't be read or decoded.
 
         Raises:
           FileNotFoundError: a place does not exist.
-          ValueError: another process changes the index; or a store's error.
+          ValueError: another process is changing the index, or the store failed.
         """
         with _locked(self.folder):
             self._store.refresh()
@@ -238,7 +239,7 @@ class Index:
           paths: a text file with the path of each row's photo.
 
         Raises:
-          ValueError: the files do not fit each other or the index.
+          ValueError: the shapes of the files and the index differ, or a row or path is not valid.
         """
         array, named = photo_rows.read_embeddings(
             pathlib.Path(vectors), pathlib.Path(paths), self._dim
@@ -283,13 +284,13 @@ class Index:
         """The photos that fit a query best, the best first.
 
         Args:
-          queries: texts in any language, and PIL images or encoded bytes of photos. Several are
-            one query: a photo should fit all of them.
+          queries: texts in any language, and PIL images or encoded bytes of photos. Several
+            form one query: photos should fit all of them.
           without: what the photos should not show.
           count: the largest number of photos.
           where: a filter (`xlir.search.filters`).
           cutoff: photos with a lower percentile are left out; photos without one are kept.
-          exact: compare with every photo; a large index otherwise may miss a few.
+          exact: compare with every photo; otherwise the search of a large index may miss a few.
 
         Raises:
           ValueError: there is no query, or the filter is not valid.
@@ -319,9 +320,9 @@ class Index:
         """As `search`, for embedded queries, and without a cutoff.
 
         Args:
-          queries: at least one, of unit length. Several at once take less time than one by one.
+          queries: at least one, of unit length. Searching several at once is faster.
           count, where, exact: see `search`.
-          calibrated: whether the hits have percentiles, which only mean something for texts.
+          calibrated: whether the hits get percentiles, which are meaningful only for texts.
         """
         found = self._store.search(queries, count, FIELDS, filters.parse(where), exact=exact)
         each = []
@@ -346,7 +347,7 @@ class Index:
         return stored / np.linalg.norm(stored)
 
     def photo(self, identifier: str) -> Hit | None:
-        """What the index knows about a photo, with a cosine of 1; None if it lacks the photo."""
+        """What the index knows about a photo, with a cosine of 1; None if it is not there."""
         rows = self._store.read([identifier], FIELDS).to_pylist()
         return Hit(cosine=1.0, percentile=None, **rows[0]) if rows else None
 

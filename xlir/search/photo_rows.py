@@ -1,4 +1,4 @@
-"""From photos to the rows of a store."""
+"""Turns photos into the rows of a store."""
 
 import dataclasses
 import os
@@ -83,7 +83,7 @@ def _batches(
 def read_embeddings(
     vectors: pathlib.Path, paths: pathlib.Path, dim: int
 ) -> tuple[Float[np.ndarray, "photos dim"], list[str]]:
-    """Embeddings that were computed elsewhere, left on disk, and the path of each row's photo.
+    """Maps embeddings from elsewhere into memory, and reads the path of each row's photo.
 
     Args:
       vectors: a .npy file.
@@ -91,7 +91,7 @@ def read_embeddings(
       dim: the width that the embeddings must have.
 
     Raises:
-      ValueError: the files do not fit each other or the index.
+      ValueError: the files do not match each other or the index, or a path occurs twice.
     """
     array = np.load(vectors, mmap_mode="r", allow_pickle=False)
     named = paths.read_text(encoding="utf8").splitlines()
@@ -117,13 +117,13 @@ def known(store: Store) -> dict[str, tuple[int, int]]:
 def gone(
     store: Store, places: Sequence[str | os.PathLike], found: set[str], unread: Sequence[str]
 ) -> list[str]:
-    """The ids of photos in a store that were in places and are no longer found there.
+    """The ids of a store's photos that were in some places and are no longer found there.
 
-    Photos stay if their folder or archive can't be read now.
+    Photos whose folder or archive can't be read now are not among them.
 
     Args:
       store: holds the photos.
-      places: as of `photos.find`.
+      places: see `photos.find`.
       found: the ids of the photos that were found there.
       unread: the lines about folders and archives that could not be read.
 

@@ -1,7 +1,7 @@
-"""The photos that an index is made of: where they are found, and what is kept of each.
+"""Finds the photos for an index, reads them, and describes them.
 
-A photo has a path: that of its file, or that of an archive followed by the path in the archive, as
-if the archive were a folder (`/photos/2023.zip/beach/1.jpg`).
+The path of a photo is that of its file. If the photo is in an archive, the path in the archive
+follows that of the archive, as if the archive were a folder (`/photos/2023.zip/beach/1.jpg`).
 """
 
 import calendar
@@ -28,7 +28,8 @@ from xlir.search import archives, filters
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 # Pixels of a thumbnail's longer side, and its quality as JPEG.
 THUMBNAIL, QUALITY = 320, 80
-# Most bytes of a thumbnail, so that every store takes it; a larger one is made with lower quality.
+# The largest size of a thumbnail in bytes, so that every store accepts it. A larger thumbnail is
+# made again with lower quality.
 THUMBNAIL_BYTES = 48_000
 
 
@@ -37,9 +38,9 @@ class Photo:
     """A photo as it lies on disk.
 
     Attributes:
-      path: its path; see the module.
-      file: the file that holds it: itself, or an archive.
-      size: bytes.
+      path: its path; see the module's docstring.
+      file: the file on disk that holds it: the photo's own file, or an archive.
+      size: in bytes.
       modified: time of the last change, in nanoseconds since 1970. With the size it tells whether
         a photo has changed since it was indexed.
       read: returns the bytes; raises ValueError or OSError if they can't be read.
@@ -53,18 +54,18 @@ class Photo:
 
     @property
     def id(self) -> str:
-        """Identifies the photo in an index; tells nothing about the path."""
+        """Identifies the photo in an index, and does not reveal the path."""
         return identifier(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What an index keeps of a photo beside its embedding.
+    """What an index keeps of a photo besides its embedding.
 
     Attributes:
-      taken: when it was taken, in seconds since 1970 by the clock of the camera: from EXIF, else
-        the time of the file's last change, in local time.
-      width, height: pixels, upright.
+      taken: when it was taken, in seconds since 1970 by the camera's clock (EXIF). Photos without
+        it have the local time of the file's last change.
+      width, height: of the upright photo, in pixels.
       thumbnail: a small JPEG, upright.
     """
 
@@ -75,7 +76,7 @@ class Described:
 
 
 def identifier(path: str) -> str:
-    """The id of the photo with a path: 20 hexadecimal digits."""
+    """The id of the photo at a path: 20 hexadecimal digits."""
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
@@ -91,7 +92,7 @@ def name_of(path: str) -> str:
 
 
 def loaded(photo: Photo) -> Photo:
-    """A photo that can be read later, in any order: from an archive, it is read now."""
+    """A photo that can be read later, in any order. If it is in an archive, it is read now."""
     if photo.file == photo.path:
         return photo
     try:
@@ -144,16 +145,16 @@ def find(
     exclude: Sequence[str] = (),
     skip: Callable[[str], None] = lambda reason: None,
 ) -> Iterator[Photo]:
-    """The photos in files, folders (at any depth), archives and patterns, each one once.
+    """The photos in files, folders (at any depth), archives and patterns, each photo once.
 
     Links inside folders are not followed, so that an index of a folder never holds what lies
     outside it. A place that is a link itself is followed.
 
     Args:
       places: files, folders, zip and tar archives, or patterns such as `photos/*/raw`. A file or
-        archive that is named is taken whatever its extension.
-      exclude: patterns of paths to leave out, with `*` and `?`: of a file's or folder's name, or
-        of the last parts of a path, such as `private/*.png`.
+        archive that is itself a place may have any extension.
+      exclude: patterns with `*` and `?` for what to leave out. A pattern is compared with the name
+        of a file or folder or, if it has slashes, with the last parts of a path: `private/*.png`.
       skip: called with one line for each archive or folder that can't be read.
 
     Raises:
@@ -168,7 +169,7 @@ def find(
 
 
 def roots(places: Sequence[str | os.PathLike]) -> list[str]:
-    """The absolute paths, free of links, that the places name.
+    """The absolute paths that the places name, with all links resolved.
 
     Raises:
       FileNotFoundError: a place does not exist.
@@ -199,7 +200,7 @@ class _Excluded:
     """Whether a path matches one of the patterns of `find`."""
 
     def __init__(self, patterns: Iterable[str]):
-        # "[" is no wildcard: many names of files have it.
+        # "[" is no wildcard here, because many file names contain it.
         self._patterns = [_composed(pattern).strip("/").replace("[", "[[]") for pattern in patterns]
 
     def __call__(self, path: str) -> bool:
@@ -210,13 +211,13 @@ class _Excluded:
         )
 
     def member(self, archive: str, inside: str) -> bool:
-        """Whether a member of an archive, or a folder in the archive that it is in, matches."""
+        """Whether a member of an archive, or one of its folders in the archive, matches."""
         parts = inside.split("/")
         return any(self("/".join((archive, *parts[:depth]))) for depth in range(1, len(parts) + 1))
 
 
 def _composed(path: str) -> str:
-    """A path in the Unicode form in which each letter is one character with its accents."""
+    """A path in Unicode's form NFC, in which a letter and its accents are one character."""
     return unicodedata.normalize("NFC", path)
 
 
@@ -230,12 +231,12 @@ def _under(root: str, excluded: _Excluded, skip: Callable[[str], None]) -> Itera
 
 
 def _is_named_as_photo(name: str) -> bool:
-    """Whether a file's name is one of a photo. macOS keeps attributes of 1.jpg in `._1.jpg`."""
+    """Whether a file is named as a photo. (macOS keeps attributes of 1.jpg in `._1.jpg`.)"""
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("._")
 
 
 def _holds_archive(path: str) -> bool:
-    """Whether a file without a telling extension is an archive."""
+    """Whether a file is an archive by its content. A file with a photo's extension never is."""
     if os.path.splitext(path)[1].lower() in SUFFIXES or not os.path.isfile(path):
         return False
     try:
@@ -268,7 +269,7 @@ def _file(path: str, skip: Callable[[str], None]) -> Iterator[Photo]:
 
 
 def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
-    """The status of a regular file; others may block, so `skip` gets a line."""
+    """The status of a regular file. Others may block a reader, so they are skipped."""
     if not _is_text(path):
         return skip(f"{_shown(path)}: the path is not valid UTF-8; rename the file or folder")
     try:
@@ -283,8 +284,8 @@ def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
 def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> Iterator[Photo]:
     """The photos in a zip or tar archive.
 
-    They must be read in the order in which they are yielded, and before the next one is taken: a
-    compressed tar archive can only be read from its beginning to its end.
+    Each photo must be read before the next one is taken from the iterator: a compressed tar
+    archive can only be read from its beginning to its end.
     """
     if not _regular(path, skip):
         return
@@ -320,7 +321,7 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(text: str) -> str:
-    """A path for messages: line ends, control characters and bytes that are not UTF-8 escaped."""
+    """Escapes line ends, control characters and bytes that are not UTF-8, for messages."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -17,7 +17,7 @@ def combined(
     Args:
       wanted: the embeddings of what photos should show.
       unwanted: the embeddings of what they should not show.
-      weight: of the unwanted parts; each wanted part has 1.
+      weight: the weight of each unwanted part; each wanted part has weight 1.
 
     Raises:
       ValueError: the parts cancel out.

@@ -1,8 +1,8 @@
 """The service: a JSON API over an index, and the page that uses it.
 
-`application` makes the FastAPI app; `xlir.search.guard` stands before it and bounds every request.
-Photos are named by their ids only. Everything that takes time runs in threads: embedding and
-searching in one each (`xlir.search.batching`), the rest in a few.
+`application` makes the FastAPI app. `xlir.search.guard` checks and limits requests before the app.
+Requests name photos only by id. Everything that takes time runs in threads: one embeds, another
+one searches (`xlir.search.batching`), and a few do the rest.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PAGE = pathlib.Path(__file__).parent / "page"
 # The index is refreshed at most this often, in seconds.
 REFRESH_SECONDS = 1.0
-# Uploaded photos decoded at a time, and files read at a time.
+# The largest numbers of uploaded photos decoded, and of files read, at a time.
 DECODED_AT_ONCE, READ_AT_ONCE = 2, 4
 
 MEDIA_TYPES = {
@@ -57,7 +57,7 @@ MEDIA_TYPES = {
     ".tiff": "image/tiff",
     ".avif": "image/avif",
 }
-# A photo is never run as a page, whatever its file holds.
+# A browser never runs a photo's file as a page, whatever the file holds.
 FILE_HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
 CACHED = {"Cache-Control": "private, max-age=300"}
 
@@ -69,8 +69,8 @@ class Asked:
     Attributes:
       text: what photos should show.
       unwanted: what they should not show.
-      like: the id of a photo of the index that they should be like.
-      photo: the bytes of another photo that they should be like.
+      like: the id of a photo of the index that they should resemble.
+      photo: the bytes of another photo that they should resemble.
     """
 
     text: str = ""
@@ -84,8 +84,8 @@ class Service:
 
     Args:
       index: the photos; its encoder is loaded.
-      metrics: counts.
-      paths: whether answers tell where photos lie.
+      metrics: counts batches and photos.
+      paths: whether answers contain the paths of photos.
     """
 
     def __init__(self, index: Index, metrics: Metrics, *, paths: bool):
@@ -101,7 +101,7 @@ class Service:
         self.refresh()
 
     async def search(self, query: Asked, count: int, where: str, cutoff: float) -> api.Answer:
-        """The photos that fit a text, a photo of the index and an uploaded photo together."""
+        """The photos that fit all parts of a query together."""
         check_filter(where)
         if not query.text.strip() and query.like is None and query.photo is None:
             raise HTTPException(422, "a search needs a text, a photo or an id")
@@ -166,7 +166,7 @@ class Service:
         return Response(data, media_type=media_type, headers=FILE_HEADERS | CACHED)
 
     def refresh(self) -> None:
-        """Makes photos visible that were added meanwhile, at most once a second."""
+        """Makes newly added photos visible. Does so at most once a second."""
         with self._refreshing:
             if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
                 self._index.refresh()
@@ -196,7 +196,7 @@ class Service:
         return hit
 
     def _told(self, hit: Hit) -> dict:
-        """What an answer tells about a photo."""
+        """The fields of a photo in an answer."""
         place = f"/api/photos/{hit.id}"
         return {
             "id": hit.id,
@@ -218,7 +218,7 @@ def application(
 
     Args:
       index: the photos.
-      access: who may ask; default: local browsers.
+      access: who may send requests; default: local browsers.
       limits: see `Limits`.
     """
     access, metrics = access or Access(), Metrics()
@@ -260,9 +260,7 @@ def _add_searches(app: FastAPI, service: Service) -> None:
         unwanted: Annotated[api.Texts, Query(**api.NOT)] = [],  # noqa: B006 - FastAPI copies it
         like: Annotated[
             str | None,
-            Query(
-                pattern=api.ID, description="A photo of the index.", examples=[api.EXAMPLE["id"]]
-            ),
+            Query(pattern=api.ID, description="The id of a photo.", examples=[api.EXAMPLE["id"]]),
         ] = None,
         count: Annotated[int, Query(**api.COUNT)] = 40,
         where: Annotated[api.Text, Query(**api.WHERE)] = "",
@@ -319,7 +317,7 @@ def _add_tags(app: FastAPI, service: Service) -> None:
         count: Annotated[int, Query(**api.TAG_COUNT)] = 10,
         cutoff: Annotated[float, Query(**api.TAG_CUTOFF)] = 0.0,
     ) -> api.PhotoTags:
-        """The tags that best fit a photo, names of emoji in one of several languages."""
+        """The tags that best fit a photo: names of emoji, in one of several languages."""
         return await service.photo_tags(id, language, count, cutoff)
 
 
@@ -348,7 +346,7 @@ def _add_pages(app: FastAPI, metrics: Metrics) -> None:
 
 
 def check_filter(where: str) -> None:
-    """Answers 422 to a text that is not a filter."""
+    """Raises an HTTP error 422 if a text is not a filter."""
     try:
         filters.parse(where)
     except ValueError as error:
@@ -356,7 +354,7 @@ def check_filter(where: str) -> None:
 
 
 def read_file(path: str) -> bytes | None:
-    """The content of a photo's file; None if it is not, or no longer, a file of the index.
+    """The content of a photo's file; None if it can't be read, or its path now has a link.
 
     A path in an index has no links. If one of its folders has become a link, the file may lie
     anywhere, and is not read.
@@ -370,12 +368,12 @@ def read_file(path: str) -> bytes | None:
 
 
 def _in_archive(path: str) -> bool:
-    """Whether a photo lies in an archive, by the names of its folders."""
+    """Whether a photo lies in an archive, judging by the names in its path."""
     return any(map(archives.is_archive, os.path.dirname(path).split("/")))
 
 
 def _moment(seconds: int) -> str | None:
-    """A time as ISO 8601 without a zone; None if it has no year of four digits."""
+    """A time as ISO 8601 without a zone; None if it is over 4,000 years from 1970."""
     try:
         return str(np.datetime64(seconds, "s")) if abs(seconds) < 2**37 else None
     except (ValueError, OverflowError):
@@ -395,6 +393,6 @@ async def _full(request: Request, error: Full) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """The index or the model can't be read; the log tells more than the client should know."""
+    """Answers if the index or the model can't be read. Only the log tells the reason."""
     log.warning("%s: %s", request.url.path, re.sub(r"\s+", " ", str(error)))
     return JSONResponse({"detail": "the index can't be read at the moment"}, 503)

@@ -1,8 +1,8 @@
 """Tags of the photos of an index: the names of emoji that fit a photo, in 14 languages.
 
-The percentile of a tag is that of the photo in a search for the tag. So tags and searches agree on
-what fits a photo, and a tag needs no data set: the index has all that is compared. (The command
-`tag` compares photos with those of a run instead, `xlir.tagging`.)
+The percentile of a tag is the percentile that the photo has in a search for the tag. So tags and
+searches agree on what fits a photo, and tags need no data set: all that is compared is in the
+index. (The command `tag` instead compares with photos of a run's data set; see `xlir.tagging`.)
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from xlir.search import api
 from xlir.search.calibration import Calibration
 
 VOCABULARY = "emoji"
-# Names embedded at a time: searches wait for so many at most.
+# The number of names embedded in one call. A search that comes meanwhile waits for this call only.
 NAMES_AT_ONCE = 64
-# Languages whose embeddings are kept: those that were used last.
+# Embeddings are kept for this many languages: those that were used last.
 MOST_LANGUAGES = 8
 
 EmbedTexts = Callable[[Sequence[str]], Awaitable[np.ndarray]]
@@ -36,10 +36,10 @@ class Names:
     """The tags of a language.
 
     Attributes:
-      names: what they are called; no name occurs twice.
+      names: the tags themselves; no name occurs twice.
       vectors: their embeddings, of unit length.
-      offsets: what is added to their cosines to get scores (`Calibration.offsets`); zeros if the
-        index is not calibrated.
+      offsets: the numbers to add to their cosines to get scores (`Calibration.offsets`); zeros if
+        the index is not calibrated.
     """
 
     names: list[str]
@@ -51,7 +51,7 @@ class Tags:
     """Finds the tags of photos. The names of a language are embedded when they are first needed.
 
     Args:
-      embed_texts: embeds texts, such as `Service.embed`; a row of unit length for each.
+      embed_texts: embeds texts, as `Service.embed` does; returns a vector of unit length for each.
       calibration: that of the index; None if it has none.
     """
 
@@ -63,7 +63,7 @@ class Tags:
         self._tasks: dict[str, asyncio.Task[Names]] = {}
 
     async def languages(self) -> list[str]:
-        """The languages that have tags; none if the vocabulary is not installed."""
+        """The languages that have tags; empty if the vocabulary is not installed."""
         vocabulary = await anyio.to_thread.run_sync(self._vocabulary)
         return vocabulary.languages() if vocabulary else []
 
@@ -84,9 +84,11 @@ class Tags:
         """
         known = await self.languages()
         if not known:
-            raise HTTPException(404, "tags need their names: pip install 'xlir[quickstart]'")
+            raise HTTPException(
+                404, "the names of tags are not installed: pip install 'xlir[quickstart]'"
+            )
         if language not in known:
-            raise HTTPException(422, f"there are tags in {' '.join(known)} only")
+            raise HTTPException(422, f"only the languages {' '.join(known)} have tags")
         return self._best(await self._names(language), photo, count, cutoff)
 
     def close(self) -> None:
@@ -118,11 +120,11 @@ class Tags:
             return self._kept[language]
         if language not in self._tasks:
             self._tasks[language] = asyncio.create_task(self._embedded(language))
-        # If this request ends before they are embedded, they still are, for later requests.
+        # If this request is cancelled, the names are still embedded, for later requests.
         return await asyncio.shield(self._tasks[language])
 
     async def _embedded(self, language: str) -> Names:
-        """Embeds the names of a language in small parts, so that searches are answered between."""
+        """Embeds the names of a language in small parts, to let searches in between."""
         try:
             async with self._one_language:
                 names = list(dict.fromkeys(one for one, *_ in self._known.names_in(language)))

@@ -1,7 +1,7 @@
 """Compiles the model for the usual shapes of batches that a service will meet.
 
-JAX compiles a program for each shape, which takes a good part of a second. Without this, the first
-requests of each shape would wait for it.
+JAX compiles a program for each shape, which takes a good part of a second. Without this module,
+the first requests of each shape would wait for the compiler.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ USUAL_TOKENS = 32
 
 @contextlib.contextmanager
 def warming(encoder: Encoder) -> Iterator[threading.Thread]:
-    """Compiles in a thread; yields the thread. Ends within one shape."""
+    """Compiles in a thread, and yields it. On exit, the thread stops after its current shape."""
     ended = threading.Event()
 
     def work() -> None:
@@ -33,7 +33,7 @@ def warming(encoder: Encoder) -> Iterator[threading.Thread]:
             try:
                 embed()
             except Exception as error:
-                # The requests will tell what is wrong.
+                # Requests will report what is wrong.
                 log.warning("the model was not compiled in advance: %s", error)
                 return
 
@@ -47,9 +47,9 @@ def warming(encoder: Encoder) -> Iterator[threading.Thread]:
 
 
 def shapes(encoder: Encoder) -> Iterator[Callable[[], np.ndarray]]:
-    """A function for each usual shape of a batch; batches of one and of many texts come first."""
+    """Functions that embed a batch of each usual shape: first the largest, then single texts."""
     longest = min(encoder.config.text.max_length, USUAL_TOKENS)
-    # Whether tokens are words or letters, these have all numbers of tokens.
+    # These texts have every number of tokens, whether the tokenizer splits words or letters.
     texts = [("a " * longest)[:letters] for letters in range(1, 2 * longest + 1)]
     lengths: dict[int, str] = {}
     for text, ids in zip(texts, encoder.tokenizer(texts, max_length=longest), strict=True):

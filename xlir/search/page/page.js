@@ -1,12 +1,12 @@
 "use strict";
 
 // The address holds the query, so that it can be saved, sent and revisited. An uploaded photo is
-// not part of it: `uploads` keeps this visit's photos, for the back button.
+// not part of the address: `uploads` keeps this visit's photos, for the back button.
 
 const FIELDS = ["q", "not", "folder", "from", "to"];
 const FEW = 60;
 const MANY = 200;
-// As in the command line: one in twenty queries that fit a photo finds none.
+// As on the command line. At this cutoff, one in twenty queries that fit a photo finds none.
 const CUTOFF = 0.05;
 const TAGS = 8;
 const LARGEST_UPLOAD = 30e6;
@@ -16,10 +16,10 @@ const at = (id) => document.getElementById(id);
 const uploads = [];
 let running = null;
 let shown = { fields: {}, like: "", photo: null };
-// The hits of the last answer with their elements, and how many were asked for.
+// The hits of the last answer with their elements, and how many hits were asked for.
 let found = { hits: [], count: FEW };
 
-/** The query that the address and the history name. */
+/** The query in the address and in the browser's history. */
 function queryOfAddress() {
   const parameters = new URLSearchParams(location.search);
   const fields = Object.fromEntries(FIELDS.map((name) => [name, parameters.get(name) ?? ""]));
@@ -142,7 +142,7 @@ function showFound() {
   at("results").replaceChildren(...passing.map(({ element }) => element));
   at("results").removeAttribute("aria-busy");
   at("status").textContent = foundText(passing.length, hits.length);
-  // The hits are in order: if one does not pass, further ones do not either.
+  // The best hits come first: if one does not pass the cutoff, no later one does.
   const whole = hits.length < count;
   at("show-more").hidden = whole || count >= MANY || passing.length < hits.length;
   at("fit").hidden = !hits.length || hits[0].percentile === null;
@@ -257,11 +257,11 @@ function keepLanguage(code) {
   try {
     localStorage.setItem("language", code);
   } catch {
-    // It is chosen again at the next visit.
+    // The next visit starts without a chosen language.
   }
 }
 
-/** Offers the languages that have tags; without any, the page shows nothing of tags. */
+/** Offers the languages that have tags. If there are none, the page hides all about tags. */
 async function offerLanguages() {
   const { languages } = await answerOf("/api/languages").catch(() => ({ languages: [] }));
   const wanted = [keptLanguage(), ...navigator.languages];

@@ -1,7 +1,7 @@
 """Where the rows of an index are stored: on this machine (LanceDB) or on a server (Milvus).
 
-A store holds one row for each photo, in the columns of `schema`. Both stores do the same, which
-tests/search/test_stores.py checks on each.
+A store holds one row for each photo, in the columns of `schema`. Both stores behave alike:
+tests/search/test_stores.py runs the same tests on each.
 """
 
 import pathlib
@@ -30,13 +30,13 @@ class Hits(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """The rows of an index. Each method raises OSError or ValueError, in one line, if it fails."""
+    """The rows of an index. A method that fails raises OSError or ValueError, with one line."""
 
     def add(self, rows: pa.Table) -> None:
-        """Adds rows whose ids are not in the store; when it returns, they survive a crash."""
+        """Adds rows whose ids are not in the store. Once it returns, they survive a crash."""
 
     def replace(self, rows: pa.Table) -> None:
-        """As `add`, for ids that may be in the store; their old rows are replaced."""
+        """As `add`, but replaces rows that have the same ids."""
 
     def remove(self, ids: Sequence[str]) -> None:
         """Removes rows; ids that are not in the store are ignored."""
@@ -53,16 +53,16 @@ class Store(Protocol):
         """For each query, the rows with the highest cosine similarities.
 
         Args:
-          queries: at least one, of unit length. Several at once take less time than one by one.
-          count: the largest number of rows of a query.
-          columns: what to return of the rows.
+          queries: at least one, of unit length. Searching several at once is faster.
+          count: the largest number of rows for a query.
+          columns: the columns to return.
           where: which rows to consider.
-          exact: compare with every row; otherwise a large store may miss a few.
+          exact: compare with every row; otherwise a search of a large store may miss a few.
         """
 
     def read(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """The columns of rows, in the order of their ids, which must be different; ids that are not
-        in the store are left out."""
+        """Columns of the rows with these ids, in the order of `ids`. No id may occur twice. Ids
+        that are not in the store are left out."""
 
     def scan(self, columns: Sequence[str], where: Filter = ()) -> Iterator[pa.RecordBatch]:
         """The columns of all rows that match, in any order."""
@@ -81,8 +81,8 @@ def opened(folder: pathlib.Path, content: Mapping, *, create: bool = False) -> S
     """The store of an index.
 
     Args:
-      folder: where it is, if it is on this machine.
-      content: describes the index: the address of the `store` or None, `dim` and `model`.
+      folder: the folder of a store on this machine.
+      content: that of index.json: `store` (a server's address, or None), `dim` and `model`.
       create: whether to create the store if there is none.
 
     Raises:
@@ -99,7 +99,7 @@ def opened(folder: pathlib.Path, content: Mapping, *, create: bool = False) -> S
 
 
 def schema(dim: int) -> pa.Schema:
-    """The columns of a store for embeddings of a width.
+    """The columns of a store for embeddings of width `dim`.
 
     `id`, `path`, `size` (bytes), `modified` (nanoseconds), `taken` (seconds), `width`, `height` and
     `thumbnail` are explained in `xlir.search.photos`; `folder` and `name` are case-folded for

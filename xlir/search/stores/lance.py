@@ -1,12 +1,13 @@
 """A store on this machine: a LanceDB table in a folder.
 
-Every `add` is a new version of the table, which is on disk when the call returns. A process that is
-killed in between leaves the last version.
+Every change makes a new version of the table, which is on disk when the call returns. If the
+process is killed before that, the previous version stays.
 
-A small table is searched exactly. A large one has an index over the vectors (IVF_SQ: the nearest of
-many clusters, and one byte for each component), whose candidates are compared again with the whole
-vectors. A filter thins out the clusters, so a search with a filter looks into more of them, and
-into all if it leaves 100,000 rows or fewer. If it leaves few rows, these are compared exactly.
+A small table is searched exactly. A large one has an index over the vectors, IVF_SQ: a search
+looks into the clusters that are nearest to the query, where each component of a vector takes one
+byte. The best candidates are compared again by their whole vectors. With a filter, each cluster
+has fewer rows that match, so a search looks into more clusters, and into all if the filter leaves
+100,000 rows or fewer. If the filter leaves fewer than 2,000 rows, they are compared exactly.
 """
 
 import contextlib
@@ -27,27 +28,29 @@ from xlir.search.filters import Filter, Term
 from xlir.search.stores import Hits, schema
 
 TABLE = "photos"
-# From this many rows on, a table has an index over its vectors; searching fewer takes up to 0.1 s.
+# From this many rows on, a table has an index over its vectors. Searching a smaller table takes up
+# to 0.1 s.
 LARGE = 50_000
-# A filter that leaves fewer rows than this is answered exactly: their vectors are read one by one.
+# If a filter leaves fewer rows than this, all of them are read and compared exactly.
 FEW = 2000
-# With a filter that leaves more rows, about this many of them are compared through the clusters.
+# If a filter leaves more, a search looks into clusters that hold about this many of its rows.
 COMPARED = 100_000
-# Rows of a cluster of the index. Without a filter, a query looks into PROBES * sqrt(clusters).
-# Building compares every row with every cluster, which is slow: LanceDB has no fast path for 16-bit
-# vectors. So the clusters are few, and computed from SAMPLED rows for each.
+# A cluster of the index has CLUSTER_ROWS rows on average. Without a filter, a search looks into
+# PROBES * sqrt(clusters) clusters. Building compares rows with all clusters, which is slow because
+# LanceDB has no fast path for 16-bit vectors. So there are few clusters, and each is computed from
+# only SAMPLED rows.
 CLUSTER_ROWS, PROBES, SAMPLED = 4000, 1.6, 64
-# Candidates for each row of the answer; their whole vectors are compared.
+# The number of candidates for each row of the answer. Their whole vectors are compared.
 REFINE = 2
 # Columns with an index for filters.
 INDEXED = ("id", "taken", "width", "height")
 # The names of indexes over the vectors begin with this; the number of clusters follows.
 CLUSTERS = "vectors_"
-# Searches and reads at a time: forty threads at once are slower, and need more memory.
+# The number of searches and reads at a time. Forty at a time are slower, and need more memory.
 AT_ONCE = 4
-# The store remembers how many rows this many filters leave.
+# For at most this many filters, the store remembers how many rows each one leaves.
 REMEMBERED = 1000
-# Old versions of the table are kept for readers this long.
+# For this long, old versions of the table are kept for readers.
 KEPT = datetime.timedelta(minutes=10)
 
 
@@ -77,7 +80,7 @@ class LanceStore:
                 self._table = database.create_table(TABLE, schema=schema(dim))
             self._clusters = max(self._vector_indexes().values(), default=0)
         self._turns = threading.BoundedSemaphore(AT_ONCE)
-        # The version of the table, and the number of its rows that filters leave.
+        # A version of the table, and for each filter the number of rows that it leaves.
         self._counted: tuple[int, dict[Filter, int]] = (0, {})
 
     def add(self, rows: pa.Table) -> None:
@@ -115,7 +118,8 @@ class LanceStore:
                 parts = [found] * len(queries)
             else:
                 search = self._table.search(queries.astype(np.float32)).distance_type("cosine")
-                # LanceDB rounds queries to 16 bits too, so nearly equal rows may change places.
+                # LanceDB rounds queries to 16 bits too, so rows with nearly equal cosines may be
+                # in the wrong order. `_nearest` sorts them again.
                 search = search.select([*names, "_distance"]).limit(2 * count + 10)
                 if where:
                     search = search.where(sql(where), prefilter=True)
@@ -166,7 +170,7 @@ class LanceStore:
                     self._table.create_index(column, config=BTree())
             clusters = rows // CLUSTER_ROWS
             old = self._vector_indexes()
-            # Rows join the nearest clusters; when there are twice as many, new clusters are made.
+            # New rows join the nearest clusters. Once rows have doubled, new clusters are made.
             if not old or max(old.values()) * 2 <= clusters:
                 config = IvfSq(distance_type="cosine", num_partitions=clusters, sample_rate=SAMPLED)
                 self._table.create_index("vector", config=config, name=f"{CLUSTERS}{clusters}")
@@ -192,13 +196,13 @@ class LanceStore:
         return counts[where]
 
     def _vector_indexes(self) -> dict[str, int]:
-        """The indexes over the vectors -> their clusters; two while one replaces the other."""
+        """Name of an index over the vectors -> its clusters; two while one replaces the other."""
         names = [one.name for one in self._table.list_indices() if one.columns == ["vector"]]
         return {name: int(name.removeprefix(CLUSTERS)) for name in names}
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns LanceDB's errors into one line."""
+        """Turns LanceDB's errors into a ValueError of one line."""
         try:
             yield
         except (RuntimeError, OSError, ValueError) as error:
@@ -207,7 +211,7 @@ class LanceStore:
 
 
 def _of_queries(found: pa.Table, queries: int) -> list[pa.Table]:
-    """The rows that were found for each query, which LanceDB returns one below the other."""
+    """Splits LanceDB's table of the rows found for all queries into one table per query."""
     if queries == 1:
         return [found]
     owners = found["query_index"].to_numpy()
@@ -229,7 +233,7 @@ def probes(clusters: int, left: int = 0) -> int:
     """The number of clusters to look into.
 
     Args:
-      clusters: all clusters.
+      clusters: the number of all clusters.
       left: the number of rows that a filter leaves; 0 without a filter.
     """
     least = math.ceil(PROBES * clusters**0.5)
@@ -244,7 +248,7 @@ def sql(where: Filter) -> str:
 def _sql(term: Term) -> str:
     if term.pattern is not None:
         if re.fullmatch(r"\*[^*]+\*", term.pattern):
-            # Faster than LIKE.
+            # `contains` is faster than LIKE.
             return f"contains({term.column}, {_strings([term.pattern[1:-1]])})"
         like = re.sub(r"([%_\\])", r"\\\1", term.pattern).replace("*", "%").replace("'", "''")
         return f"{term.column} LIKE '{like}' ESCAPE '\\'"

@@ -1,8 +1,8 @@
-"""A store on a server: a Milvus collection, for photos that one machine no longer holds.
+"""A store on a server: a Milvus collection, for more photos than one machine can hold.
 
 Milvus divides a collection into segments, each with an index over its vectors (IVF_FLAT). A search
-looks into the nearest clusters of every segment; an exact one looks into all. Writers on several
-machines may share a collection, because rows with the same id replace each other.
+looks into the nearest clusters of every segment; an exact search looks into all of them. Writers
+on several machines may share a collection, because a row replaces an older one with the same id.
 """
 
 import base64
@@ -20,22 +20,22 @@ from pymilvus import DataType, MilvusClient, MilvusException
 from xlir.search.filters import Filter, Term
 from xlir.search.stores import Hits, schema
 
-# The addresses of stores, and how Milvus is spoken to.
+# The scheme of a store's address -> the scheme of the server's URI.
 SCHEMES = {"milvus": "http", "milvus+https": "https"}
 # The environment variable with a server's TOKEN or USER:PASSWORD.
 TOKEN = "MILVUS_TOKEN"
-# The property of a collection that tells which model its embeddings are of.
+# The property of a collection that identifies the model of its embeddings.
 MODEL = "xlir.model"
-# Most bytes of a text column. Thumbnails are stored as text (base64), which takes 4/3 of a byte.
+# The largest size of a text column in bytes. Thumbnails are stored as text (base64), which takes
+# four bytes for three.
 LONGEST = 65_535
-# Clusters of a segment, and those that a search looks into.
+# The number of clusters in a segment, and of those that a search looks into.
 CLUSTERS, PROBES = 128, 32
-# Rows of one request: a server takes 64 MB by default.
+# The number of rows in one request. By default, a server accepts 64 MB in a request.
 WRITTEN_AT_ONCE, READ_AT_ONCE = 500, 1000
-# Seconds until a server must have answered a request.
+# The time limit for a server's answer, in seconds.
 TIMEOUT = 60
-# Milliseconds between two signs of life of an idle connection; servers close connections that send
-# them too often.
+# Milliseconds between keepalive pings. Servers close connections that send pings too often.
 KEPT_ALIVE = {"grpc.keepalive_time_ms": 600_000}
 
 
@@ -177,10 +177,10 @@ class MilvusStore:
         """Does nothing: a Milvus server builds its indexes itself."""
 
     def refresh(self) -> None:
-        """Does nothing: every answer holds what was stored before it was asked for."""
+        """Does nothing: every request sees all rows that were stored before it."""
 
     def _received(self, rows: Sequence[dict], columns: Sequence[str]) -> pa.RecordBatch:
-        """Rows of Milvus in the columns of a store."""
+        """Converts rows from Milvus to the columns of a store."""
         fields = [schema(self._dim).field(name) for name in columns]
         rows = [{name: row[name] for name in columns} for row in rows]
         for row in rows:
@@ -192,7 +192,7 @@ class MilvusStore:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns Milvus' errors into one line."""
+        """Turns Milvus' errors into a ValueError of one line."""
         try:
             yield
         except MilvusException as error:
@@ -217,13 +217,13 @@ def parsed(address: str) -> tuple[str, str]:
 
 
 def expression(where: Filter) -> str:
-    """A filter in the language of Milvus."""
+    """A filter in Milvus' filter language."""
     return " and ".join(f"not ({_term(term)})" if term.negated else _term(term) for term in where)
 
 
 def _term(term: Term) -> str:
     if term.pattern is not None:
-        # First escaped for LIKE, then as a text.
+        # The pattern is escaped twice: here for LIKE, and in `_quoted` as a text.
         like = re.sub(r"([%_\\])", r"\\\1", term.pattern).replace("*", "%")
         return f"{term.column} like {_quoted(like)}"
     bounds = [
@@ -235,12 +235,12 @@ def _term(term: Term) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in the language of Milvus."""
+    """A text in quotes, in Milvus' filter language."""
     escaped = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
     return f'"{text.translate(str.maketrans(escaped))}"'
 
 
 def _sent(row: dict) -> dict:
-    """A row as Milvus takes it."""
+    """Converts a row to what Milvus stores."""
     thumbnail = base64.b64encode(row["thumbnail"]).decode()
     return row | {"thumbnail": thumbnail, "vector": np.asarray(row["vector"], np.float32)}
