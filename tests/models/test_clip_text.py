@@ -217,22 +217,23 @@ def test_restored_towers_load_in_transformers(case, tmp_path):
 
 
 # Number of parameters of transformers' model, which are the same as ours. The shapes are those of
-# transformers' own defaults and conversion scripts (convert_siglip_to_hf.py, convert_siglip2_to_hf.py
-# and convert_metaclip_2_to_hf.py).
+# transformers' defaults and conversion scripts (convert_siglip_to_hf.py, convert_siglip2_to_hf.py
+# and convert_metaclip_2_to_hf.py). With image towers and projections they add up to published
+# sizes, for example to the 151,277,313 parameters of openai/clip-vit-base-patch32.
 PARAMETERS = {
-    "openai/clip-vit-base-patch32": 0,
-    "openai/clip-vit-base-patch16": 0,
-    "openai/clip-vit-large-patch14": 0,
-    "openai/clip-vit-large-patch14-336": 0,
-    "facebook/metaclip-2-worldwide-huge-quickgelu": 0,
-    "google/siglip-base-patch16-224": 0,
-    "google/siglip-base-patch16-256": 0,
-    "google/siglip-base-patch16-256-multilingual": 0,
-    "google/siglip-large-patch16-256": 0,
-    "google/siglip-so400m-patch14-384": 0,
-    "google/siglip2-base-patch16-224": 0,
-    "google/siglip2-large-patch16-256": 0,
-    "google/siglip2-so400m-patch14-384": 0,
+    "openai/clip-vit-base-patch32": 63_165_952,
+    "openai/clip-vit-base-patch16": 63_165_952,
+    "openai/clip-vit-large-patch14": 123_060_480,
+    "openai/clip-vit-large-patch14-336": 123_060_480,
+    "facebook/metaclip-2-worldwide-huge-quickgelu": 1_225_658_368,
+    "google/siglip-base-patch16-224": 110_271_744,
+    "google/siglip-base-patch16-256": 110_271_744,
+    "google/siglip-base-patch16-256-multilingual": 277_695_744,
+    "google/siglip-large-patch16-256": 336_194_560,
+    "google/siglip-so400m-patch14-384": 449_734_896,
+    "google/siglip2-base-patch16-224": 282_303_744,
+    "google/siglip2-large-patch16-256": 565_570_560,
+    "google/siglip2-so400m-patch14-384": 707_782_896,
 }
 
 
