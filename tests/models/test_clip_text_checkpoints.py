@@ -114,6 +114,7 @@ def test_texts_as_in_torch(name, checkpoints, tmp_path):
 def test_padding_is_a_part_of_siglip_s_texts(checkpoints):
     folder, _ = checkpoints["SigLIP 2"]
     config = configured(folder)
+    config.text.pooling = "last"
     encoder = Encoder.create(config)
     assert encoder.tokenizer.padding == Padding(LONGEST, 0)
     assert [len(ids) for ids in encoder.tokenizer(TEXTS, LONGEST)] == [LONGEST] * len(TEXTS)
@@ -125,6 +126,7 @@ def test_padding_is_a_part_of_siglip_s_texts(checkpoints):
 def test_a_trimmed_vocabulary_changes_no_embedding(checkpoints, tmp_path):
     folder, _ = checkpoints["MetaCLIP 2"]
     config = configured(folder)
+    config.text.pooling = "eos"
     whole = Encoder.create(config)
     (tmp_path / "de.txt").write_text("\n".join(TEXTS))
     config.data.dir, config.text.trim_vocab = str(tmp_path), "de.txt"
