@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32, Integer
 
+from input_pipeline.tokenizers import siglip
 from input_pipeline.tokenizers.long_texts import CLEANING, first_tokens, splits_at_spaces
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE, TOKENIZER_FILE
 
@@ -116,7 +117,8 @@ class HuggingFaceTokenizer:
             loaded = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            backend = loaded.backend_tokenizer
+            is_siglip = type(loaded).__name__ == "SiglipTokenizer"
+            backend = siglip.converted(loaded) if is_siglip else loaded.backend_tokenizer
             backend.no_padding()
             backend.no_truncation()
             tokenizer = cls(backend.to_str(), prefix)

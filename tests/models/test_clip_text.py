@@ -216,6 +216,20 @@ def test_restored_towers_load_in_transformers(case, tmp_path):
     assert_equal_outputs(case, theirs.eval(), ours)
 
 
+def test_the_projection_of_a_dual_encoder_is_a_linear_head(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    name, fields, pooling = CASES["all of CLIP"]
+    theirs = reference(name, fields)
+    config, weights = written(theirs, tmp_path)
+    ours = loaded(config, weights, pooling=pooling)
+    _, (ids, mask) = batches(fields, pooling)
+    given = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask)}
+    with torch.inference_mode():
+        expected = theirs.get_text_features(**given).pooler_output.numpy()
+    features = ours(jnp.asarray(ids), jnp.asarray(mask)) @ weights["text_projection.weight"].T
+    np.testing.assert_allclose(features, expected, atol=2e-5, rtol=0)
+
+
 # Number of parameters of transformers' model, which are the same as ours. The shapes are those of
 # transformers' defaults and conversion scripts (convert_siglip_to_hf.py, convert_siglip2_to_hf.py
 # and convert_metaclip_2_to_hf.py). With image towers and projections they add up to published
