@@ -118,9 +118,10 @@ def test_padding_is_a_part_of_siglip_s_texts(checkpoints):
     encoder = Encoder.create(config)
     assert encoder.tokenizer.padding == Padding(LONGEST, 0)
     assert [len(ids) for ids in encoder.tokenizer(TEXTS, LONGEST)] == [LONGEST] * len(TEXTS)
-    config.text.max_length = 8
-    with pytest.raises(ValueError, match=r"max_length is 8, but .* padded to 20 tokens: set it"):
-        Encoder.create(config)
+    for length in (8, 128):
+        config.text.max_length = length
+        with pytest.raises(ValueError, match=r"max_length is \d+, but .* padded to 20 tokens: set"):
+            Encoder.create(config)
 
 
 def test_a_trimmed_vocabulary_changes_no_embedding(checkpoints, tmp_path):

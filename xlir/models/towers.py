@@ -255,17 +255,17 @@ def _text_spec(
     """
     pooling = options.pooling or modules.get("pooling", "")
     _check_pooling("text", family, config, pooling)
-    longest = family.longest_text(config)
-    if longest is not None and options.max_length > longest:
-        raise ValueError(
-            f"config.text.max_length is {options.max_length}, but {options.tower} takes texts of "
-            f"at most {longest} tokens"
-        )
     full = family.full_length(config)
     if full is not None and options.max_length != full:
         raise ValueError(
             f"config.text.max_length is {options.max_length}, but {options.tower} takes texts that "
             f"are padded to {full} tokens: set it to {full}"
+        )
+    longest = family.longest_text(config)
+    if longest is not None and options.max_length > longest:
+        raise ValueError(
+            f"config.text.max_length is {options.max_length}, but {options.tower} takes texts of "
+            f"at most {longest} tokens"
         )
     return TowerSpec(family, config, pooling, modules.get("dense", ()))
 
