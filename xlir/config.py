@@ -228,7 +228,7 @@ FIELDS: dict[str, Any] = {
             "drop_junk": Flag(),
         }
     ),
-    "text": _tower("mean", "cls", "pooler")
+    "text": _tower("mean", "cls", "pooler", "eos", "last")
     | {
         # Every tokenizer adds two special tokens.
         "max_length": Whole(3, WIDEST),

@@ -199,7 +199,8 @@ class Encoder:
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         folder = run_folder.tower_folder(workdir, "text")
         tokenizer = tokenizers.load_tokenizer(folder)
-        rows = specs["text"].config.get("vocab_size", tokenizer.vocab_size)
+        fields = specs["text"].family.tokenizer_fields(specs["text"].config)
+        rows = fields.get("vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > rows:
             raise ValueError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the tower's "

@@ -161,7 +161,8 @@ def _errors_name(published: Published) -> Iterator[None]:
 def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
     is_open_clip = published.layout == "open_clip"
     side = _open_clip_text(published) if is_open_clip else _m_clip_text(published)
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, side.spec.config)
+    fields = side.spec.family.tokenizer_fields(side.spec.config)
+    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, fields)
     return side, tokenizer.cleaned() if is_open_clip else tokenizer
 
 

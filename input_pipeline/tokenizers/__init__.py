@@ -4,12 +4,17 @@ import json
 import pathlib
 
 from input_pipeline.tokenizers.batches import length_batches, pad, padded_length
-from input_pipeline.tokenizers.huggingface import HuggingFaceTokenizer, byte_tokenizer
+from input_pipeline.tokenizers.huggingface import (
+    HuggingFaceTokenizer,
+    Padding,
+    byte_tokenizer,
+)
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE
 from input_pipeline.tokenizers.sentencepiece import SentencePieceTokenizer, from_package
 
 __all__ = [
     "HuggingFaceTokenizer",
+    "Padding",
     "SentencePieceTokenizer",
     "Tokenizer",
     "byte_tokenizer",

@@ -8,12 +8,13 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32, Integer
 
+from input_pipeline.tokenizers import siglip
 from input_pipeline.tokenizers.long_texts import CLEANING, first_tokens, splits_at_spaces
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE, TOKENIZER_FILE
 
@@ -34,6 +35,18 @@ ABSOLUTE_POSITIONS = ("bert", "distilbert")
 CHUNK = 10_000
 
 
+class Padding(NamedTuple):
+    """Padding that is part of every text, for models whose tokens attend to it.
+
+    Attributes:
+      length: the number of tokens that shorter texts are padded to, on the right.
+      id: the padding token's id.
+    """
+
+    length: int
+    id: int
+
+
 class HuggingFaceTokenizer:
     """Splits texts into tokens by a tokenizer of the `tokenizers` library.
 
@@ -43,12 +56,13 @@ class HuggingFaceTokenizer:
 
     kind = "huggingface"
 
-    def __init__(self, serialized: str, prefix: str = ""):
+    def __init__(self, serialized: str, prefix: str = "", padding: Padding | None = None):
         """Takes the content of a tokenizer.json.
 
         Args:
           serialized: JSON; padding and truncation in it are ignored.
           prefix: put before every text, such as "query: " for the E5 models.
+          padding: padding that counts as a part of the text; None for all models that ignore it.
 
         Raises:
           ValueError: this is not a tokenizer, or it puts no special tokens around a text.
@@ -60,7 +74,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._serialized = serialized
-        self.prefix = prefix
+        self.prefix, self.padding = prefix, padding
         probe = self._tokenizer.encode("a")
         own = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
         if len(own) in (0, len(probe.ids)):
@@ -69,7 +83,11 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def from_checkpoint(
-        cls, folder: pathlib.Path, model_config: Mapping[str, Any], prefix: str = ""
+        cls,
+        folder: pathlib.Path,
+        model_config: Mapping[str, Any],
+        prefix: str = "",
+        full_length: int | None = None,
     ) -> "HuggingFaceTokenizer":
         """The tokenizer of a checkpoint; an older format is converted.
 
@@ -77,13 +95,15 @@ class HuggingFaceTokenizer:
 
         Args:
           folder: the checkpoint's folder.
-          model_config: the checkpoint's config.json, which the tokenizer must agree with.
+          model_config: the fields of config.json that the tokenizer must agree with.
           prefix: see `__init__`.
+          full_length: the number of tokens to pad every text to with the checkpoint's padding token
+            (see `Padding`); None to leave texts as they are.
 
         Raises:
           FileNotFoundError: the folder holds no tokenizer.
           ValueError: the tokenizer is damaged or needs the checkpoint's code, or its vocabulary,
-            its special ids or its lowercasing do not fit the model.
+            its special ids or its lowercasing do not fit the model, or it has no padding token.
         """
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             raise FileNotFoundError(
@@ -97,7 +117,8 @@ class HuggingFaceTokenizer:
             loaded = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            backend = loaded.backend_tokenizer
+            is_siglip = type(loaded).__name__ == "SiglipTokenizer"
+            backend = siglip.converted(loaded) if is_siglip else loaded.backend_tokenizer
             backend.no_padding()
             backend.no_truncation()
             tokenizer = cls(backend.to_str(), prefix)
@@ -109,9 +130,13 @@ class HuggingFaceTokenizer:
             for name in ("pad", "bos", "eos", "cls", "sep")
         }
         try:
+            if full_length is not None and loaded.pad_token_id is None:
+                raise ValueError("the tokenizer has no padding token, but the model attends to it")
             tokenizer.check_against_model(special_ids, model_config)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
+        if full_length is not None:
+            tokenizer.padding = Padding(full_length, loaded.pad_token_id)
         return tokenizer
 
     @functools.cached_property
@@ -122,7 +147,7 @@ class HuggingFaceTokenizer:
     def __call__(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[Int32[np.ndarray, " _"]]:
-        """The token ids of each text, with special tokens before and after.
+        """The token ids of each text, with special tokens before and after, then `padding`.
 
         Args:
           texts: any strings; a lone surrogate counts as "?".
@@ -143,6 +168,8 @@ class HuggingFaceTokenizer:
             chunk = texts[start : start + CHUNK]
             for tokens in first_tokens(self._split, chunk, keep, lambda: self._splits_at_spaces):
                 ids = [*self._before, *tokens[:keep], *self._after]
+                if self.padding is not None:
+                    ids += [self.padding.id] * (self.padding.length - len(ids))
                 rows.append(np.array(ids, np.int32))
         return rows
 
@@ -158,7 +185,8 @@ class HuggingFaceTokenizer:
 
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""
-        described = json.dumps([self.prefix, self._serialized])
+        padding = [] if self.padding is None else [self.padding]
+        described = json.dumps([self.prefix, self._serialized, *padding])
         return hashlib.sha256(described.encode()).hexdigest()
 
     def special_tokens(self) -> dict[str, int]:
@@ -167,22 +195,29 @@ class HuggingFaceTokenizer:
         return {token["content"]: token["id"] for token in added}
 
     def save_vocabulary(self, folder: pathlib.Path) -> None:
-        """Writes a tokenizer.json, which holds neither the prefix nor a maximum length."""
+        """Writes a tokenizer.json, without the prefix, the padding and a maximum length."""
         (folder / TOKENIZER_FILE).write_text(self._serialized, encoding="utf8")
 
     def save(self, folder: pathlib.Path) -> None:
         """Creates a folder and writes into it what `load_tokenizer` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.save_vocabulary(folder)
-        description = {"kind": self.kind, "prefix": self.prefix}
+        description: dict[str, Any] = {"kind": self.kind, "prefix": self.prefix}
+        if self.padding is not None:
+            description["padding"] = self.padding
         (folder / DESCRIPTION_FILE).write_text(json.dumps(description))
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "HuggingFaceTokenizer":
         """Reads what `save` wrote."""
-        prefix = json.loads((folder / DESCRIPTION_FILE).read_text()).get("prefix", "")
+        description = json.loads((folder / DESCRIPTION_FILE).read_text())
+        prefix, padding = description.get("prefix", ""), description.get("padding")
         try:
-            return cls((folder / TOKENIZER_FILE).read_text(encoding="utf8"), prefix)
+            padding = None if padding is None else Padding(*padding)
+        except TypeError as error:
+            raise ValueError(f"{folder / DESCRIPTION_FILE}: padding is {padding!r}") from error
+        try:
+            return cls((folder / TOKENIZER_FILE).read_text(encoding="utf8"), prefix, padding)
         except ValueError as error:
             raise ValueError(f"{folder / TOKENIZER_FILE}: {error}") from error
 
@@ -198,6 +233,7 @@ class HuggingFaceTokenizer:
         content = json.loads(self._serialized)
         model = content["model"]
         used = {token["id"] for token in content["added_tokens"]}
+        used |= set() if self.padding is None else {self.padding.id}
         prefix = model.get("continuing_subword_prefix") or ""
         for token, id in self._tokenizer.get_vocab().items():
             if len(token.removeprefix(prefix)) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -249,7 +285,8 @@ class HuggingFaceTokenizer:
         for token in added:
             token["id"] = new_ids[token["id"]]
         _renumber(content["post_processor"], new_ids)
-        return type(self)(json.dumps(content, ensure_ascii=False), self.prefix)
+        padding = self.padding and Padding(self.padding.length, new_ids[self.padding.id])
+        return type(self)(json.dumps(content, ensure_ascii=False), self.prefix, padding)
 
     def cleaned(self) -> "HuggingFaceTokenizer":
         """This tokenizer after open_clip's cleaning of texts: straight quotes, single spaces.
@@ -266,7 +303,7 @@ class HuggingFaceTokenizer:
         steps += [{"type": "Strip", "strip_left": True, "strip_right": True}]
         steps += [content["normalizer"]] if content["normalizer"] else []
         content["normalizer"] = {"type": "Sequence", "normalizers": steps}
-        return type(self)(json.dumps(content, ensure_ascii=False), self.prefix)
+        return type(self)(json.dumps(content, ensure_ascii=False), self.prefix, self.padding)
 
     def check_against_model(
         self, special_ids: Mapping[str, int | None], model_config: Mapping[str, Any]
@@ -275,7 +312,7 @@ class HuggingFaceTokenizer:
 
         Args:
           special_ids: pad_token_id and so on; None where the tokenizer has no such token.
-          model_config: the model's config.json.
+          model_config: the fields of config.json that the tokenizer must agree with.
 
         Raises:
           ValueError: the vocabulary, a special id or the case of letters differ.
@@ -298,7 +335,9 @@ class HuggingFaceTokenizer:
             if ours != theirs:
                 raise ValueError(f"{name} is {ours} in the tokenizer and {theirs} in config.json")
         normalizer = self._tokenizer.normalizer
-        cased = self._tokenizer.token_to_id("A") is not None
+        # Others that lowercase do so on purpose: CLIP's vocabulary has a token for each byte.
+        word_piece = isinstance(self._tokenizer.model, tokenizers.models.WordPiece)
+        cased = word_piece and self._tokenizer.token_to_id("A") is not None
         if cased and normalizer is not None and normalizer.normalize_str("A") == "a":
             raise ValueError(
                 "the tokenizer lowercases texts, but its vocabulary is cased: put "

@@ -17,7 +17,7 @@ pytest.importorskip("torch", reason="needs torch: pip install 'xlir[export]'")
 
 from configs import base
 from input_pipeline.preprocessing import Preprocessing
-from input_pipeline.tokenizers import byte_tokenizer
+from input_pipeline.tokenizers import Padding, byte_tokenizer
 from xlir import export
 from xlir.data import RetrievalSet
 from xlir.encoder import Encoder
@@ -26,6 +26,10 @@ from xlir.models import dual_encoder, pretrained, registry, towers
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = LAYERS | {"vocab_size": 260, "intermediate_size": 48, "max_position_embeddings": 66}
+CLIP = TEXT | {"model_type": "clip_text_model", "hidden_act": "quick_gelu"}
+# The tokenizer's id of EOS is 2, which in CLIP's config.json stands for the highest id of a text.
+# So another token that occurs in the captions takes its place.
+SPACE = int(byte_tokenizer()([" "])[0][1])
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 260}
 VISION = LAYERS | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
 DINOV2 = VISION | {"model_type": "dinov2", "mlp_ratio": 2}
@@ -74,6 +78,24 @@ TEXTS = {
         "mean",
         {},
     ),
+    "CLIP": ("transformer", CLIP | {"eos_token_id": SPACE}, "eos", {}),
+    "CLIP's mean": ("transformer", CLIP, "mean", MLP),
+    "CLIP of OpenAI": ("transformer", CLIP | {"eos_token_id": 2}, "eos", {"head": "affine"}),
+    "MetaCLIP 2": (
+        "transformer",
+        TEXT | {"model_type": "metaclip_2_text_model", "eos_token_id": 2},
+        "eos",
+        {},
+    ),
+    "SigLIP": (
+        "transformer",
+        {
+            "model_type": "siglip",
+            "text_config": TEXT | {"projection_size": 24, "max_position_embeddings": 40},
+        },
+        "last",
+        {"head": "affine"},
+    ),
 }
 IMAGES = {
     "ViT": ("vit", VISION | {"model_type": "vit"}, "cls", {"head": "center"}),
@@ -118,6 +140,11 @@ CASES = [
     ("open_clip", "open_clip", "torch"),
     ("dense layers", "ResNet", "sentence-transformers torch onnx"),
     ("BERT", "ResNet of basic blocks", "sentence-transformers torch onnx"),
+    ("CLIP", "DINOv2", "sentence-transformers transformers torch onnx"),
+    ("CLIP's mean", "ResNet", "sentence-transformers torch"),
+    ("CLIP of OpenAI", "CLIP", "sentence-transformers torch onnx"),
+    ("MetaCLIP 2", "SigLIP", "torch onnx"),
+    ("SigLIP", "SigLIP", "torch onnx"),
 ]
 CAPTIONS = [
     "A red circle, left.",
@@ -163,7 +190,10 @@ def random_encoder(text: str, image: str) -> Encoder:
             fan_in = np.prod(value.shape[-3:-1] if value.ndim > 2 else value.shape[:1])
             weights[name] = generator.normal(size=value.shape) / max(fan_in, 4) ** 0.5
     pretrained.merge(model, {n: np.asarray(x, np.float32) for n, x in weights.items()})
-    return Encoder.from_model(config, model, byte_tokenizer(config.text.prefix), specs)
+    tokenizer = byte_tokenizer(config.text.prefix)
+    if length := specs["text"].family.full_length(specs["text"].config):
+        tokenizer.padding = Padding(length, tokenizer.special_tokens()["<pad>"])
+    return Encoder.from_model(config, model, tokenizer, specs)
 
 
 def preprocessing(options) -> dict:
@@ -329,6 +359,8 @@ def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
         ("transformers", "BERT", "ViT's pooler", "text head is a matrix .* not 'mlp'"),
         ("transformers", "BERT's pooler", "ResNet", "has no image tower 'resnet'"),
         ("sentence-transformers", "open_clip", "open_clip", "processors round odd margins"),
+        ("sentence-transformers", "SigLIP", "SigLIP", "has no text tower 'siglip_text_model'"),
+        ("transformers", "MetaCLIP 2", "SigLIP", "has no text tower 'metaclip_2_text_model'"),
     ],
 )
 def test_what_a_format_can_not_hold_is_named(format, text, image, reason):

@@ -204,7 +204,7 @@ def outside(folder):
         (outside, r"path '\.\./2_Dense' is not the name of a folder"),
         (lambda folder: write_json(folder / "modules.json", {"a": 1}), "modules.json is damaged"),
         (lambda folder: write_json(folder / "modules.json", []), "modules.json is damaged"),
-        (without("1_Pooling/config.json"), "1_Pooling/config.json is missing; modules.json"),
+        (without("1_Pooling/config.json"), "1_Pooling/config.json is missing, but modules.json"),
         (changed("1_Pooling/config.json", pooling_mode="max"), "pools by max; known: mean or cls"),
         (changed("1_Pooling/config.json", pooling_mode="lasttoken"), "pools by lasttoken; known"),
         (

@@ -47,20 +47,26 @@ TYPES = "embeddings.token_type_embeddings.weight"
 
 def reference(model_type: str, **fields):
     """The model of transformers; its random parameters all affect the outputs."""
-    torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **CONFIGS[model_type] | fields)
-    model = transformers.AutoModel.from_config(config).eval()
+    return randomized(transformers.AutoModel.from_config(config))
+
+
+def randomized(model):
+    """Replaces the parameters of a torch model so that all of them affect the outputs."""
+    import torch
+
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        if name.endswith("LayerNorm.weight") or name.endswith("layer_norm.weight"):
+        if "norm" in name.lower() and name.endswith(".weight"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif parameter.ndim == 1:
+        elif parameter.ndim < 2:
             torch.nn.init.normal_(parameter, std=0.2)
         else:
             scale = 0.7 if "embeddings" in name else 1.2 * parameter.shape[1] ** -0.5
             torch.nn.init.normal_(parameter, std=scale)
-    return model
+    return model.eval()
 
 
 def written(model, folder: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -339,7 +345,7 @@ def test_dropout_is_on_with_keys_only():
 def test_attention_dropout_is_unbiased():
     generator = np.random.default_rng(0)
     query, key, value = jnp.asarray(generator.normal(size=(3, 2, 5, 4, 8)), jnp.float32)
-    mask = jnp.arange(5) < jnp.array([[5], [3]])
+    mask = jnp.arange(5) < jnp.array([[[5]], [[3]]])
     plain = attend(query, key, value, mask, jnp.float32)
     draws = jax.lax.map(
         lambda k: attend(query, key, value, mask, jnp.float32, 0.3, k),

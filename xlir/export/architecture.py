@@ -54,9 +54,11 @@ def tower_weights(encoder: Encoder, side: str) -> dict[str, np.ndarray]:
 def describe(encoder: Encoder) -> dict:
     """The content of an exported config.json."""
     preprocessing = dataclasses.asdict(encoder.preprocessing)
-    tokenizer = {"kind": encoder.tokenizer.kind, "max_length": encoder.config.text.max_length}
+    tokenizer: dict = {"kind": encoder.tokenizer.kind, "max_length": encoder.config.text.max_length}
     if prefix := getattr(encoder.tokenizer, "prefix", ""):
         tokenizer["prefix"] = prefix
+    if padding := getattr(encoder.tokenizer, "padding", None):
+        tokenizer["padding"] = padding._asdict()
     return {
         "embedding_dim": encoder.config.embedding_dim,
         "logit_scale": encoder.scale,

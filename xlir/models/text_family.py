@@ -26,11 +26,13 @@ _IGNORED = ("lm_head.", "cls.", "classifier.", "vocab_", "qa_outputs.")
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TextFamily(Family):
-    """A family of text transformers. Tensors outside of the layers are named as in BERT.
+    """A family of text transformers.
+
+    Tensors outside of the layers are named as in BERT, unless a subclass says otherwise.
 
     Attributes:
-      read: converts the content of a config.json to a `TextConfig`. It raises ValueError if a
-        field is missing or invalid.
+      read: converts the tower's part of a config.json (see `complete`) to a `TextConfig`. It raises
+        ValueError if a field is missing or invalid.
       prefix: prefix of the tower's tensor names in checkpoints that hold more than the tower.
       layer_names: names of the layers' tensors in checkpoints.
       token_types: checkpoints have a table of token type embeddings.
@@ -56,8 +58,17 @@ class TextFamily(Family):
     token_types: bool = True
     sentence_modules: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
+    def complete(self, config: Mapping) -> Mapping[str, Any]:
+        """The tower's part of a config.json."""
+        return config
+
+    def described(self, config: Mapping) -> TextConfig:
+        """The tower that a config.json describes."""
+        return self.read(self.complete(config))
+
     def check(self, config: Mapping) -> None:
         """See `Family.check`. Decoders are rejected: their tokens do not attend to all others."""
+        config = self.complete(config)
         for field in ("is_decoder", "add_cross_attention"):
             if config.get(field):
                 raise ValueError(
@@ -81,12 +92,12 @@ class TextFamily(Family):
 
     def text_config(self, spec: TowerSpec) -> TextConfig:
         """The tower's config, with the padding id of the trimmed vocabulary if there is one."""
-        config = self.read(spec.config)
+        config = self.described(spec.config)
         return config if spec.pad_id is None else dataclasses.replace(config, pad_id=spec.pad_id)
 
     def longest_text(self, config: Mapping) -> int:
         """See `Family.longest_text`. It is the number of rows of the position table."""
-        return self.read(config).max_length
+        return self.described(config).max_length
 
     def trimmed(self, spec: TowerSpec, kept: Int32[np.ndarray, " kept"]) -> TowerSpec:
         """See `Family.trimmed`.
@@ -95,7 +106,7 @@ class TextFamily(Family):
         row of the published position table is the first; a new id of the padding token goes into
         the spec's `pad_id`.
         """
-        pad_id, new_id = self.read(spec.config).pad_id, None
+        pad_id, new_id = self.described(spec.config).pad_id, None
         if pad_id is not None:
             new_id = int(np.searchsorted(kept, pad_id))
         return dataclasses.replace(
@@ -115,7 +126,7 @@ class TextFamily(Family):
             if not name.startswith(_IGNORED)
         }
         left.pop("embeddings.position_ids", None)  # a constant that older versions saved
-        read = self.read(config)
+        read = self.described(config)
         renamed = rename_layers(left, read.transformer.depth, self.layer_names)
         renamed |= rename_modules(left, _MODULES)
         if "embeddings.word_embeddings.weight" in left:
@@ -139,7 +150,7 @@ class TextFamily(Family):
         `rename` added the token type embedding to the position table. It stays there, and the
         token type table that is written is zero.
         """
-        left, read = dict(weights), self.read(config)
+        left, read = dict(weights), self.described(config)
         restored = restore_layers(left, self.layer_names) | restore_modules(left, _MODULES)
         restored["embeddings.word_embeddings.weight"] = left.pop("embedding")
         position = left.pop("position")
@@ -152,7 +163,7 @@ class TextFamily(Family):
 
     def hub_config(self, spec: TowerSpec, pad_id: int) -> dict[str, Any]:
         """See `Family.hub_config`. RoBERTa counts positions from the padding token's id."""
-        config, read = dict(spec.config), self.read(spec.config)
+        config, read = dict(spec.config), self.described(spec.config)
         if read.pad_id is not None:
             config["pad_token_id"] = pad_id
             config["max_position_embeddings"] = read.max_length + pad_id + 1

@@ -27,12 +27,17 @@ class TextConfig:
       max_length: rows of the position table: the longest text, in tokens.
       pad_id: the padding token's id, if positions depend on it as in RoBERTa: they start at
         `pad_id + 1` and count only tokens that are not padding. None for all other models.
+      eos_id: the token at whose first occurrence "eos" pooling reads a text's features. None: the
+        token with the highest id.
+      head_dim: width of the dense layer after "last" pooling (SigLIP). None: there is none.
     """
 
     transformer: TransformerConfig
     vocab_size: int
     max_length: int
     pad_id: int | None = None
+    eos_id: int | None = None
+    head_dim: int | None = None
 
     @property
     def position_offset(self) -> int:
@@ -43,7 +48,8 @@ class TextConfig:
 class TextTransformer(nnx.Module):
     """Token ids to one pooled vector.
 
-    Dropout is applied as in BERT. DistilBERT itself has no dropout after the attention.
+    A layer norm comes before a post-norm stack (BERT) and after a pre-norm stack (CLIP). Dropout is
+    applied as in BERT. DistilBERT itself has no dropout after the attention.
 
     When weights are loaded, the embedding of token type 0 is added to the position table, and
     RoBERTa's unused first positions are removed from it. If a text itself contains RoBERTa's
@@ -52,8 +58,9 @@ class TextTransformer(nnx.Module):
 
     Args:
       config: widths, tables and positions.
-      pooling: "mean" over the tokens, "cls" (the first token), or "pooler" (the checkpoint's own
-        dense layer and tanh over the first token).
+      pooling: "mean" over the tokens, "cls" (the first token), "pooler" (the checkpoint's own dense
+        layer and tanh over the first token), "eos" (the token that `config.eos_id` describes, or
+        the first token if there is none), or "last" (the last token, and `config.head_dim`).
       dense: layers after the pooling, as `sentence_modules.read` describes them.
       dtype: dtype of the operands of matrix products; everything else is float32.
       remat: see `Layers`.
@@ -77,18 +84,23 @@ class TextTransformer(nnx.Module):
         normal, stack = nnx.initializers.normal(0.02), config.transformer
         width = stack.width
         self.pooling, self.dropout = pooling, stack.dropout
-        self.pad_id, self.max_length = config.pad_id, config.max_length
+        self.pad_id, self.eos_id = config.pad_id, config.eos_id
+        self.max_length = config.max_length
         self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
         self.position = nnx.Param(normal(rngs.params(), (self.max_length, width)))
-        self.embedding_norm = LayerNorm(width, epsilon=stack.epsilon)
+        norm = LayerNorm(width, epsilon=stack.epsilon)
+        self.embedding_norm = None if stack.pre_norm else norm
         self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
+        self.norm = norm if stack.pre_norm else None
         pooler = pooling == "pooler"
         self.pooler = dense_layer(width, width, dtype=dtype, rngs=rngs) if pooler else None
+        head_dim = config.head_dim if pooling == "last" else None
+        self.head = dense_layer(width, head_dim, dtype=dtype, rngs=rngs) if head_dim else None
         # None instead of an empty list keeps the parameter tree of older checkpoints.
         self.dense = (
             nnx.List([Dense(**x, dtype=dtype, rngs=rngs) for x in dense]) if dense else None
         )
-        self.dim = dense[-1]["dim"] if dense else width
+        self.dim = dense[-1]["dim"] if dense else head_dim or width
 
     def __call__(
         self,
@@ -113,12 +125,13 @@ class TextTransformer(nnx.Module):
                 f"texts have {length} tokens, but this tower takes at most {self.max_length}"
             )
         x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
-        x = self.embedding_norm(x)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:
             key, embedding_key = jax.random.split(key)
             x = dropout(x.reshape(-1, x.shape[-1]), self.dropout, embedding_key).reshape(x.shape)
-        x = self._pool(self.layers(x, text_mask, key=key), text_mask)
+        x = self.layers(x, text_mask, key=key)
+        x = self._pool(x if self.norm is None else self.norm(x), text_ids, text_mask)
         for layer in self.dense or ():
             x = layer(x)
         return x
@@ -133,13 +146,30 @@ class TextTransformer(nnx.Module):
         return split_rows(self.position[...].at[rows].get(mode="fill", fill_value=0))
 
     def _pool(
-        self, x: Float[Array, "batch length width"], text_mask: Bool[Array, "batch length"]
-    ) -> Float[Array, "batch width"]:
+        self,
+        x: Float[Array, "batch length width"],
+        text_ids: Int32[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch dim"]:
         if self.pooling == "mean":
             mask = text_mask[..., None]
             return jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
-        x = x[:, 0]
+        if self.pooling == "eos":
+            score = text_ids if self.eos_id is None else text_ids == self.eos_id
+            x = _rows(x, jnp.argmax(jnp.where(text_mask, score, -1), axis=1))
+        elif self.pooling == "last":
+            x = _rows(x, jnp.maximum(jnp.sum(text_mask, axis=1) - 1, 0))
+        else:
+            x = x[:, 0]
+        x = x if self.head is None else self.head(x)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+
+def _rows(
+    x: Float[Array, "batch length width"], tokens: Int32[Array, " batch"]
+) -> Float[Array, "batch width"]:
+    """One token of each text, by its index."""
+    return jnp.take_along_axis(x, tokens[:, None, None], axis=1)[:, 0]
 
 
 class Dense(Linear):

@@ -226,7 +226,10 @@ def load_tokenizer(options: ConfigDict, spec: TowerSpec) -> text_io.Tokenizer:
         tokenizer = byte_tokenizer(options.prefix)
     else:
         folder = pretrained.checkpoint_folder(options.tower)
-        tokenizer = HuggingFaceTokenizer.from_checkpoint(folder, spec.config, options.prefix)
+        family, config = spec.family, spec.config
+        tokenizer = HuggingFaceTokenizer.from_checkpoint(
+            folder, family.tokenizer_fields(config), options.prefix, family.full_length(config)
+        )
     try:
         tokenizer(["a"], max_length=options.max_length)
     except ValueError as error:
@@ -252,6 +255,12 @@ def _text_spec(
     """
     pooling = options.pooling or modules.get("pooling", "")
     _check_pooling("text", family, config, pooling)
+    full = family.full_length(config)
+    if full is not None and options.max_length != full:
+        raise ValueError(
+            f"config.text.max_length is {options.max_length}, but {options.tower} takes texts that "
+            f"are padded to {full} tokens: set it to {full}"
+        )
     longest = family.longest_text(config)
     if longest is not None and options.max_length > longest:
         raise ValueError(
@@ -323,7 +332,7 @@ def _modules(
     if options.pooling or options.tower in TOYS:
         return None
     folder = pretrained.checkpoint_folder(options.tower)
-    return sentence_modules.read(folder, family.read(config).transformer.width)
+    return sentence_modules.read(folder, family.described(config).transformer.width)
 
 
 def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:

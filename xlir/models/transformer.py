@@ -57,6 +57,7 @@ class TransformerConfig:
       qkv_bias: queries, keys and values have a bias.
       layer_scale: each block's output is scaled by a learned vector (CaiT, DINOv2).
       gated: the feed-forward block is SwiGLU (DINOv2 giant).
+      causal: tokens attend only to themselves and the tokens before them (CLIP's texts).
     """
 
     depth: int
@@ -71,6 +72,7 @@ class TransformerConfig:
     qkv_bias: bool = True
     layer_scale: bool = False
     gated: bool = False
+    causal: bool = False
 
 
 class Layers(nnx.Module):
@@ -172,6 +174,7 @@ class Attention(nnx.Module):
         self.qkv = dense(config.width, 3 * config.width, use_bias=config.qkv_bias)
         self.output = dense(config.width, config.width)
         self.heads, self.dropout, self.dtype = config.num_heads, config.attention_dropout, dtype
+        self.causal = config.causal
 
     def __call__(
         self,
@@ -184,7 +187,11 @@ class Attention(nnx.Module):
         query, key_, value = (
             part.reshape(*size, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1)
         )
-        attended = attend(query, key_, value, mask, self.dtype, self.dropout, key)
+        seen = None if mask is None else mask[:, None]
+        if self.causal:
+            before = jnp.tri(size[1], dtype=bool)[None]
+            seen = before if seen is None else seen & before
+        attended = attend(query, key_, value, seen, self.dtype, self.dropout, key)
         return self.output(attended.reshape(x.shape))
 
 
@@ -192,7 +199,7 @@ def attend(
     query: Float[Array, "batch queries heads dim"],
     key: Float[Array, "batch length heads dim"],
     value: Float[Array, "batch length heads dim"],
-    mask: Bool[Array, "batch length"] | None,
+    mask: Bool[Array, "#batch #queries length"] | None,
     dtype: DTypeLike,
     rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
@@ -203,7 +210,8 @@ def attend(
       query: the projected queries.
       key: the projected keys.
       value: the projected values.
-      mask: False for keys that are not attended to. A row without any True averages over all keys.
+      mask: False for keys that a query does not attend to. A query without any True averages over
+        all keys.
       dtype: dtype of the operands of both matrix products; sums and the softmax are float32.
       rate: dropout rate of the attention weights; it has no effect without `dropout_key`.
       dropout_key: random key for dropout; None turns dropout off.
@@ -212,7 +220,7 @@ def attend(
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = einsum("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits)
     if dropout_key is not None and rate:
         flat = weights.reshape(-1, weights.shape[-1])

@@ -8,21 +8,26 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def load_tokenizer(folder, kind, max_length, prefix=""):
+def load_tokenizer(folder, kind, max_length, prefix="", padding=None):
     """Loads a folder's tokenizer; only that tokenizer's library has to be installed."""
     if kind == "sentencepiece":
         return SentencePiece(folder / "sentencepiece.model", max_length)
-    return FastTokenizer(folder / "tokenizer.json", max_length, prefix)
+    return FastTokenizer(folder / "tokenizer.json", max_length, prefix, padding)
 
 
 class FastTokenizer:
-    """A tokenizer.json. It puts `prefix` before texts and truncates to `max_length` tokens."""
+    """A tokenizer.json. It puts `prefix` before texts and truncates to `max_length` tokens.
 
-    def __init__(self, file, max_length, prefix):
+    If the model attends to padding, `padding` holds its token's `id` and the `length` of all texts.
+    """
+
+    def __init__(self, file, max_length, prefix, padding=None):
         import tokenizers
 
         self.tokenizer, self.prefix = tokenizers.Tokenizer.from_file(str(file)), prefix
         self.tokenizer.no_padding()
+        if padding:
+            self.tokenizer.enable_padding(length=padding["length"], pad_id=padding["id"])
         self.tokenizer.enable_truncation(max_length)
 
     def __call__(self, texts):

@@ -1,4 +1,4 @@
-"""Text transformers (BERT, DistilBERT, XLM-R) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
+"""Text transformers (BERT, XLM-R, CLIP ...) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
 
 The exported weights fold constants in: a text's position table includes the token-type embedding
 and XLM-R's position offset, and a class token includes its position embedding.
@@ -24,9 +24,10 @@ DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 class TextTransformer(nn.Module):
     """Maps token ids to one vector per text.
 
-    Pooling is "mean", "cls" or "pooler" (a dense layer and tanh on the class token); the `dense`
-    layers follow. If the config has a `pad_id`, that token gets no position embedding and is
-    not counted in the positions of later tokens.
+    Pooling is "mean", "cls", "pooler" (a dense layer and tanh on the class token), "eos" (the first
+    token with `eos_id`, or that with the highest id if `eos_id` is None) or "last" (a dense layer
+    on the last token); the `dense` layers follow. If the config has a `pad_id`, that token gets no
+    position embedding and is not counted in the positions of later tokens.
     """
 
     def __init__(self, config, pooling, dense):
@@ -35,19 +36,24 @@ class TextTransformer(nn.Module):
         width = stack["width"]
         self.embedding = nn.Embedding(config["vocab_size"], width)
         self.position = nn.Parameter(torch.zeros(config["max_length"], width))
-        self.embedding_norm = nn.LayerNorm(width, stack["epsilon"])
+        norm = nn.LayerNorm(width, stack["epsilon"])
+        self.embedding_norm = None if stack["pre_norm"] else norm
         self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
+        self.norm = norm if stack["pre_norm"] else None
         self.pooler = nn.Linear(width, width) if pooling == "pooler" else None
+        head_dim = config["head_dim"] if pooling == "last" else None
+        self.head = nn.Linear(width, head_dim) if head_dim else None
         self.dense = nn.ModuleList(Dense(**layer) for layer in dense)
-        self.pooling, self.pad = pooling, config["pad_id"]
+        self.pooling, self.pad, self.eos = pooling, config["pad_id"], config["eos_id"]
 
     def forward(self, ids, mask):
         """Maps ids and mask, [batch, length], to [batch, dim]."""
         x = self.embedding(ids) + self.positions(ids)
-        x = self.embedding_norm(x)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x, mask)
-        x = self.pool(x, mask)
+        x = x if self.norm is None else self.norm(x)
+        x = self.pool(x, ids, mask)
         for layer in self.dense:
             x = layer(x)
         return x
@@ -60,12 +66,19 @@ class TextTransformer(nn.Module):
         rows = self.position[(counted.cumsum(1) - 1).clamp(min=0)]
         return rows * counted[..., None].to(rows.dtype)
 
-    def pool(self, x, mask):
-        """[batch, length, width] to [batch, width]."""
+    def pool(self, x, ids, mask):
+        """[batch, length, width] to [batch, dim]."""
         if self.pooling == "mean":
             weight = mask[..., None].to(x.dtype)
             return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
-        x = x[:, 0]
+        if self.pooling == "eos":
+            score = ids if self.eos is None else ids == self.eos
+            x = token(x, torch.where(mask, score.to(torch.int32), -1).argmax(1))
+        elif self.pooling == "last":
+            x = token(x, (mask.sum(1) - 1).clamp(min=0))
+        else:
+            x = x[:, 0]
+        x = x if self.head is None else self.head(x)
         return x if self.pooler is None else torch.tanh(self.pooler(x))
 
 
@@ -131,7 +144,7 @@ class Layer(nn.Module):
         super().__init__()
         width, epsilon = config["width"], config["epsilon"]
         self.pre_norm = config["pre_norm"]
-        self.attention = Attention(width, config["num_heads"], config["qkv_bias"])
+        self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(width, epsilon)
         self.mlp = FeedForward(config)
         self.mlp_norm = nn.LayerNorm(width, epsilon)
@@ -155,16 +168,21 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; positions whose mask is False are not attended to."""
 
-    def __init__(self, width, heads, bias):
+    def __init__(self, config):
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        width = config["width"]
+        self.qkv = nn.Linear(width, 3 * width, bias=config["qkv_bias"])
         self.output = nn.Linear(width, width)
-        self.heads = heads
+        self.heads, self.causal = config["num_heads"], config["causal"]
 
     def forward(self, x, mask=None):
         """[batch, length, width] to the same shape."""
         query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if mask is None else mask[:, None, None, :]
+        if self.causal:
+            position = torch.arange(x.shape[1], device=x.device)
+            before = position[:, None] >= position
+            mask = before if mask is None else mask & before
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(x.transpose(1, 2).flatten(2))
 
@@ -221,6 +239,11 @@ class Normalize(nn.Module):
     def forward(self, pixels):
         """Maps uint8 pixels to the model's dtype; the last axis is red, green, blue."""
         return ((pixels.float() / 255 - self.mean) / self.std).to(self.mean.dtype)
+
+
+def token(x, index):
+    """One token of each text: [batch, length, width] and int64 [batch] to [batch, width]."""
+    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
 
 def split(x, heads):
