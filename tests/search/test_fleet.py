@@ -82,6 +82,13 @@ def test_a_killed_machine_loses_and_repeats_nothing(small_index, tmp_path, clust
     assert not stored
 
 
+def test_an_address_without_a_cluster_is_one_line(small_index, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    index = Index.create(tmp_path / "photos.index", small_index / "photos.index" / "encoder")
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9"):
+        index.add([small_index / "photos"], engine="ray")
+
+
 @pytest.mark.slow
 def test_a_machine_that_cannot_embed_is_one_line(small_index, tmp_path, cluster):
     index = Index.create(tmp_path / "photos.index", small_index / "photos.index" / "encoder")

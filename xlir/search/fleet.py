@@ -12,6 +12,8 @@ import itertools
 import os
 import pathlib
 import platform
+import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
@@ -44,6 +46,7 @@ def embedded(
     try:
         variables = {photo_limits.VARIABLE: str(photo_limits.limit() // 1_000_000)}
         if not ray.is_initialized():
+            _check_address()
             ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         least, slots = _machines()
         embed = ray.remote(_embed_shard).options(
@@ -64,6 +67,16 @@ def embedded(
         cause = getattr(error, "cause", None) or error
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ValueError(f"the Ray cluster failed: {reason[0]}") from error
+
+
+def _check_address() -> None:
+    """Raises ValueError if no machine answers at $RAY_ADDRESS, for which Ray would wait minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if found := re.fullmatch(r"([\w.-]+):(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        except OSError as error:
+            raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
 
 
 def _machines() -> tuple[dict[str, int], int]:
