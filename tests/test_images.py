@@ -147,12 +147,12 @@ PHOTO = encoded(Image.effect_noise((200, 200), 80).convert("RGB"), "JPEG")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no image format"),
-        (b"<html>404</html>", "no image format"),
+        (b"", "in none of the formats"),
+        (b"<html>404</html>", "in none of the formats"),
         (PHOTO[: len(PHOTO) // 2], "truncated"),
         (PHOTO[:-200], "truncated"),
         (PHOTO[:30], "Truncated"),
-        (PHOTO[:2] + bytes(len(PHOTO)), "no image format"),
+        (PHOTO[:2] + bytes(len(PHOTO)), "in none of the formats"),
         (encoded(corners(), "PNG")[:-30], "truncated"),
     ],
 )

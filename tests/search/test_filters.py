@@ -444,5 +444,7 @@ def test_a_search_considers_only_what_the_filter_says(store):
     import numpy as np
 
     where = parse("width 100..101 and not name *a*")
-    hits = store.search(np.float32([1, 0]), len(ROWS), where)
-    assert set(hits.ids) == found(store, "width 100..101 and not name *a*") != set()
+    [hits] = store.search(np.float32([[1, 0]]), len(ROWS), ["id"], where)
+    assert (
+        set(hits.rows["id"].to_pylist()) == found(store, "width 100..101 and not name *a*") != set()
+    )
