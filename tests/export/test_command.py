@@ -46,7 +46,14 @@ def left(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("format", "without"), [("torch", ""), ("onnx", '"torch", "safetensors"')])
+# Each takes half a minute.
+EXAMPLES = [
+    pytest.param("torch", "", marks=pytest.mark.slow),
+    ("onnx", '"torch", "safetensors"'),
+]
+
+
+@pytest.mark.parametrize(("format", "without"), EXAMPLES)
 def test_an_exported_folder_runs_by_its_example(
     format, without, command, workdir, photos, tmp_path
 ):

@@ -105,6 +105,7 @@ def checkpoint(tmp_path):
     return tmp_path / "checkpoint"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_trained_and_exported(checkpoint, photos, tmp_path, in_process):
     pytest.importorskip("onnxscript", reason="needs pip install 'xlir[export]'")
     config, run = xlmr.get_config("tiny"), tmp_path / "run"
