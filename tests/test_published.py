@@ -593,13 +593,16 @@ def test_m_clip_folders_that_are_refused(write_m_clip, clip, tmp_path, fault):
 
 def test_folders_that_do_not_belong_together(m_clip, clip, write_open_clip, tmp_path):
     wider, _ = write_open_clip("none")
-    run = tmp_path / "run"
+    run, vision = tmp_path / "run", shutil.copytree(clip[0], tmp_path / "vision")
+    edit("config.json", "model_type", value="clip_vision_model")(vision)
     with pytest.raises(ValueError, match=r"texts in 24 dimensions and .* images in 32: they are"):
         published.import_model(str(m_clip[0]), str(wider), run)
     with pytest.raises(ValueError, match=r"--image: .* is 'M-CLIP'; known: clip, clip_v"):
         published.import_model(str(m_clip[0]), str(m_clip[0]), run)
-    with pytest.raises(ValueError, match=r"--text: .* is 'clip'; known: M-CLIP"):
-        published.import_model(str(clip[0]), str(clip[0]), run)
+    with pytest.raises(ValueError, match=r"--text: .* is 'clip_vision_model'; known: M-CLIP, clip"):
+        published.import_model(str(vision), str(clip[0]), run)
+    with pytest.raises(ValueError, match=r"\(clip\) has an image tower of its own.*leave out --im"):
+        published.import_model(str(clip[0]), str(wider), run)
     with pytest.raises(FileNotFoundError, match=r"--image: .* folder .*absent; download it: hf "):
         published.import_model(str(m_clip[0]), str(tmp_path / "absent"), run)
     assert not run.exists()

@@ -288,7 +288,7 @@ class Encoder:
 
     @property
     def scale(self) -> float:
-        """The inverse temperature, at most `dual_encoder.MAX_SCALE`."""
+        """The inverse temperature, at most `dual_encoder.max_scale`."""
         return float(nnx.merge(self.embedder.graph, *self.parameters).scale)
 
 

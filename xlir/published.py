@@ -1,8 +1,9 @@
 """Converts published PyTorch dual encoders to a run's folder, so that they can be evaluated.
 
-Two layouts are supported. M-CLIP (Carlsson et al. 2022) has a multilingual text encoder in one
-folder and a CLIP model for images in another. open_clip's models (Ilharco et al. 2021) have both
-sides in one folder; their text encoder must be one from Hugging Face.
+Three layouts are supported. Dual encoders of `transformers` (CLIP, MetaCLIP 2, SigLIP, and SigLIP 2
+of one resolution) have both sides in one folder. So have open_clip's models (Ilharco et al. 2021),
+whose text encoder must be one from Hugging Face. M-CLIP (Carlsson et al. 2022) has a multilingual
+text encoder in one folder and a CLIP model for images in another.
 """
 
 import contextlib
@@ -19,29 +20,35 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
-from input_pipeline.preprocessing import CLIP, Preprocessing
+from input_pipeline.preprocessing import Preprocessing
 from input_pipeline.tokenizers import HuggingFaceTokenizer
 from xlir import partition
-from xlir.config import LARGEST_IMAGE, Group, Real, Text, Whole, check_config, read_field
+from xlir.config import Group, Text, Whole, check_config, read_field
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
-from xlir.models import clip, dual_encoder, pretrained, registry, towers
+from xlir.models import clip, dual_encoder, open_clip, pretrained, registry, siglip, towers
 from xlir.models.family import TowerSpec
 from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
-# Supported values of `model_type` in the config.json of a folder that is not from open_clip.
-HUGGING_FACE_LAYOUTS = {"text": ("M-CLIP",), "image": (*clip.CLIP.other_names, clip.CLIP.name)}
+# `model_type` of the models of `transformers` that hold both towers -> their tensors beside the
+# towers and the projections. SigLIP 2 of one resolution is published as "siglip".
+DUAL_ENCODERS = {
+    "clip": ("logit_scale",),
+    "metaclip_2": ("logit_scale",),
+    "siglip": ("logit_scale", "logit_bias"),
+}
+# `model_type` of the models whose image tower M-CLIP uses.
+CLIP_IMAGES = ("clip", clip.CLIP.name)
+# The linear layers after the towers, which SigLIP does not have.
+PROJECTIONS = {"text": "text_projection.weight", "image": "visual_projection.weight"}
+# Family of an image tower -> the image processor of folders that describe none.
+PROCESSORS = {clip.CLIP: "CLIPImageProcessor", siglip.SIGLIP: "SiglipImageProcessor"}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # The maximum number of tokens if open_clip's config does not set it.
 OPEN_CLIP_LENGTH = 77
-# Supported fields of an open_clip model's vision_cfg: fields that are used here, fields that only
-# training uses, and fields with the one value that is supported. Anything else is an error.
-VISION_FIELDS = ("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio")
-TRAINING_FIELDS = ("patch_dropout", "output_tokens")
-VISION_VALUES = {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"}
 
 Weights = dict[str, np.ndarray]
 
@@ -80,9 +87,9 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
     """Converts a published model to a run's folder with a checkpoint of step 0.
 
     Args:
-      text: the folder of the text encoder, from M-CLIP or open_clip.
-      image: the folder of the image encoder, CLIP in Hugging Face's layout or open_clip. It may be
-        the same folder as `text`.
+      text: the folder of the text encoder: M-CLIP, open_clip or a dual encoder of `transformers`.
+      image: the folder of the image encoder. It is the same folder as `text`, except that M-CLIP's
+        and open_clip's texts may have images of CLIP in Hugging Face's layout or of open_clip.
       workdir: the folder to create. It appears only when it is complete.
 
     Raises:
@@ -94,8 +101,7 @@ def import_model(text: str, image: str, workdir: pathlib.Path) -> None:
         raise FileExistsError(f"{workdir} already exists: choose a new folder with --workdir")
     of_text = _read("text", text)
     of_image = of_text if image == text else _read("image", image)
-    _check_layout("text", of_text)
-    _check_layout("image", of_image)
+    _check_layouts(of_text, of_image)
     with _errors_name(of_text):
         text_side, tokenizer = _text_side(of_text)
     with _errors_name(of_image):
@@ -137,11 +143,33 @@ def _read(flag: str, name: str) -> Published:
         raise ValueError(str(error)) from error
 
 
-def _check_layout(flag: str, published: Published) -> None:
-    if published.layout not in ("open_clip", *HUGGING_FACE_LAYOUTS[flag]):
+def _check_layouts(text: Published, image: Published) -> None:
+    """Raises ValueError if a layout is unknown, or a folder of both sides is given only one."""
+    _check_layout("text", text, ("M-CLIP", *DUAL_ENCODERS))
+    if text.layout not in DUAL_ENCODERS:
+        _check_layout("image", image, CLIP_IMAGES)
+    elif image is not text:
+        raise ValueError(
+            f"--image: {text.folder} ({text.layout}) has an image tower of its own, which its "
+            "texts were trained with: leave out --image"
+        )
+    else:
+        lacking = [name for name in DUAL_ENCODERS[text.layout] if name not in text.weights]
+        if lacking:
+            raise ValueError(f"{text.folder}: its weights lack {', '.join(lacking)}")
+
+
+def _check_layout(flag: str, published: Published, known: tuple[str, ...]) -> None:
+    if published.layout == "siglip2":
+        raise ValueError(
+            f"--{flag}: {published.folder} is a SigLIP 2 model of NaFlex, whose images are patches "
+            "of any number: not supported; import one of a fixed resolution, such as "
+            "google/siglip2-base-patch16-224"
+        )
+    if published.layout not in ("open_clip", *known):
         raise ValueError(
             f"--{flag}: {published.folder} has no {OPEN_CLIP_CONFIG}, and the model_type in its "
-            f"config.json is {published.layout!r}; known: {', '.join(HUGGING_FACE_LAYOUTS[flag])}"
+            f"config.json is {published.layout!r}; known: {', '.join(known)}"
         )
 
 
@@ -159,11 +187,18 @@ def _errors_name(published: Published) -> Iterator[None]:
 
 
 def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
-    is_open_clip = published.layout == "open_clip"
-    side = _open_clip_text(published) if is_open_clip else _m_clip_text(published)
-    fields = side.spec.family.tokenizer_fields(side.spec.config)
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(published.folder, fields)
-    return side, tokenizer.cleaned() if is_open_clip else tokenizer
+    if published.layout in DUAL_ENCODERS:
+        side = _projected("text", published.config, published.weights)
+    else:
+        is_m_clip = published.layout == "M-CLIP"
+        side = _m_clip_text(published) if is_m_clip else _open_clip_text(published)
+    family, config = side.spec.family, side.spec.config
+    tokenizer = HuggingFaceTokenizer.from_checkpoint(
+        published.folder,
+        family.tokenizer_fields(config),
+        full_length=family.full_length(config),
+    )
+    return side, tokenizer.cleaned() if published.layout == "open_clip" else tokenizer
 
 
 def _m_clip_text(published: Published) -> Side:
@@ -239,101 +274,46 @@ def _transformer(
 
 
 def _image_side(published: Published) -> Side:
-    weights = dict(published.weights)
+    config, weights = published.config, published.weights
     if published.layout == "open_clip":
-        weights, config = _hugging_face_names(weights), _vision_config(published)
-        preprocessing = _preprocessing(published.config, config["image_size"])
+        vision = open_clip.vision_config(config)
+        preprocessing = open_clip.preprocessing(config, vision["image_size"])
+        return _projected("image", vision, open_clip.hugging_face_names(weights), preprocessing)
+    family = registry.family_of("image", config)
+    try:
+        described = pretrained.read_preprocessing(published.folder)
+        preprocessing = Preprocessing.from_config(described)
+    except FileNotFoundError:
+        described = {"image_processor_type": PROCESSORS[family]}
+        size = family.image_size(config)
+        preprocessing = Preprocessing.from_config(described).resized(size)
+        log.warning(
+            "%s has no preprocessor_config.json: photos are prepared as by the defaults of %s, "
+            "at %d pixels a side",
+            *(published.folder, PROCESSORS[family], size),
+        )
+    return _projected("image", config, weights, preprocessing)
+
+
+def _projected(
+    side: str,
+    config: Mapping[str, Any],
+    weights: Weights,
+    preprocessing: Preprocessing | None = None,
+) -> Side:
+    """A side of a model whose tower has, except in SigLIP, a linear projection as its head."""
+    family = registry.family_of(side, config)
+    family.check(config)
+    spec = TowerSpec(family, config, preprocessing=preprocessing)
+    options, head, weights = {"head": "none"}, {}, dict(weights)
+    if config["model_type"] == "siglip":
+        dim = towers.width(spec)
     else:
-        config = published.config
-        preprocessing = Preprocessing.from_config(pretrained.read_preprocessing(published.folder))
-    (projection,) = _pop(weights, "visual_projection.weight")
-    return Side(
-        options={"head": "linear"},
-        spec=TowerSpec(clip.CLIP, config, preprocessing=preprocessing),
-        tower=clip.CLIP.rename(weights, config, clip.CLIP.default_pooling),
-        head={"kernel": projection.T},
-        dim=len(projection),
-    )
-
-
-def _vision_config(published: Published) -> dict[str, Any]:
-    """Translates an open_clip model's vision_cfg to the config.json of a CLIP vision model."""
-    model = read_field(published.config, "model_cfg", Group())
-    vision = read_field(model, "vision_cfg", Group())
-    for field, value in vision.items():
-        known = field in VISION_FIELDS + TRAINING_FIELDS or value == VISION_VALUES.get(field)
-        if value and not known:
-            raise ValueError(f"an image tower with vision_cfg.{field} {value!r} is not supported")
-    if isinstance(vision.get("layers"), list):
-        raise ValueError("a ResNet image tower (vision_cfg.layers is a list) is not supported")
-    size, width = vision.get("image_size", 224), read_field(vision, "width", WIDTH)
-    size = size[0] if isinstance(size, list) and size[:1] * 2 == size else size
-    read_field({"image_size": size}, "image_size", Whole(1, LARGEST_IMAGE))
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "num_hidden_layers": read_field(vision, "layers", Whole(1)),
-        "num_attention_heads": width // read_field(vision, "head_width", Whole(1, width), 64),
-        "intermediate_size": int(width * read_field(vision, "mlp_ratio", Real(1, 1000), 4.0)),
-        "image_size": size,
-        "patch_size": read_field(vision, "patch_size", WIDTH),
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-
-def _preprocessing(config: Mapping, size: int) -> Preprocessing:
-    """The preprocessing of open_clip's evaluation; it ignores the size in preprocess_cfg."""
-    given = config.get("preprocess_cfg") or {}
-    if given:
-        read_field(config, "preprocess_cfg", Group())
-    crops = {"shortest": "center_rounded", "squash": "squash"}
-    mode = given.get("resize_mode") or "shortest"
-    if mode not in tuple(crops):
-        raise ValueError(f"preprocess_cfg.resize_mode {mode!r} is not supported")
-    return Preprocessing(
-        size=size,
-        resample="bilinear" if given.get("interpolation") == "bilinear" else "bicubic",
-        crop=crops[mode],
-        mean=given.get("mean") or CLIP["image_mean"],
-        std=given.get("std") or CLIP["image_std"],
-    )
-
-
-_OPEN_CLIP_NAMES = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.": "embeddings.patch_embedding.",
-    "ln_pre.": "pre_layrnorm.",  # spelled like this in transformers
-    "ln_post.": "post_layernorm.",
-    "transformer.resblocks.": "encoder.layers.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".attn.": ".self_attn.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-
-
-def _hugging_face_names(weights: Weights) -> Weights:
-    """Renames open_clip's image weights to the names of Hugging Face's CLIP model."""
-    renamed = {}
-    for name, array in weights.items():
-        if not name.startswith("visual."):
-            continue
-        if name == "visual.proj":
-            renamed["visual_projection.weight"] = array.T
-            continue
-        name = name.removeprefix("visual.")
-        for theirs, ours in _OPEN_CLIP_NAMES.items():
-            name = name.replace(theirs, ours)
-        module, joint, suffix = name.partition("in_proj_")
-        if joint:
-            parts = dict(zip("qkv", np.split(array, 3), strict=True))
-            renamed |= {f"{module}{part}_proj.{suffix}": parts[part] for part in parts}
-        else:
-            renamed[name] = array
-    return renamed
+        (projection,) = _pop(weights, PROJECTIONS[side])
+        options, head, dim = {"head": "linear"}, {"kernel": projection.T}, len(projection)
+    if side == "text":
+        options["max_length"] = family.longest_text(config)
+    return Side(options, spec, family.rename(weights, config, spec.pooling), head, dim)
 
 
 def _set_scale(config: ConfigDict, weights: Mapping[str, np.ndarray]) -> None:

@@ -127,7 +127,8 @@ def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
             embed, loss_of, state.params, batch, key, config.data.microbatches
         )
         updates, opt_state = transformation.update(gradient, state.optimizer, state.params)
-        params = dual_encoder.clipped(optax.apply_updates(state.params, updates))
+        params = optax.apply_updates(state.params, updates)
+        params = dual_encoder.clipped(params, config.loss)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradient),

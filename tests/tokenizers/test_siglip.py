@@ -25,12 +25,11 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint's folder with a SentencePiece model, as SigLIP has it: `</s>` is 1 and pads."""
+def write_tokenizer(folder) -> None:
+    """A SentencePiece model in a checkpoint's folder, as SigLIP has it: `</s>` is 1 and pads."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text.lower() for text in CORPUS] * 5),
-        model_prefix=str(tmp_path / "spiece"),
+        model_prefix=str(folder / "spiece"),
         vocab_size=150,
         hard_vocab_limit=False,
         pad_id=0,
@@ -39,9 +38,16 @@ def folder(tmp_path):
         bos_id=-1,
         minloglevel=2,
     )
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     tokenizer = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    tokenizer["model_input_names"] = ["input_ids"]  # no mask: tokens attend to the padding
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint's folder without weights."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     return tmp_path
 
 

@@ -1,10 +1,12 @@
-"""Make a run's folder out of a published PyTorch model, M-CLIP or open_clip.
+"""Make a run's folder out of a published dual encoder.
 
-The model's text encoder must be in Hugging Face's layout. `eval`, `tag`, `export` and the Python
-API then work with the folder as with any run's. `hf download ID --local-dir=PATH` downloads a
-published model.
+These are CLIP, MetaCLIP 2, SigLIP and SigLIP 2 (of one resolution) as `transformers` saves them,
+open_clip's models with a text encoder from Hugging Face, and M-CLIP. `eval`, `tag`, `index`,
+`export` and the Python API then work with the folder as with any run's.
+`hf download ID --local-dir=PATH` downloads a published model.
 
 Examples:
+  python -m xlir.main import --text=PATH/siglip2-base-patch16-224 --workdir=runs/siglip2
   python -m xlir.main import --text=PATH/M-CLIP --image=PATH/clip-vit-large-patch14 \\
       --workdir=runs/m-clip
   python -m xlir.main import --text=PATH/CLIP-ViT-B-32-xlm-roberta-base --workdir=runs/open_clip
@@ -20,10 +22,10 @@ from xlir.commands.flags import Flags
 
 def define(flags: Flags) -> None:
     """Declares the flags."""
-    flags.string("text", "Folder of the published text encoder.", needed=True)
+    flags.string("text", "Folder of the published model, or of its text encoder.", needed=True)
     flags.string(
         "image",
-        "Folder of the published image encoder; default: the folder of --text (open_clip).",
+        "Folder of the published image encoder (M-CLIP); default: the folder of --text.",
     )
     flags.string("workdir", "Folder of the new run.", needed=True)
 

@@ -1,4 +1,8 @@
-"""The image tower of CLIP: Radford et al. 2021 (https://arxiv.org/abs/2103.00020)."""
+"""The image towers of CLIP and of MetaCLIP 2, which have the same architecture.
+
+Radford et al. 2021 (https://arxiv.org/abs/2103.00020); Chuang et al. 2025
+(https://arxiv.org/abs/2507.22062).
+"""
 
 from collections.abc import Mapping
 
@@ -60,7 +64,7 @@ def _read(config: Mapping) -> VisionConfig:
 
 CLIP = VisionFamily(
     name="clip_vision_model",
-    other_names=("clip",),
+    other_names=("clip", "metaclip_2"),
     defaults=_BASE | {"patch_size": 32},
     read=_read,
     layer_names=lambda config: LAYERS,

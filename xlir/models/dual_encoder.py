@@ -17,7 +17,6 @@ from xlir.partition import split_rows
 
 # Learned temperatures stay above 1 / MAX_SCALE (CLIP, Radford et al. 2021, section 2.5).
 MAX_SCALE = 100.0
-MAX_LOG_SCALE = np.float32(math.log(MAX_SCALE))
 
 Batch = Mapping[str, Array | np.ndarray]
 
@@ -47,8 +46,9 @@ class DualEncoder(nnx.Module):
         self.image_tower = image_tower
         self.text_head = _head("text", config, text_tower.dim, rngs)
         self.image_head = _head("image", config, image_tower.dim, rngs)
+        self.max_scale = max_scale(config.loss)
         log_scale = -jnp.log(jnp.float32(config.loss.temperature))
-        self.log_scale = nnx.Param(jnp.minimum(log_scale, MAX_LOG_SCALE))
+        self.log_scale = nnx.Param(jnp.minimum(log_scale, np.float32(math.log(self.max_scale))))
         self.bias = nnx.Param(jnp.float32(config.loss.bias))
 
     def encode_text(
@@ -73,13 +73,13 @@ class DualEncoder(nnx.Module):
 
     @property
     def scale(self) -> Float[Array, ""]:
-        """The inverse temperature, at most `MAX_SCALE`.
+        """The inverse temperature, at most `max_scale`.
 
         `clipped` keeps the parameter in range, but runs of older versions can hold a larger value.
         It is cut off here without changing the gradient, so that training can bring it back.
         """
         scale = jnp.exp(self.log_scale[...])
-        return scale - jax.lax.stop_gradient(jax.nn.relu(scale - MAX_SCALE))
+        return scale - jax.lax.stop_gradient(jax.nn.relu(scale - self.max_scale))
 
     def _finish(self, embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
         embeddings = split_rows(embeddings.astype(jnp.float32))
@@ -90,15 +90,29 @@ class DualEncoder(nnx.Module):
         )
 
 
-def clipped(params: dict) -> dict:
+def max_scale(loss: ConfigDict) -> float:
+    """The upper bound of the inverse temperature.
+
+    SigLIP was trained without a bound, and its published models are beyond `MAX_SCALE`. A model of
+    the sigmoid loss that starts there stays there.
+
+    Args:
+      loss: `config.loss`.
+    """
+    return max(MAX_SCALE, 1 / loss.temperature) if loss.name == "sigmoid" else MAX_SCALE
+
+
+def clipped(params: dict, loss: ConfigDict) -> dict:
     """Clips the temperature of a `DualEncoder`'s parameters after an optimizer step.
 
     open_clip does the same. `jnp.minimum` in the model would have no gradient beyond the bound.
 
     Args:
       params: a tree of the parameters' values.
+      loss: `config.loss`.
     """
-    return params | {"log_scale": jnp.minimum(params["log_scale"], MAX_LOG_SCALE)}
+    bound = np.float32(math.log(max_scale(loss)))
+    return params | {"log_scale": jnp.minimum(params["log_scale"], bound)}
 
 
 def trainable(config: ConfigDict) -> nnx.filterlib.Filter:

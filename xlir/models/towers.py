@@ -150,6 +150,12 @@ def create(spec: TowerSpec, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Modul
     return spec.family.create(spec, dtype=dtype, remat=options.remat, rngs=rngs)
 
 
+def width(spec: TowerSpec) -> int:
+    """The number of features that a tower gives for a text or an image."""
+    make = functools.partial(spec.family.create, spec, dtype=np.float32, remat=False)
+    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))).dim
+
+
 def abstract_model(
     config: ConfigDict, specs: Mapping[str, TowerSpec] | None = None
 ) -> dual_encoder.DualEncoder:
