@@ -24,6 +24,7 @@ from tests.test_published import (
 )
 from tests.tokenizers import test_siglip
 from xlir import published
+from xlir.models import dual_encoder
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
 transformers = pytest.importorskip("transformers")
@@ -185,7 +186,11 @@ def test_a_temperature_below_the_bound(name, log_scale, expected, folders, tmp_p
     """SigLIP's published scales are above 100, which is CLIP's bound."""
     folder = shutil.copytree(folders[name][0], tmp_path / "model")
     edit_weights("model.safetensors", lambda w: w["logit_scale"].fill_(log_scale))(folder)
-    assert imported(folder, tmp_path / "run").scale == pytest.approx(expected, rel=1e-6)
+    encoder = imported(folder, tmp_path / "run")
+    assert encoder.scale == pytest.approx(expected, rel=1e-6)
+    # Training that goes on from here does not change it at once.
+    clipped = dual_encoder.clipped(encoder.parameters.trained, encoder.config.loss)
+    assert clipped["log_scale"] == pytest.approx(np.log(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP 2"])

@@ -144,7 +144,7 @@ def _read(flag: str, name: str) -> Published:
 
 
 def _check_layouts(text: Published, image: Published) -> None:
-    """Raises ValueError if a layout is unknown, or a folder of both sides is given only one."""
+    """Raises ValueError if the folders can't be one model, or lack the temperature or the bias."""
     _check_layout("text", text, ("M-CLIP", *DUAL_ENCODERS))
     if text.layout not in DUAL_ENCODERS:
         _check_layout("image", image, CLIP_IMAGES)
@@ -301,7 +301,7 @@ def _projected(
     weights: Weights,
     preprocessing: Preprocessing | None = None,
 ) -> Side:
-    """A side of a model whose tower has, except in SigLIP, a linear projection as its head."""
+    """One side of CLIP, MetaCLIP 2 or SigLIP. SigLIP has no projection after its towers."""
     family = registry.family_of(side, config)
     family.check(config)
     spec = TowerSpec(family, config, preprocessing=preprocessing)
