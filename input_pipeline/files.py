@@ -99,6 +99,11 @@ def locked(file: pathlib.Path, message: str) -> Iterator[None]:
         yield
 
 
+def printable(text: str) -> str:
+    """Escapes line ends, control characters and bytes that are not UTF-8, such as in file names."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def digest(content: str | bytes) -> str:
     """The SHA-256 of a text or of bytes, in hexadecimal."""
     data = content.encode() if isinstance(content, str) else content

@@ -54,8 +54,3 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
     else:
         with open(output, "w", encoding="utf8") as file:
             yield file
-
-
-def printable(text: str) -> str:
-    """Escapes line ends, control characters and bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

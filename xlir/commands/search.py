@@ -32,7 +32,7 @@ from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
-from input_pipeline import photo_limits
+from input_pipeline import files, photo_limits
 from xlir.commands import outputs, processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
@@ -119,8 +119,8 @@ def table(query: str, hits: Sequence) -> str:
     rows = []
     for hit in hits:
         number = hit.cosine if hit.percentile is None else hit.percentile
-        rows.append(f"{number:7.3f}  {outputs.printable(hit.path)}")
-    return "\n".join([outputs.printable(query), *(rows or ["  nothing fits"])])
+        rows.append(f"{number:7.3f}  {files.printable(hit.path)}")
+    return "\n".join([files.printable(query), *(rows or ["  nothing fits"])])
 
 
 def _draw(index, found: Sequence[tuple[str, Sequence]], file: pathlib.Path) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
-from input_pipeline import photo_limits
+from input_pipeline import files, photo_limits
 from xlir.commands import outputs, processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
@@ -157,7 +157,7 @@ def _tag(
 
     def skip(reason: str) -> None:
         skipped.append(reason)
-        log.warning("skipped: %s", outputs.printable(reason))
+        log.warning("skipped: %s", files.printable(reason))
 
     top_k = values.top_k or (None if values.threshold is not None else 5)
     with outputs.opened(values.output) as output:
@@ -207,7 +207,7 @@ def json_line(record: dict) -> str:
 def _table_rows(records: Sequence[dict]) -> str:
     """An image's tags for the terminal, a row per language; the first row has the file name."""
     rows = []
-    name = outputs.printable(records[0]["image"])
+    name = files.printable(records[0]["image"])
     for one in records:
         cells = [
             f"{tag['name']} {tag['cosine'] if tag['percentile'] is None else tag['percentile']:.3f}"

@@ -203,11 +203,11 @@ class Index:
             self._store.refresh()
             known = photo_rows.known(self._store)
             found, wanted, unread = set(), 0, []
-            for photo in photos.find(
-                places, exclude, lambda line: unread.append(line) or skip(line)
-            ):
+            for photo in photos.find(places, exclude, unread.append):
                 found.add(photo.id)
                 wanted += _differs(photo, known)
+            for reason in unread:
+                skip(reason)
             skipped: list[str] = []
 
             def note(reason: str) -> None:

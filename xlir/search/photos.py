@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from PIL import Image
 
 from input_pipeline import images, photo_limits
+from input_pipeline.files import printable
 from xlir.search import archives, filters
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
@@ -250,7 +251,7 @@ def _in_folder(folder: str, excluded: _Excluded, skip: Callable[[str], None]) ->
         with os.scandir(folder) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
-        return skip(f"{_shown(folder)}: {error.strerror}")
+        return skip(f"{printable(folder)}: {error.strerror}")
     for entry in entries:
         if entry.is_symlink() or excluded(entry.path):
             continue
@@ -271,13 +272,13 @@ def _file(path: str, skip: Callable[[str], None]) -> Iterator[Photo]:
 def _regular(path: str, skip: Callable[[str], None]) -> os.stat_result | None:
     """The status of a regular file. Others may block a reader, so they are skipped."""
     if not _is_text(path):
-        return skip(f"{_shown(path)}: the path is not valid UTF-8; rename the file or folder")
+        return skip(f"{printable(path)}: the path is not valid UTF-8; rename the file or folder")
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError as error:  # removed while the folder was read
-        return skip(f"{_shown(path)}: {error.strerror}")
+        return skip(f"{printable(path)}: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
-        return skip(f"{_shown(path)} is not a regular file")
+        return skip(f"{printable(path)} is not a regular file")
     return status
 
 
@@ -296,14 +297,14 @@ def _in_archive(path: str, excluded: _Excluded, skip: Callable[[str], None]) -> 
                 continue
             whole = f"{path}/{inside}"
             if inside.startswith(("/", "../")):
-                skip(f"{_shown(path)}: its member {_shown(inside)} lies outside the archive")
+                skip(f"{printable(path)}: its member {printable(inside)} lies outside the archive")
             elif not _is_text(inside):
-                skip(f"{_shown(path)}: the path {_shown(inside)} in it is not valid UTF-8")
+                skip(f"{printable(path)}: the path {printable(inside)} in it is not valid UTF-8")
             elif not excluded.member(path, inside):
                 checked = functools.partial(_checked, whole, size, read)
                 yield Photo(whole, path, size, modified, checked)
     except archives.DAMAGED as error:
-        skip(f"{_shown(path)} can't be read: {_reason(error)}")
+        skip(f"{printable(path)} can't be read: {_reason(error)}")
 
 
 def _checked(path: str, size: int, read: Callable[[], bytes]) -> bytes:
@@ -317,12 +318,7 @@ def _checked(path: str, size: int, read: Callable[[], bytes]) -> bytes:
 
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error)
-    return _shown(" ".join(text.split())) or type(error).__name__
-
-
-def _shown(text: str) -> str:
-    """Escapes line ends, control characters and bytes that are not UTF-8, for messages."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def _is_text(name: str) -> bool:
