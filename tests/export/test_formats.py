@@ -33,6 +33,7 @@ SPACE = int(byte_tokenizer()([" "])[0][1])
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 260}
 VISION = LAYERS | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
 DINOV2 = VISION | {"model_type": "dinov2", "mlp_ratio": 2}
+DINOV3 = VISION | {"model_type": "dinov3_vit", "num_register_tokens": 3}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
 MLP = {"head": "mlp", "hidden": (24, 20)}
 # Name -> kind of the tower, its config, pooling, and fields of the configuration.
@@ -111,6 +112,13 @@ IMAGES = {
     ),
     "DINOv2": ("vit", DINOV2, "", {}),
     "DINOv2 gated": ("vit", DINOV2 | {"use_swiglu_ffn": True}, "", {}),
+    "DINOv3": ("vit", DINOV3, "", {}),
+    "DINOv3 gated": (
+        "vit",
+        DINOV3 | {"use_gated_mlp": True, "query_bias": False, "value_bias": False},
+        "mean",
+        {"size": 43},
+    ),
     "SigLIP": ("vit", VISION | {"model_type": "siglip_vision_model"}, "", {}),
     "SigLIP's mean": ("vit", VISION | {"model_type": "siglip_vision_model"}, "mean", {"size": 29}),
     "ResNet": ("resnet", RESNET, "", {}),
@@ -132,6 +140,8 @@ CASES = [
     ("XLM-R with a prefix", "CLIP", "sentence-transformers torch"),
     ("BERT's pooler", "DINOv2", "sentence-transformers transformers torch"),
     ("DistilBERT", "DINOv2 gated", "sentence-transformers torch onnx"),
+    ("BERT's pooler", "DINOv3", "sentence-transformers transformers torch"),
+    ("DistilBERT", "DINOv3 gated", "torch onnx"),
     ("BERT's pooler", "SigLIP", "sentence-transformers transformers torch onnx"),
     ("XLM-R", "SigLIP's mean", "sentence-transformers torch"),
     ("BERT's pooler", "CLIP of another size", "sentence-transformers transformers torch"),

@@ -62,6 +62,8 @@ def reference(name: str, fields: dict):
     create = getattr(transformers, name)
     model = create(create.config_class(**fields)).eval()
     for name, parameter in model.named_parameters():
+        if not parameter.numel():  # the register tokens of a tower without any
+            continue
         norm = "norm" in name and name.endswith("weight")
         if norm or "lambda" in name or "layrnorm.weight" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

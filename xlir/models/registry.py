@@ -14,6 +14,7 @@ from xlir.models import (
     clip,
     clip_text,
     dinov2,
+    dinov3,
     efficientnet,
     muse,
     resnet,
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     clip.CLIP,
     dinov2.DINOV2,
     dinov2.DINOV2_WITH_REGISTERS,
+    dinov3.DINOV3,
     siglip.SIGLIP,
 )
 

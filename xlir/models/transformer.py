@@ -36,6 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 # Valid ranges of numbers in a config.json.
 WIDTH, RATE, EPSILON = Whole(1, WIDEST), Real(0, MOST_DROPPED), Real(0, 1)
+# The projections in a stack's `attention.qkv`.
+PARTS = ("query", "key", "value")
 # Prefix of the names of a stack's parameters in a tower.
 STACK = "layers.stacked."
 
@@ -55,6 +57,9 @@ class TransformerConfig:
       dropout: rate on the output of each block.
       attention_dropout: rate on the attention weights.
       qkv_bias: queries, keys and values have a bias.
+      part_biases: which of "query", "key" and "value" have a bias if `qkv_bias` is False (DINOv3).
+      output_bias: the output of the attention has a bias.
+      mlp_bias: both layers of the feed-forward block have a bias.
       layer_scale: each block's output is scaled by a learned vector (CaiT, DINOv2).
       gated: the feed-forward block is SwiGLU (DINOv2 giant).
       causal: tokens attend only to themselves and the tokens before them (CLIP's texts).
@@ -70,6 +75,9 @@ class TransformerConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     qkv_bias: bool = True
+    part_biases: tuple[str, ...] = ()
+    output_bias: bool = True
+    mlp_bias: bool = True
     layer_scale: bool = False
     gated: bool = False
     causal: bool = False
@@ -99,6 +107,7 @@ class Layers(nnx.Module):
         x: Float[Array, "batch length width"],
         mask: Bool[Array, "batch length"] | None = None,
         *,
+        rotary: Float[Array | np.ndarray, "1 length angles"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Applies the layers.
@@ -106,14 +115,16 @@ class Layers(nnx.Module):
         Args:
           x: one sequence of tokens per row.
           mask: False for tokens that no token attends to, such as padding.
+          rotary: the angles of each token's `rotated` queries and keys; None for no rotation.
           key: random key for dropout; None turns dropout off.
         """
         batch, length, width = x.shape
         graph, params = nnx.split(self.stacked)
+        angles = None if rotary is None else jnp.asarray(rotary[0])
 
         def apply(x: Array, inputs: tuple) -> tuple[Array, None]:
             params, key = inputs
-            x = nnx.merge(graph, params)(split_rows(x), (batch, length), mask, key)
+            x = nnx.merge(graph, params)(split_rows(x), (batch, length), mask, angles, key)
             return split_rows(x), None
 
         # Without remat the results of matrix products are kept, and the operations between them
@@ -144,11 +155,14 @@ class Layer(nnx.Module):
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
         mask: Bool[Array, "batch length"] | None,
+        angles: Float[Array, "length angles"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
         """Applies the layer to a flattened batch; `size` is (batch, length)."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        attention = functools.partial(self.attention, size=size, mask=mask, key=keys[0])
+        attention = functools.partial(
+            self.attention, size=size, mask=mask, angles=angles, key=keys[0]
+        )
         x = self._block(x, attention, self.attention_norm, self.attention_scale, keys[1])
         return self._block(x, self.mlp, self.mlp_norm, self.mlp_scale, keys[2])
 
@@ -172,27 +186,46 @@ class Attention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dense = functools.partial(dense_layer, dtype=dtype, rngs=rngs)
         self.qkv = dense(config.width, 3 * config.width, use_bias=config.qkv_bias)
-        self.output = dense(config.width, config.width)
+        self.output = dense(config.width, config.width, use_bias=config.output_bias)
+        for part in config.part_biases:
+            setattr(self, f"{part}_bias", nnx.Param(jnp.zeros(config.width)))
         self.heads, self.dropout, self.dtype = config.num_heads, config.attention_dropout, dtype
-        self.causal = config.causal
+        self.causal, self.part_biases = config.causal, config.part_biases
 
     def __call__(
         self,
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
         mask: Bool[Array, "batch length"] | None,
+        angles: Float[Array, "length angles"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
         """Attends within each sequence of a flattened batch; `size` is (batch, length)."""
-        query, key_, value = (
-            part.reshape(*size, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1)
-        )
+        parts = dict(zip(PARTS, jnp.split(self.qkv(x), 3, axis=-1), strict=True))
+        for part in self.part_biases:
+            parts[part] = parts[part] + getattr(self, f"{part}_bias")[...]
+        query, key_, value = (part.reshape(*size, self.heads, -1) for part in parts.values())
+        if angles is not None:
+            query, key_ = rotated(query, angles), rotated(key_, angles)
         seen = None if mask is None else mask[:, None]
         if self.causal:
             before = jnp.tri(size[1], dtype=bool)[None]
             seen = before if seen is None else seen & before
         attended = attend(query, key_, value, seen, self.dtype, self.dropout, key)
         return self.output(attended.reshape(x.shape))
+
+
+def rotated(
+    x: Float[Array, "batch length heads dim"], angles: Float[Array, "length angles"]
+) -> Float[Array, "batch length heads dim"]:
+    """Rotary positions: Su et al. 2021 (https://arxiv.org/abs/2104.09864).
+
+    Dimensions i and i + dim / 2 form a pair, which is rotated by the token's angle i, in radians.
+    """
+    cosines, sines = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = (first * cosines - second * sines, second * cosines + first * sines)
+    return jnp.concatenate(turned, axis=-1)
 
 
 def attend(
@@ -232,7 +265,7 @@ class FeedForward(nnx.Module):
     """`Dense -> activation -> Dense`. If gated, `fc1` computes the gate and the value at once."""
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        dense = functools.partial(dense_layer, dtype=dtype, rngs=rngs)
+        dense = functools.partial(dense_layer, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.fc1 = dense(config.width, (2 if config.gated else 1) * config.mlp_dim)
         self.fc2 = dense(config.mlp_dim, config.width)
         self.activation, self.gated = config.activation, config.gated

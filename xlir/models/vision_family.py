@@ -31,19 +31,20 @@ class EmbeddingNames:
     """A checkpoint's names of the position table, the class token and the register tokens.
 
     Attributes:
-      position: shape [1, tokens, dim], or [tokens, dim] if the name ends in ".weight".
+      position: shape [1, tokens, dim], or [tokens, dim] if the name ends in ".weight"; None if
+        the tower has no position table.
       class_token: shape [1, 1, dim] or [dim]; None if the tower has no class token.
       registers: shape [1, registers, dim]; None if the tower has no registers.
     """
 
-    position: str = "embeddings.position_embeddings"
+    position: str | None = "embeddings.position_embeddings"
     class_token: str | None = "embeddings.cls_token"
     registers: str | None = None
 
     @property
     def is_flat(self) -> bool:
         """Whether the tables are stored without a leading axis of size 1."""
-        return self.position.endswith(".weight")
+        return self.position is not None and self.position.endswith(".weight")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -171,18 +172,21 @@ class VisionFamily(Family):
     def _rename_embeddings(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Converts the tables of `EmbeddingNames`, with the class token's position added to it."""
         names, renamed = self.embedding_names, {}
-        if names.registers in left:
-            registers = left.pop(names.registers)
+        registers, token, position = (
+            left.pop(name, None) for name in (names.registers, names.class_token, names.position)
+        )
+        # transformers saves a table without rows for a tower without registers.
+        if registers is not None and registers.size:
             renamed["registers"] = registers.reshape(-1, registers.shape[-1])
-        if names.position not in left:
-            return renamed
-        position = left.pop(names.position)
-        position = position.reshape(-1, position.shape[-1])
-        if names.class_token in left:
-            renamed["class_token"] = left.pop(names.class_token).reshape(-1) + position[0]
-        if names.class_token is not None:
-            position = position[1:]
-        return renamed | {"position": position}
+        if token is not None:
+            renamed["class_token"] = token.reshape(-1)
+        if position is not None:
+            renamed["position"] = position = position.reshape(-1, position.shape[-1])
+        if position is not None and names.class_token is not None:
+            renamed["position"] = position[1:]
+            if token is not None:
+                renamed["class_token"] = renamed["class_token"] + position[0]
+        return renamed
 
     def restore(self, weights: Weights, config: Mapping) -> dict[str, np.ndarray]:
         """See `Family.restore`.
@@ -202,14 +206,17 @@ class VisionFamily(Family):
         return restored | left
 
     def _restore_embeddings(self, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        names, position = self.embedding_names, left.pop("position")
-        restored, token = {}, left.pop("class_token", None)
+        names, restored = self.embedding_names, {}
+        position, token = left.pop("position", None), left.pop("class_token", None)
         if token is not None:
-            position = np.concatenate([np.zeros_like(token)[None], position])
             restored[names.class_token] = token if names.is_flat else token[None, None]
+        if position is not None:
+            if token is not None:
+                position = np.concatenate([np.zeros_like(token)[None], position])
+            restored[names.position] = position if names.is_flat else position[None]
         if "registers" in left:
             restored[names.registers] = left.pop("registers")[None]
-        return restored | {names.position: position if names.is_flat else position[None]}
+        return restored
 
     def hub_config(self, spec: TowerSpec, pad_id: int) -> dict[str, Any]:
         """See `Family.hub_config`."""
@@ -217,6 +224,8 @@ class VisionFamily(Family):
 
     def used_weights(self, spec: TowerSpec, weights: Weights) -> dict[str, np.ndarray]:
         """See `Family.used_weights`. Resizes the position table to the spec's image size."""
+        if "position" not in weights:
+            return dict(weights)
         config, size = self.vision_config(spec.config), spec.preprocessing.size
         return {**weights, "position": resized_positions(weights["position"], config, size)}
 

@@ -23,8 +23,8 @@ class VisionConfig:
 
     Attributes:
       transformer: the stack of layers.
-      image_size: image size, in pixels per side, that the position table was trained with. For
-        other sizes and for rectangles the table is interpolated.
+      image_size: image size, in pixels per side, that the tower was trained with. For other sizes
+        and for rectangles the position table is interpolated.
       patch_size: size of a patch, in pixels per side.
       patch_bias: the projection of patches has a bias.
       class_token: a learned token is prepended to the patches.
@@ -33,6 +33,8 @@ class VisionConfig:
         https://arxiv.org/abs/2309.16588).
       input_norm: a norm before the layers.
       antialias: interpolate positions with antialiasing when the table shrinks.
+      rope_theta: instead of a position table, rotary positions with this base (`patch_angles`);
+        None for a table.
     """
 
     transformer: TransformerConfig
@@ -43,11 +45,17 @@ class VisionConfig:
     registers: int = 0
     input_norm: bool = False
     antialias: bool = False
+    rope_theta: float | None = None
 
     @property
     def grid(self) -> int:
         """Number of patches per side in the position table."""
         return self.image_size // self.patch_size
+
+    @property
+    def first_patch(self) -> int:
+        """Number of tokens before the patches."""
+        return int(self.class_token) + self.registers
 
 
 class VisionTransformer(nnx.Module):
@@ -88,8 +96,9 @@ class VisionTransformer(nnx.Module):
         dense = functools.partial(Linear, dtype=dtype, rngs=rngs)
         norm = functools.partial(LayerNorm, self.dim, epsilon=stack.epsilon)
         self.patches = dense(3 * config.patch_size**2, self.dim, use_bias=config.patch_bias)
-        self.position = nnx.Param(normal(rngs.params(), (config.grid**2, self.dim)))
-        token = config.class_token
+        table, token = config.rope_theta is None, config.class_token
+        positions = (config.grid**2, self.dim)
+        self.position = nnx.Param(normal(rngs.params(), positions)) if table else None
         self.class_token = nnx.Param(normal(rngs.params(), (self.dim,))) if token else None
         registers = (config.registers, self.dim)
         self.registers = nnx.Param(normal(rngs.params(), registers)) if config.registers else None
@@ -124,21 +133,20 @@ class VisionTransformer(nnx.Module):
         split = pixels.reshape(batch, rows, patch, columns, patch, 3)
         flat = split.transpose(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, -1)
         x = self.patches(flat).reshape(batch, rows * columns, self.dim)
-        x = x + self._positions(rows, columns)
+        x = x if self.position is None else x + self._positions(rows, columns)
         tokens = [] if self.class_token is None else [self.class_token[...][None]]
         tokens += [] if self.registers is None else [self.registers[...]]
         tokens = [jnp.broadcast_to(token, (batch, *token.shape)) for token in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
         x = x if self.input_norm is None else self.input_norm(x)
-        x = self.layers(x, key=key)
+        x = self.layers(x, rotary=self._angles(rows, columns), key=key)
         return self._pool(x)
 
     def _pool(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch dim"]:
         if self.attention_pool is not None:
             return self.attention_pool(self.norm(x))
         if self.pooling == "mean":
-            first_patch = int(self.config.class_token) + self.config.registers
-            return jnp.mean(self.norm(x)[:, first_patch:], axis=1)
+            return jnp.mean(self.norm(x)[:, self.config.first_patch :], axis=1)
         x = self.norm(x[:, 0])
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
 
@@ -151,6 +159,15 @@ class VisionTransformer(nnx.Module):
         weights = functools.partial(bicubic_weights, side, antialias=self.config.antialias)
         resized = jnp.einsum("ri,cj,ijd->rcd", weights(rows), weights(columns), grid)
         return resized.reshape(-1, self.dim)
+
+    def _angles(self, rows: int, columns: int) -> Float[np.ndarray, "1 length angles"] | None:
+        """The rotary angles of all tokens; those before the patches are not rotated."""
+        config = self.config
+        if config.rope_theta is None:
+            return None
+        half = config.transformer.width // config.transformer.num_heads // 2
+        angles = patch_angles(rows, columns, half, config.rope_theta)
+        return np.concatenate([np.zeros((config.first_patch, half), np.float32), angles])[None]
 
 
 class AttentionPool(nnx.Module):
@@ -176,6 +193,27 @@ class AttentionPool(nnx.Module):
         pooled = attend(query, key_value[:, :, 0], key_value[:, :, 1], None, self.dtype)
         pooled = self.output(pooled.reshape(batch, dim))
         return pooled + self.mlp(self.norm(pooled))
+
+
+def patch_angles(
+    rows: int, columns: int, angles: int, theta: float
+) -> Float[np.ndarray, "patches angles"]:
+    """The rotary angles of a grid of patches, in radians (DINOv3).
+
+    The coordinates of the patches' centres go from -1 to 1 along each side of an image, of whatever
+    size. The first half of the angles is 2 pi times the vertical coordinate, divided by periods
+    from 1 to nearly `theta` in geometric progression; the second half uses the horizontal one.
+
+    Args:
+      rows, columns: the number of patches along the sides.
+      angles: the number of angles of a patch: half the width of a head.
+      theta: the base of the periods.
+    """
+    periods = theta ** (np.arange(angles // 2) * 2 / angles)
+    centers = ((np.arange(side)[:, None] + 0.5) * 2 / side - 1 for side in (rows, columns))
+    down, across = (2 * np.pi * center / periods for center in centers)
+    down, across = np.repeat(down, columns, axis=0), np.tile(across, (rows, 1))
+    return np.concatenate([down, across], axis=1).astype(np.float32)
 
 
 def resized_positions(

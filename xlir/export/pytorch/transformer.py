@@ -1,10 +1,11 @@
-"""Text transformers (BERT, XLM-R, CLIP ...) and vision transformers (ViT, CLIP, DINOv2, SigLIP).
+"""Text transformers (BERT, XLM-R, CLIP ...) and vision transformers (ViT, CLIP, DINO, SigLIP).
 
 The exported weights fold constants in: a text's position table includes the token-type embedding
 and XLM-R's position offset, and a class token includes its position embedding.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,9 @@ class ViT(nn.Module):
         self.patch, self.registers = config["patch_size"], None
         self.side, self.pooling = config["image_size"] // self.patch, pooling
         self.patches = nn.Linear(3 * self.patch**2, width, bias=config["patch_bias"])
-        self.position = nn.Parameter(torch.zeros(self.side**2, width))
+        self.theta, self.angles = config["rope_theta"], width // stack["num_heads"] // 2
+        table = self.theta is None
+        self.position = nn.Parameter(torch.zeros(self.side**2, width)) if table else None
         self.class_token = nn.Parameter(torch.zeros(width)) if config["class_token"] else None
         if config["registers"]:
             self.registers = nn.Parameter(torch.zeros(config["registers"], width))
@@ -120,21 +123,33 @@ class ViT(nn.Module):
         side, patch = self.side, self.patch
         x = self.normalize(pixels)[:, : side * patch, : side * patch]
         x = x.reshape(-1, side, patch, side, patch, 3).transpose(2, 3)
-        x = self.patches(x.reshape(-1, side**2, 3 * patch**2)) + self.position
+        x = self.patches(x.reshape(-1, side**2, 3 * patch**2))
+        x = x if self.position is None else x + self.position
         tokens = [] if self.class_token is None else [self.class_token[None]]
         tokens += [] if self.registers is None else [self.registers]
         if tokens:
             tokens = torch.cat(tokens)
             x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)
         x = x if self.input_norm is None else self.input_norm(x)
+        rotary = None if self.theta is None else self.patch_angles(x)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, rotary=rotary)
         x = self.norm(x)
         if self.attention_pool is not None:
             return self.attention_pool(x)
         if self.pooling == "mean":
             return x[:, -(side**2) :].mean(1)
         return x[:, 0] if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
+
+    def patch_angles(self, x):
+        """Rotary angles, [length, head width / 2], of the patches' rows and columns (DINOv3)."""
+        index, side = functools.partial(torch.arange, device=x.device), self.side
+        periods = self.theta ** (index(self.angles // 2) * 2 / self.angles)
+        angles = 2 * math.pi * ((index(side)[:, None] + 0.5) * 2 / side - 1) / periods
+        grid = [axis.expand(side, side, -1) for axis in (angles[:, None], angles[None])]
+        patches = torch.cat(grid, dim=-1).flatten(0, 1)
+        # The tokens before the patches are not rotated.
+        return F.pad(patches, (0, 0, x.shape[1] - side**2, 0))
 
 
 class Layer(nn.Module):
@@ -152,9 +167,9 @@ class Layer(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(width)) if scale else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if scale else None
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, rotary=None):
         """[batch, length, width] to the same shape."""
-        attention = functools.partial(self.attention, mask=mask)
+        attention = functools.partial(self.attention, mask=mask, rotary=rotary)
         x = self.block(x, attention, self.attention_norm, self.attention_scale)
         return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
 
@@ -172,12 +187,20 @@ class Attention(nn.Module):
         super().__init__()
         width = config["width"]
         self.qkv = nn.Linear(width, 3 * width, bias=config["qkv_bias"])
-        self.output = nn.Linear(width, width)
+        self.output = nn.Linear(width, width, bias=config["output_bias"])
+        self.part_biases = config["part_biases"]
+        for part in self.part_biases:
+            self.register_parameter(f"{part}_bias", nn.Parameter(torch.zeros(width)))
         self.heads, self.causal = config["num_heads"], config["causal"]
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, rotary=None):
         """[batch, length, width] to the same shape."""
-        query, key, value = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        parts = dict(zip(("query", "key", "value"), self.qkv(x).chunk(3, dim=-1), strict=True))
+        for part in self.part_biases:
+            parts[part] = parts[part] + getattr(self, f"{part}_bias")
+        query, key, value = (split(part, self.heads) for part in parts.values())
+        if rotary is not None:
+            query, key = rotated(query, rotary), rotated(key, rotary)
         mask = None if mask is None else mask[:, None, None, :]
         if self.causal:
             position = torch.arange(x.shape[1], device=x.device)
@@ -193,8 +216,9 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, mlp_dim, self.gated = config["width"], config["mlp_dim"], config["gated"]
-        self.fc1 = nn.Linear(width, 2 * mlp_dim if self.gated else mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, width)
+        bias = config["mlp_bias"]
+        self.fc1 = nn.Linear(width, 2 * mlp_dim if self.gated else mlp_dim, bias=bias)
+        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
         self.activation = ACTIVATIONS[config["activation"]]
 
     def forward(self, x):
@@ -249,3 +273,14 @@ def token(x, index):
 def split(x, heads):
     """[batch, length, width] to [batch, heads, length, width / heads]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def rotated(x, angles):
+    """Rotates dimensions i and i + dim / 2 of [batch, heads, length, dim] by each token's angles.
+
+    The angles are float32 [length, dim / 2], in radians (Su et al. 2021, rotary positions).
+    """
+    cosines, sines = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    turned = (first * cosines - second * sines, second * cosines + first * sines)
+    return torch.cat(turned, dim=-1)
