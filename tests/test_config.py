@@ -10,9 +10,9 @@ import xlir
 from configs import base, flickr8k, muse, quickstart, xlmr
 from tests.runs import run_main
 from xlir import train, workdir
-from xlir.config import FIELDS, check_config, upgrade
+from xlir.config import FIELDS, check_config
 from xlir.models import towers
-from xlir.workdir import read_config
+from xlir.workdir import read_config, upgrade
 
 CONFIGS = {
     "quickstart": quickstart.get_config(),

@@ -1,6 +1,7 @@
 """A run's folder: its configuration, its lock, and the checks before a run resumes in it."""
 
 import contextlib
+import copy
 import fcntl
 import json
 import logging
@@ -9,6 +10,7 @@ import pathlib
 import platform
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import files
 from xlir import partition
-from xlir.config import check_config, upgrade
+from xlir.config import check_config
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,47 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         return config
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{file} is damaged or from another version: {error}") from error
+
+
+def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts a run's config.json from any version to the current fields.
+
+    Earlier versions had data.test_set (a list), data.test_images (one folder of photos for all),
+    data.xtd10 and data.drop_junk instead of `evals`. This function checks no field.
+    """
+    fields = copy.deepcopy(dict(fields))
+    data = fields.get("data")
+    if isinstance(data, dict) and "test_set" in data:
+        old = {name: data.pop(name, "") for name in ("test_set", "test_images", "xtd10")}
+        fields["evals"] = _evals_of(old, data.get("dir", ""), data.pop("drop_junk", False))
+    if isinstance(fields.get("evals"), dict):
+        for name, test_set in fields["evals"].items():
+            if isinstance(test_set, dict):
+                fields["evals"][name] = base.test_set().to_dict() | test_set
+    return fields
+
+
+def _evals_of(old: Mapping[str, str], folder: str, drop_junk: bool) -> dict[str, dict[str, Any]]:
+    """`config.evals` from the earlier fields of `config.data`, relative to `config.data.dir`."""
+    text = old["test_set"]
+    # The name of a folder may contain a comma.
+    names = [text] if os.path.isdir(os.path.join(folder, text)) else text.split(",")
+    evals: dict[str, dict[str, Any]] = {}
+    # Unlike the captions, these two folders were not relative to data.dir.
+    images, xtd10 = (path and os.path.abspath(path) for path in (old["test_images"], old["xtd10"]))
+    for name in filter(None, names):
+        folder, split = os.path.basename(os.path.abspath(name)), name.removeprefix("split:")
+        if split != name:
+            label, test_set = split, {"type": "split", "split": split}
+        else:
+            own = {"type": "xtd10", "captions": xtd10}
+            label, test_set = folder, own if name == "xtd10" else {"captions": name}
+            test_set |= {"images": images, "drop_junk": drop_junk}
+        label = re.sub(r"[^\w-]", "_", label)
+        while label in evals:  # several folders may have the same name
+            label += "_"
+        evals[label] = test_set
+    return evals
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict) -> None:
