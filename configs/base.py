@@ -20,6 +20,11 @@ def get_config() -> ConfigDict:
     # Also save a checkpoint every `save_every` steps between validations, only to resume from: the
     # best checkpoint is chosen among the validated ones. 0: save only at validations.
     config.save_every = 0
+    # Weight of the start in the average of start and end of trained towers: the average is
+    # validated, and used by `Encoder.load`. It keeps more of what a tower knew before, for example
+    # languages without training captions (WiSE-FT). 0: no average. Heads are not averaged, because
+    # most begin with random values.
+    config.average = 0.0
 
     # Width of the shared space of text and image embeddings.
     config.embedding_dim = 512

@@ -200,6 +200,7 @@ FIELDS: dict[str, Any] = {
     "log_every": Whole(1),
     "eval_every": Whole(1),
     "save_every": Whole(0),
+    "average": Real(0, 1, open_above=True),
     "embedding_dim": Whole(1, 2**24),
     "normalize": Flag(),
     "head_dtype": Choice(*DTYPES),
@@ -351,6 +352,8 @@ def _conflicts(config: Mapping) -> Iterator[str]:
             "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
             "the outputs of a frozen tower are computed only once"
         )
+    if config["average"] and text["frozen"] and image["frozen"]:
+        yield "config.average needs a trained tower, such as --config.text.frozen=False"
     for side, options in (("text", text), ("image", image)):
         if options["head"] == "center" and not options["frozen"]:
             yield f"config.{side}.head is 'center', which needs a frozen tower"

@@ -55,6 +55,34 @@ def split(config: ConfigDict, model: dual_encoder.DualEncoder) -> tuple[nnx.Grap
     return graph, Parameters(*map(nnx.to_pure_dict, states))
 
 
+def averaged(params: PyTree, start: PyTree, weight: float) -> PyTree:
+    """Averages trained towers with the towers that training started from; heads stay as they are.
+
+    Averages of weights keep more of a published model's robustness than the fine-tuned weights do
+    (WiSE-FT, Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
+
+    Args:
+      params: the trained parameters.
+      start: the trained parameters before the first step.
+      weight: the weight of `start`, from 0 to 1 (`config.average`).
+    """
+    if not weight:
+        return params
+    towers = [{name: tree[name] for name in towers_of(params)} for tree in (params, start)]
+    return params | _interpolated(*towers, weight)
+
+
+def towers_of(params: PyTree) -> list[str]:
+    """The names of the towers in a tree of trained parameters."""
+    return [f"{side}_tower" for side in SIDES if f"{side}_tower" in params]
+
+
+@jax.jit
+def _interpolated(params: PyTree, start: PyTree, weight: Float[Array, ""]) -> PyTree:
+    # In this form, an average of equal values is exactly that value.
+    return jax.tree.map(lambda end, begin: end + weight * (begin - end), params, start)
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Texts and images whose frozen-tower outputs are cached.

@@ -134,8 +134,9 @@ class Encoder:
           checkpoint: "best" (by validation) or "latest". If that checkpoint is damaged, the next
             best or the previous one is loaded, and the log says so. `step` is the step of the
             checkpoint that was loaded.
-          weights: "ema", the moving average over training, or "raw"; default: "ema" if the run
-            keeps a moving average.
+          weights: "raw", the weights after the last step, or "ema", their moving average over
+            training; default: the weights that were validated, which are "ema" if the run keeps a
+            moving average, averaged with the start as `config.average` says.
           dtype: the dtype of the computation; default: as the configuration says.
           mesh: the devices; default: the first one. It may differ from the mesh of training.
 
@@ -162,7 +163,9 @@ class Encoder:
             item = "ema" if averaged and weights != "raw" else "params"
             targets = {item: untrained.parameters.trained}
             step, items = checkpoints.restore(targets, best=checkpoint == "best")
-        return cls(untrained.embedder, Parameters(items[item], untrained.parameters.frozen), step)
+        start, trained = untrained.parameters.trained, items[item]
+        trained = trained if weights else embed.averaged(trained, start, config.average)
+        return cls(untrained.embedder, Parameters(trained, untrained.parameters.frozen), step)
 
     @classmethod
     def open(

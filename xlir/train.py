@@ -21,7 +21,7 @@ from xlir import data, decoding, evaluate, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
-from xlir.embed import Embedder, Inputs, Parameters
+from xlir.embed import Embedder, Inputs, Parameters, averaged, towers_of
 from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
@@ -46,6 +46,7 @@ class Run:
       config: see configs/base.py.
       mesh: the devices.
       frozen: the parameters that are not trained.
+      start: the trained parameters before the first step, if `config.average` needs them.
       layout: a tree of the state's shapes and shardings.
       step: the compiled training step.
       batches: this process's share of every global batch.
@@ -55,6 +56,7 @@ class Run:
     config: ConfigDict
     mesh: Mesh
     frozen: PyTree
+    start: PyTree
     layout: TrainState
     step: TrainStep
     batches: loader.Batches
@@ -164,7 +166,9 @@ def _prepare(
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)
     log.info("trained parameters:\n%s", overview)
     frozen = encoder.parameters.frozen
-    return Run(config, mesh, frozen, layout, step, batches, validation), params
+    # A resumed run reads them from its folder, which holds the towers as they were at the start.
+    start = {name: params[name] for name in towers_of(params)} if config.average else {}
+    return Run(config, mesh, frozen, start, layout, step, batches, validation), params
 
 
 def _centered(
@@ -266,7 +270,9 @@ def _loop(
         score = None
         if validates:
             with progress.timed("evaluation"):
-                found = run.validation(Parameters(state.best_params, run.frozen), step)
+                params = averaged(state.best_params, run.start, config.average)
+                found = run.validation(Parameters(params, run.frozen), step)
+                del params
             log.info("step %d  validation: %s", step, results.headline(found))
             metric_log.write(step, results.scalars(found))
             score = results.score(found)

@@ -32,7 +32,7 @@ def define(flags: Flags) -> None:
     flags.choice(
         "weights",
         "ema: the moving average of the weights over training; raw: the weights themselves; "
-        "default: ema if the run keeps an average.",
+        "default: the weights that were validated.",
         ("ema", "raw"),
     )
     flags.test_set(several=False)

@@ -99,7 +99,7 @@ def export(
       to: the folder to write; it must not exist.
       format: a key of `FORMATS`; default: sentence-transformers if it can represent the model,
         else torch.
-      weights: "ema" or "raw"; default: the moving average if the run keeps one.
+      weights: "ema" or "raw"; default: the validated weights (see `Encoder.load`).
       test_set: the test set that the export is checked on, as `data.test_sets` takes it; default:
         the first of the run's own.
       images: the folder of the test set's photos, as `data.test_sets` takes it.
@@ -123,9 +123,10 @@ def export(
             )
         verification.check_packages(FORMATS[format].needs)
         examples = verification.examples(data.test_sets(encoder.config, test_set, images)[0])
-        raw = weights == "raw" and encoder.config.optimizer.ema > 0
-        # results/ was measured with the moving average, so it does not hold for the raw weights.
-        results = [] if raw else result_files.read(workdir, encoder.step)
+        # results/ was measured with the default weights.
+        ema, average = encoder.config.optimizer.ema, encoder.config.average
+        measured = not weights or (not average and weights == ("ema" if ema else "raw"))
+        results = result_files.read(workdir, encoder.step) if measured else []
         log.info("writing %s (%s)", to, format)
         FORMATS[format].write(encoder, folder)
         log.info("checking the folder in a separate process")
