@@ -112,7 +112,8 @@ def _text() -> ConfigDict:
     text = _tower()
     # Texts are truncated to this many tokens. CLIP takes at most 77, and SigLIP exactly 64.
     text.max_length = 128
-    # Prepended to every text; E5 models need "query: ".
+    # Prepended to every text; E5 models need "query: ". NLLB and M2M-100 take texts as English
+    # unless they begin with the token of another language, such as "deu_Latn".
     text.prefix = ""
     # Drop tokens that neither the training captions nor the texts in these files use. This saves
     # much memory: most of a multilingual checkpoint is the embedding table. The value names files

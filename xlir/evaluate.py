@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
+from input_pipeline.tokenizers import languages
 from xlir import figures, metrics, results
 from xlir.embed import Inputs, Parameters
 from xlir.encoder import Encoder
@@ -19,7 +20,8 @@ from xlir.workdir import results_folder
 class Evaluator:
     """Evaluates a dual encoder on one set, with the parameters passed to each call.
 
-    The outputs of frozen towers are computed once, or read from the cache.
+    The outputs of frozen towers are computed once, or read from the cache. If the tokenizer puts
+    the token of a language before each text (NLLB), captions get the token of their own language.
 
     Args:
       encoder: computes the outputs of its frozen towers; later calls only use its embedder.
@@ -29,7 +31,12 @@ class Evaluator:
 
     def __init__(self, encoder: Encoder, data: RetrievalSet, cache: pathlib.Path):
         self._embedder, self._data = encoder.embedder, data
-        self._captions = [caption for texts in data.captions.values() for caption in texts]
+        known = getattr(encoder.tokenizer, "languages", ())
+        self._captions = [
+            languages.marked(caption, language, known)
+            for language, captions in data.captions.items()
+            for caption in captions
+        ]
         inputs = Inputs(data.name, self._captions, data.images, data.fingerprint)
         self._features = encoder.frozen_features(inputs, cache)
 

@@ -31,6 +31,8 @@ VOCABULARY_FILES = (
 SPARE_ROWS = 1024
 # Model types whose position ids do not depend on the padding id.
 ABSOLUTE_POSITIONS = ("bert", "distilbert")
+# Tokens that say which language a text is in: NLLB's "eng_Latn" and M2M-100's "__en__".
+LANGUAGE = re.compile("[a-z]{3}_[A-Z][a-z]{3}|__[a-z]{2,3}__")
 # Texts given to the tokenizer at a time, because the library takes much memory for each token.
 CHUNK = 10_000
 
@@ -52,6 +54,14 @@ class HuggingFaceTokenizer:
 
     The ids equal those of `transformers`. For example, a literal "</s>" in a text becomes that
     special token, and an empty text has special tokens only.
+
+    Translation models put the token of a text's language before the text, by default that of
+    English. A text that begins with the token of another language, such as "deu_Latn Zwei Hunde",
+    gets this token instead.
+
+    Attributes:
+      prefix, padding: see `__init__`.
+      languages: token of a language -> id; empty unless texts begin with such a token.
     """
 
     kind = "huggingface"
@@ -61,7 +71,8 @@ class HuggingFaceTokenizer:
 
         Args:
           serialized: JSON; padding and truncation in it are ignored.
-          prefix: put before every text, such as "query: " for the E5 models.
+          prefix: put before every text, such as "query: " for the E5 models, or "deu_Latn" for
+            texts in German and NLLB.
           padding: padding that counts as a part of the text; None for all models that ignore it.
 
         Raises:
@@ -80,6 +91,9 @@ class HuggingFaceTokenizer:
         if len(own) in (0, len(probe.ids)):
             raise ValueError("the tokenizer puts no special tokens (CLS, SEP) around a text")
         self._before, self._after = probe.ids[: own[0]], probe.ids[own[-1] + 1 :]
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        languages = {token.content: id for id, token in added if LANGUAGE.fullmatch(token.content)}
+        self.languages = languages if {*self._before} & {*languages.values()} else {}
 
     @classmethod
     def from_checkpoint(
@@ -163,15 +177,22 @@ class HuggingFaceTokenizer:
                 "tokens and one token of the text"
             )
         keep = None if max_length is None else max_length - special
+        wanted = None if keep is None else keep + bool(self.languages)
         rows = []
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            for tokens in first_tokens(self._split, chunk, keep, lambda: self._splits_at_spaces):
-                ids = [*self._before, *tokens[:keep], *self._after]
+            for tokens in first_tokens(self._split, chunk, wanted, lambda: self._splits_at_spaces):
+                ids = self._framed(tokens, keep)
                 if self.padding is not None:
                     ids += [self.padding.id] * (self.padding.length - len(ids))
                 rows.append(np.array(ids, np.int32))
         return rows
+
+    def _framed(self, tokens: list[int], keep: int | None) -> list[int]:
+        """The first `keep` tokens of a text between the special tokens."""
+        if tokens and tokens[0] in self.languages.values():
+            return [tokens[0], *tokens[1:][:keep], *self._after]
+        return [*self._before, *tokens[:keep], *self._after]
 
     def _split(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text with the prefix, without special tokens."""

@@ -73,6 +73,19 @@ TEXTS = {
         "mean",
         {"head": "affine"},
     ),
+    "NLLB": (
+        "transformer",
+        {
+            "model_type": "m2m_100",
+            "vocab_size": 260,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+        },
+        "cls",
+        {},
+    ),
     "DistilBERT": (
         "transformer",
         DISTILBERT | {"model_type": "distilbert", "max_position_embeddings": 64},

@@ -59,6 +59,8 @@ def describe(encoder: Encoder) -> dict:
         tokenizer["prefix"] = prefix
     if padding := getattr(encoder.tokenizer, "padding", None):
         tokenizer["padding"] = padding._asdict()
+    if languages := getattr(encoder.tokenizer, "languages", {}):
+        tokenizer["languages"] = sorted(languages.values())
     return {
         "embedding_dim": encoder.config.embedding_dim,
         "logit_scale": encoder.scale,

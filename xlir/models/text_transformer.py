@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
@@ -30,6 +31,9 @@ class TextConfig:
       eos_id: the token at whose first occurrence "eos" pooling reads a text's features. None: the
         token with the highest id.
       head_dim: width of the dense layer after "last" pooling (SigLIP). None: there is none.
+      embedding_scale: factor on the embeddings of tokens.
+      first_position: number of the first token, if the position embeddings are `sinusoids`, which
+        are not trained. None: they are a learned table.
     """
 
     transformer: TransformerConfig
@@ -38,6 +42,8 @@ class TextConfig:
     pad_id: int | None = None
     eos_id: int | None = None
     head_dim: int | None = None
+    embedding_scale: float = 1.0
+    first_position: int | None = None
 
     @property
     def position_offset(self) -> int:
@@ -87,7 +93,9 @@ class TextTransformer(nnx.Module):
         self.pad_id, self.eos_id = config.pad_id, config.eos_id
         self.max_length = config.max_length
         self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
-        self.position = nnx.Param(normal(rngs.params(), (self.max_length, width)))
+        self.embedding_scale, self.first_position = config.embedding_scale, config.first_position
+        learned, shape = self.first_position is None, (self.max_length, width)
+        self.position = nnx.Param(normal(rngs.params(), shape)) if learned else None
         norm = LayerNorm(width, epsilon=stack.epsilon)
         self.embedding_norm = None if stack.pre_norm else norm
         self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
@@ -124,7 +132,8 @@ class TextTransformer(nnx.Module):
             raise ValueError(
                 f"texts have {length} tokens, but this tower takes at most {self.max_length}"
             )
-        x = split_rows(self.embedding[...][text_ids]) + self._positions(text_ids)
+        x = split_rows(self.embedding[...][text_ids]) * self.embedding_scale
+        x = x + self._positions(text_ids)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:
@@ -139,11 +148,16 @@ class TextTransformer(nnx.Module):
     def _positions(self, text_ids: Int32[Array, "batch length"]) -> Float[Array, "... length dim"]:
         """Position embeddings of the tokens. RoBERTa counts only tokens that are not padding."""
         length = text_ids.shape[1]
+        if self.position is None:
+            width = self.embedding.shape[-1]
+            table = jnp.asarray(sinusoids(self.first_position, self.max_length, width))
+        else:
+            table = self.position[...]
         if self.pad_id is None:
-            return self.position[...][:length]
+            return table[:length]
         counted = text_ids != self.pad_id
         rows = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, self.max_length)
-        return split_rows(self.position[...].at[rows].get(mode="fill", fill_value=0))
+        return split_rows(table.at[rows].get(mode="fill", fill_value=0))
 
     def _pool(
         self,
@@ -163,6 +177,24 @@ class TextTransformer(nnx.Module):
             x = x[:, 0]
         x = x if self.head is None else self.head(x)
         return x if self.pooler is None else jnp.tanh(self.pooler(x))
+
+
+def sinusoids(first: int, count: int, width: int) -> Float[np.ndarray, "count width"]:
+    """Position embeddings of Vaswani et al. 2017, in the form of fairseq and tensor2tensor.
+
+    The first half of the dimensions are sines and the second half cosines; the wavelengths of both
+    form a geometric progression from 2 pi to 20,000 pi tokens.
+
+    Args:
+      first: number of the first token.
+      count: number of tokens.
+      width: number of dimensions, at least 4. If it is odd, the last dimension is 0.
+    """
+    half = width // 2
+    steps = np.arange(half, dtype=np.float32) * -np.float32(np.log(10_000) / (half - 1))
+    angles = np.arange(first, first + count, dtype=np.float32)[:, None] * np.exp(steps)
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.pad(table, ((0, 0), (0, width % 2)))
 
 
 def _rows(

@@ -8,32 +8,42 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def load_tokenizer(folder, kind, max_length, prefix="", padding=None):
+def load_tokenizer(folder, kind, max_length, prefix="", padding=None, languages=()):
     """Loads a folder's tokenizer; only that tokenizer's library has to be installed."""
     if kind == "sentencepiece":
         return SentencePiece(folder / "sentencepiece.model", max_length)
-    return FastTokenizer(folder / "tokenizer.json", max_length, prefix, padding)
+    return FastTokenizer(folder / "tokenizer.json", max_length, prefix, padding, languages)
 
 
 class FastTokenizer:
     """A tokenizer.json. It puts `prefix` before texts and truncates to `max_length` tokens.
 
     If the model attends to padding, `padding` holds its token's `id` and the `length` of all texts.
+    If texts begin with the token of their language, `languages` holds the ids of these tokens; one
+    that is written at the beginning of a text replaces the default.
     """
 
-    def __init__(self, file, max_length, prefix, padding=None):
+    def __init__(self, file, max_length, prefix, padding=None, languages=()):
         import tokenizers
 
         self.tokenizer, self.prefix = tokenizers.Tokenizer.from_file(str(file)), prefix
         self.tokenizer.no_padding()
         if padding:
             self.tokenizer.enable_padding(length=padding["length"], pad_id=padding["id"])
-        self.tokenizer.enable_truncation(max_length)
+        self.max_length, self.languages = max_length, frozenset(languages)
+        self.tokenizer.enable_truncation(max_length + bool(languages))
 
     def __call__(self, texts):
         """A list of ids for each text."""
         texts = [self.prefix + readable(text) for text in texts]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        return [self.in_language(ids) for ids in rows] if self.languages else rows
+
+    def in_language(self, ids):
+        """Drops the default language's token before another one, or a token too many."""
+        if ids[1] in self.languages:
+            return ids[1:]
+        return ids if len(ids) <= self.max_length else [*ids[:-2], ids[-1]]
 
 
 class SentencePiece:

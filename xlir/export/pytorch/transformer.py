@@ -36,7 +36,12 @@ class TextTransformer(nn.Module):
         stack = config["transformer"]
         width = stack["width"]
         self.embedding = nn.Embedding(config["vocab_size"], width)
-        self.position = nn.Parameter(torch.zeros(config["max_length"], width))
+        self.scale, first = config["embedding_scale"], config["first_position"]
+        if first is None:
+            self.position = nn.Parameter(torch.zeros(config["max_length"], width))
+        else:
+            table = sinusoids(first, config["max_length"], width)
+            self.register_buffer("position", table, persistent=False)
         norm = nn.LayerNorm(width, stack["epsilon"])
         self.embedding_norm = None if stack["pre_norm"] else norm
         self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
@@ -49,7 +54,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids, mask):
         """Maps ids and mask, [batch, length], to [batch, dim]."""
-        x = self.embedding(ids) + self.positions(ids)
+        x = self.embedding(ids) * self.scale + self.positions(ids)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         for layer in self.layers:
             x = layer(x, mask)
@@ -81,6 +86,14 @@ class TextTransformer(nn.Module):
             x = x[:, 0]
         x = x if self.head is None else self.head(x)
         return x if self.pooler is None else torch.tanh(self.pooler(x))
+
+
+def sinusoids(first, count, width):
+    """Fixed position embeddings, [count, width], of tokens that are numbered from `first`."""
+    half = width // 2
+    periods = torch.exp(torch.arange(half) * -(math.log(10_000) / (half - 1)))
+    angles = torch.arange(first, first + count)[:, None] * periods
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 class Dense(nn.Linear):

@@ -1,0 +1,67 @@
+"""Tokens of languages, which translation models put before texts (M2M-100 and NLLB-200)."""
+
+from collections.abc import Container
+
+# ISO 639-1 code -> NLLB's token, for languages of captions in multilingual test sets. NLLB has
+# tokens of scripts and dialects; these are the standard languages in their usual scripts.
+NLLB = {
+    "ar": "arb_Arab",
+    "bg": "bul_Cyrl",
+    "bn": "ben_Beng",
+    "cs": "ces_Latn",
+    "da": "dan_Latn",
+    "de": "deu_Latn",
+    "el": "ell_Grek",
+    "en": "eng_Latn",
+    "es": "spa_Latn",
+    "et": "est_Latn",
+    "fa": "pes_Arab",
+    "fi": "fin_Latn",
+    "fil": "tgl_Latn",
+    "fr": "fra_Latn",
+    "ha": "hau_Latn",
+    "he": "heb_Hebr",
+    "hi": "hin_Deva",
+    "hr": "hrv_Latn",
+    "hu": "hun_Latn",
+    "id": "ind_Latn",
+    "it": "ita_Latn",
+    "ja": "jpn_Jpan",
+    "ko": "kor_Hang",
+    "lt": "lit_Latn",
+    "lv": "lvs_Latn",
+    "mi": "mri_Latn",
+    "nl": "nld_Latn",
+    "no": "nob_Latn",
+    "pl": "pol_Latn",
+    "pt": "por_Latn",
+    "ro": "ron_Latn",
+    "ru": "rus_Cyrl",
+    "sk": "slk_Latn",
+    "sl": "slv_Latn",
+    "sr": "srp_Cyrl",
+    "sv": "swe_Latn",
+    "sw": "swh_Latn",
+    "ta": "tam_Taml",
+    "te": "tel_Telu",
+    "th": "tha_Thai",
+    "tr": "tur_Latn",
+    "uk": "ukr_Cyrl",
+    "ur": "urd_Arab",
+    "vi": "vie_Latn",
+    "zh": "zho_Hans",
+}
+
+
+def marked(text: str, language: str, known: Container[str]) -> str:
+    """The text with the token of its language in front.
+
+    Args:
+      text: any text.
+      language: an ISO 639-1 code such as "de", or NLLB's own code such as "deu_Latn".
+      known: the tokens of languages that the tokenizer has. If the language's token is not one of
+        them, the text is returned as it is.
+    """
+    candidates = (language, NLLB.get(language, ""), f"__{language}__")
+    token = next((token for token in candidates if token in known), "")
+    return token + text
