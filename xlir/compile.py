@@ -55,8 +55,7 @@ def abstract(
         batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
         batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)
     if not config.image.frozen:
-        pixels = specs["image"].preprocessing.size
-        batch["image"] = ((size, pixels, pixels, 3), jnp.uint8)
+        batch["image"] = ((size, *specs["image"].preprocessing.shape), jnp.uint8)
     shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in batch.items()}
     return graph, parameters, shapes
 

@@ -16,7 +16,7 @@ from input_pipeline import images, photo_limits
 Item, Result = TypeVar("Item"), TypeVar("Result")
 # The forms in which a photo can be passed. An array holds pixels that are already decoded.
 Photo = str | os.PathLike | bytes | Image.Image | np.ndarray
-Pixels = UInt8[np.ndarray, "size size 3"]
+Pixels = UInt8[np.ndarray, "..."]
 
 # The threads start on first use.
 _POOL = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")

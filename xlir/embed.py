@@ -215,7 +215,7 @@ class Embedder:
         name: str = "image",
         generator: np.random.Generator | None = None,
     ) -> decoding.Pixels:
-        """One photo as the image tower takes it, uint8 [size, size, 3].
+        """One photo as the image tower takes it, uint8 of the shape `preprocessing.shape`.
 
         `decoding.decode_each` and `decode_all` call this in the program's pool of threads.
 

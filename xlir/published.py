@@ -1,9 +1,9 @@
 """Converts published PyTorch dual encoders to a run's folder, so that they can be evaluated.
 
-Three layouts are supported. Dual encoders of `transformers` (CLIP, MetaCLIP 2, SigLIP, and SigLIP 2
-of one resolution) have both sides in one folder. So have open_clip's models (Ilharco et al. 2021),
-whose text encoder must be one from Hugging Face. M-CLIP (Carlsson et al. 2022) has a multilingual
-text encoder in one folder and a CLIP model for images in another.
+Three layouts are supported. Dual encoders of `transformers` (CLIP, MetaCLIP 2, SigLIP and SigLIP 2)
+have both sides in one folder. So have open_clip's models (Ilharco et al. 2021), whose text encoder
+must be one from Hugging Face. M-CLIP (Carlsson et al. 2022) has a multilingual text encoder in one
+folder and a CLIP model for images in another.
 """
 
 import contextlib
@@ -26,25 +26,31 @@ from xlir import partition
 from xlir.config import Group, Text, Whole, check_config, read_field
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
-from xlir.models import clip, dual_encoder, open_clip, pretrained, registry, siglip, towers
+from xlir.models import clip, dual_encoder, open_clip, pretrained, registry, siglip, siglip2, towers
 from xlir.models.family import TowerSpec
 from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
 
 # `model_type` of the models of `transformers` that hold both towers -> their tensors beside the
-# towers and the projections. SigLIP 2 of one resolution is published as "siglip".
+# towers and the projections. SigLIP 2 of one resolution is published as "siglip", and NaFlex as
+# "siglip2".
 DUAL_ENCODERS = {
     "clip": ("logit_scale",),
     "metaclip_2": ("logit_scale",),
     "siglip": ("logit_scale", "logit_bias"),
+    "siglip2": ("logit_scale", "logit_bias"),
 }
 # `model_type` of the models whose image tower M-CLIP uses.
 CLIP_IMAGES = ("clip", clip.CLIP.name)
 # The linear layers after the towers, which SigLIP does not have.
 PROJECTIONS = {"text": "text_projection.weight", "image": "visual_projection.weight"}
 # Family of an image tower -> the image processor of folders that describe none.
-PROCESSORS = {clip.CLIP: "CLIPImageProcessor", siglip.SIGLIP: "SiglipImageProcessor"}
+PROCESSORS = {
+    clip.CLIP: "CLIPImageProcessor",
+    siglip.SIGLIP: "SiglipImageProcessor",
+    siglip2.NAFLEX: "Siglip2ImageProcessor",
+}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # The maximum number of tokens if open_clip's config does not set it.
@@ -160,12 +166,6 @@ def _check_layouts(text: Published, image: Published) -> None:
 
 
 def _check_layout(flag: str, published: Published, known: tuple[str, ...]) -> None:
-    if published.layout == "siglip2":
-        raise ValueError(
-            f"--{flag}: {published.folder} is a SigLIP 2 model of NaFlex, whose images are patches "
-            "of any number: not supported; import one of a fixed resolution, such as "
-            "google/siglip2-base-patch16-224"
-        )
     if published.layout not in ("open_clip", *known):
         raise ValueError(
             f"--{flag}: {published.folder} has no {OPEN_CLIP_CONFIG}, and the model_type in its "
@@ -306,7 +306,7 @@ def _projected(
     family.check(config)
     spec = TowerSpec(family, config, preprocessing=preprocessing)
     options, head, weights = {"head": "none"}, {}, dict(weights)
-    if config["model_type"] == "siglip":
+    if config["model_type"] in ("siglip", "siglip2"):
         dim = towers.width(spec)
     else:
         (projection,) = _pop(weights, PROJECTIONS[side])

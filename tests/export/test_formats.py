@@ -34,6 +34,8 @@ DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_s
 VISION = LAYERS | {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
 DINOV2 = VISION | {"model_type": "dinov2", "mlp_ratio": 2}
 DINOV3 = VISION | {"model_type": "dinov3_vit", "num_register_tokens": 3}
+NAFLEX = LAYERS | {"model_type": "siglip2_vision_model", "intermediate_size": 48}
+NAFLEX |= {"patch_size": 8, "num_patches": 16}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
 MLP = {"head": "mlp", "hidden": (24, 20)}
 # Name -> kind of the tower, its config, pooling, and fields of the configuration.
@@ -134,6 +136,8 @@ IMAGES = {
     ),
     "SigLIP": ("vit", VISION | {"model_type": "siglip_vision_model"}, "", {}),
     "SigLIP's mean": ("vit", VISION | {"model_type": "siglip_vision_model"}, "mean", {"size": 29}),
+    "NaFlex": ("naflex", NAFLEX, "", {}),
+    "NaFlex's mean": ("naflex", NAFLEX | {"num_patches": 49}, "mean", {"size": 56}),
     "ResNet": ("resnet", RESNET, "", {}),
     "ResNet of basic blocks": ("resnet", RESNET | {"layer_type": "basic"}, "", MLP),
     "open_clip": (
@@ -168,6 +172,8 @@ CASES = [
     ("CLIP of OpenAI", "CLIP", "sentence-transformers torch onnx"),
     ("MetaCLIP 2", "SigLIP", "torch onnx"),
     ("SigLIP", "SigLIP", "torch onnx"),
+    ("SigLIP", "NaFlex", "torch onnx"),
+    ("SigLIP", "NaFlex's mean", "torch"),
 ]
 CAPTIONS = [
     "A red circle, left.",
@@ -196,6 +202,7 @@ def random_encoder(text: str, image: str) -> Encoder:
             described = {"kind": kind} | shape
         if side == "image":
             described["preprocessing"] = preprocessing(config.image)
+            described["preprocessing"]["patch"] = 8 if kind == "naflex" else 0
         specs[side] = registry.spec_from_json(side, described)
 
     def create():

@@ -67,7 +67,7 @@ def describe(encoder: Encoder) -> dict:
         **{side: _side(encoder, side) for side in SIDES},
         "tokenizer": tokenizer,
         "preprocessing": {
-            field: preprocessing[field] for field in ("size", "resize", "resample", "crop")
+            field: preprocessing[field] for field in ("size", "resize", "resample", "crop", "patch")
         },
     }
 

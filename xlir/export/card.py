@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from input_pipeline import datasets
+from input_pipeline.preprocessing import Preprocessing
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
 from xlir.export.plain import OPSET
@@ -61,7 +62,7 @@ text length are dynamic:
 | file | inputs | features |
 | --- | --- | --- |
 | `text.onnx` | `input_ids`, `attention_mask`: int64 [batch, length] | [batch, $text] |
-| `image.onnx` | `pixels`: uint8 [batch, $size, $size, 3], RGB | [batch, $image] |
+| `image.onnx` | `pixels`: uint8 [batch, $shape], RGB | [batch, $image] |
 
 The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
 graph of over 2 GiB has its weights in a separate file that ends in `.data`.""",
@@ -143,7 +144,7 @@ def _use(encoder: Encoder, format: str) -> str:
         dim=encoder.config.embedding_dim,
         text=encoder.feature_dims["text"],
         image=encoder.feature_dims["image"],
-        size=encoder.preprocessing.size,
+        shape=", ".join(map(str, encoder.preprocessing.shape)),
     )
 
 
@@ -156,10 +157,16 @@ def _table(encoder: Encoder) -> str:
         "head": [side.head for side in sides],
         "input": [
             f"{encoder.config.text.max_length} tokens at most",
-            f"{encoder.preprocessing.size} pixels a side",
+            _input(encoder.preprocessing),
         ],
     }
     return "\n".join(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())
+
+
+def _input(preprocessing: Preprocessing) -> str:
+    if preprocessing.patch:
+        return f"{preprocessing.patches} patches at most, {preprocessing.patch} pixels a side"
+    return f"{preprocessing.size} pixels a side"
 
 
 def _measured(results: Sequence[dict]) -> str:

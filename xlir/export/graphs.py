@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from xlir.export.pytorch import DualEncoder
+from xlir.export.pytorch.inputs import ImageReader
 
 # Above this number of bytes, weights go into a separate file: a protocol buffer holds up to 2 GiB.
 LARGE = 2**31 - 2**24
@@ -37,10 +39,10 @@ class TextSide(_Side):
 
 
 class ImageSide(_Side):
-    """The image side, for RGB pixels."""
+    """The image side, for the pixels of `ImageReader`."""
 
     def forward(self, pixels):
-        """Maps uint8 [batch, size, size, 3] to [batch, dim] and [batch, features]."""
+        """Maps a batch of uint8 pixels to [batch, dim] and [batch, features]."""
         return super().forward(pixels)
 
 
@@ -57,10 +59,10 @@ def write(
     """
     model = DualEncoder(config)
     model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
-    size = config["preprocessing"]["size"]
+    blank = ImageReader(**config["preprocessing"])(Image.new("RGB", (64, 64)))
     # Two separate tensors: the exporter merges inputs that are the same object.
     ids, mask = torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
-    pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    pixels = torch.from_numpy(np.stack([blank, blank]))
     text = {"input_ids": ids, "attention_mask": mask}
     _trace(TextSide(model, "text"), text, TEXT_AXES, folder / "text.onnx", opset)
     _trace(

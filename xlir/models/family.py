@@ -152,6 +152,10 @@ class Family(abc.ABC):
         """Image size, in pixels per side, that the published weights are meant for."""
         raise NotImplementedError(f"{self.name} is not an image tower")
 
+    def photo_patch(self, config: Mapping) -> int:
+        """The `patch` of the preprocessing that the tower needs; 0 for square images."""
+        return 0
+
     def smallest_image(self, config: Mapping) -> int:
         """The smallest supported image size, in pixels per side."""
         return 1
@@ -184,6 +188,13 @@ class TowerSpec:
 
     def __post_init__(self):
         object.__setattr__(self, "pooling", self.pooling or self.family.default_pooling)
+        if self.preprocessing is not None:
+            given, needed = self.preprocessing.patch, self.family.photo_patch(self.config)
+            if given != needed:
+                raise ValueError(
+                    f"the image processor {_makes(given)}, but {self.family.name} needs one that "
+                    f"{_makes(needed)}: use the preprocessor_config.json that came with the weights"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The content of tower.json."""
@@ -197,5 +208,9 @@ class TowerSpec:
         if self.pad_id is not None:
             content["pad_id"] = self.pad_id
         if self.preprocessing is not None:
-            content["preprocessing"] = dataclasses.asdict(self.preprocessing)
+            content["preprocessing"] = self.preprocessing.to_json()
         return content
+
+
+def _makes(patch: int) -> str:
+    return f"cuts photos into patches of {patch} pixels" if patch else "makes photos square"

@@ -20,6 +20,7 @@ from xlir.models import (
     muse,
     resnet,
     siglip,
+    siglip2,
     siglip_text,
     vit,
 )
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     dinov2.DINOV2_WITH_REGISTERS,
     dinov3.DINOV3,
     siglip.SIGLIP,
+    siglip2.NAFLEX,
 )
 
 

@@ -76,8 +76,7 @@ def describe_image(options: ConfigDict) -> TowerSpec:
       FileNotFoundError: no tower has this name, and no such checkpoint was downloaded.
     """
     if spec := _of_package("image", options):
-        published = Preprocessing(size=spec.family.image_size(spec.config))
-        return _image_spec(options, spec.family, spec.config, published)
+        return _image_spec(options, spec.family, spec.config, _default(spec.family, spec.config))
     family, config = _checkpoint("image", options)
     if options.tower in TOYS:
         return _image_spec(options, family, config, TOY_PREPROCESSING)
@@ -282,6 +281,11 @@ def _image_spec(
     """The spec of an image tower: its published preprocessing with `config.image`'s overrides."""
     _check_pooling("image", family, config, options.pooling)
     chosen = published.resized(options.size) if options.size else published
+    if published.patch and options.crop:
+        raise ValueError(
+            f"config.image.crop is {options.crop!r}, but {options.tower} takes photos in their own "
+            "proportions: leave it empty"
+        )
     if options.crop == "squash" and chosen.crop != "squash":
         chosen = Preprocessing(chosen.size, 0, chosen.resample, "squash", chosen.mean, chosen.std)
     elif options.crop:
@@ -300,7 +304,12 @@ def _of_architecture(side: str, config: Mapping, options: ConfigDict) -> TowerSp
     if side == "text":
         modules = {} if options.pooling else family.sentence_modules.get(options.tower, {})
         return _text_spec(options, family, config, modules)
-    return _image_spec(options, family, config, Preprocessing(size=family.image_size(config)))
+    return _image_spec(options, family, config, _default(family, config))
+
+
+def _default(family: Family, config: Mapping) -> Preprocessing:
+    """The preprocessing of an image tower that has no checkpoint with its own."""
+    return Preprocessing(size=family.image_size(config), patch=family.photo_patch(config))
 
 
 def _check_pooling(side: str, family: Family, config: Mapping, pooling: str) -> None:

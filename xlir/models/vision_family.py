@@ -63,6 +63,7 @@ class VisionFamily(Family):
       ignored: name prefixes of tensors that do not belong to the tower; they are dropped.
       zeros: tensors that only pre-training uses; exports write them as zeros. Name -> shape
         without the last axis (the width).
+      tower: the class of the tower.
       applied_at: the image size, in pixels per side, that the published weights are used with, if
         it differs from the size that the position table is for; otherwise 0.
     """
@@ -81,6 +82,7 @@ class VisionFamily(Family):
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...] = ("classifier.", "embeddings.mask_token")
     zeros: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    tower: type[VisionTransformer] = VisionTransformer
     applied_at: int = 0
 
     def complete(self, config: Mapping) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class VisionFamily(Family):
         self, spec: TowerSpec, *, dtype: DTypeLike, remat: bool, rngs: nnx.Rngs
     ) -> VisionTransformer:
         """See `Family.create`."""
-        return VisionTransformer(
+        return self.tower(
             self.vision_config(spec.config),
             mean=spec.preprocessing.mean,
             std=spec.preprocessing.std,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from xlir.models.layers import LayerNorm, Linear
 from xlir.models.transformer import FeedForward, Layers, TransformerConfig, attend
@@ -119,9 +119,12 @@ class VisionTransformer(nnx.Module):
 
         Pixels on the right and at the bottom that do not fill a whole patch are cut off.
         """
-        pixels = jnp.asarray(images).astype(jnp.float32) / 255
-        pixels = (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        pixels = self._normalized(jnp.asarray(images))
         return self._features(pixels, None if rngs is None else rngs.dropout())
+
+    def _normalized(self, pixels: UInt8[Array, "*shape 3"]) -> Float[Array, "*shape 3"]:
+        pixels = pixels.astype(jnp.float32) / 255
+        return (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
     def _features(
         self, pixels: Float[Array, "batch height width 3"], key: Key[Array, ""] | None
@@ -184,13 +187,16 @@ class AttentionPool(nnx.Module):
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
         self.heads, self.dtype = config.num_heads, dtype
 
-    def __call__(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch dim"]:
-        """Pools each row's tokens."""
+    def __call__(
+        self, x: Float[Array, "batch length dim"], mask: Bool[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch dim"]:
+        """Pools each row's tokens, except those whose mask is False."""
+        seen = None if mask is None else mask[:, None]
         batch, length, dim = x.shape
         query = self.query(self.probe[...][None]).reshape(1, 1, self.heads, -1)
         key_value = self.key_value(x.reshape(-1, dim)).reshape(batch, length, 2, self.heads, -1)
         query = jnp.broadcast_to(query, (batch, *query.shape[1:]))
-        pooled = attend(query, key_value[:, :, 0], key_value[:, :, 1], None, self.dtype)
+        pooled = attend(query, key_value[:, :, 0], key_value[:, :, 1], seen, self.dtype)
         pooled = self.output(pooled.reshape(batch, dim))
         return pooled + self.mlp(self.norm(pooled))
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from PIL import Image
 
 from input_pipeline.tokenizers import padded_length
 from xlir.encoder import Encoder
@@ -58,5 +59,4 @@ def shapes(encoder: Encoder) -> Iterator[Callable[[], np.ndarray]]:
         if size <= LARGEST_BATCH:
             for text in reversed(lengths.values()):
                 yield lambda text=text, size=size: encoder.encode_text([text] * size)
-    side = encoder.preprocessing.size
-    yield lambda: encoder.encode_image([np.zeros((side, side, 3), np.uint8)])
+    yield lambda: encoder.encode_image([Image.new("RGB", (64, 64))])

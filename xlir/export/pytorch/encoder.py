@@ -13,12 +13,13 @@ from torch import nn
 from .convolutional import EfficientNet, ResNet
 from .inputs import ImageReader, load_tokenizer, pad
 from .muse import Muse
-from .transformer import TextTransformer, ViT
+from .transformer import NaFlex, TextTransformer, ViT
 
 TOWERS = {
     "transformer": TextTransformer,
     "muse": Muse,
     "vit": ViT,
+    "naflex": NaFlex,
     "resnet": ResNet,
     "efficientnet": EfficientNet,
 }
@@ -30,7 +31,7 @@ class DualEncoder(nn.Module):
 
     Attributes:
       tokenizer: maps texts to lists of token ids.
-      reader: maps an image to pixels, uint8 [size, size, 3].
+      reader: maps an image to the pixels that the image tower takes, uint8.
       logit_scale: the inverse temperature that the model was trained with.
     """
 
@@ -70,7 +71,7 @@ class DualEncoder(nn.Module):
         return unit(self.text_head(self.text_tower(ids, mask)))
 
     def embed_image(self, pixels):
-        """Embeddings of RGB pixels, uint8 [batch, size, size, 3]."""
+        """Embeddings of a batch of the reader's pixels, uint8."""
         return unit(self.image_head(self.image_tower(pixels)))
 
     @property

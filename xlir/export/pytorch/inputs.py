@@ -88,14 +88,17 @@ class ImageReader:
     It applies the EXIF orientation and blends transparent images over white. It resizes the shorter
     side, or both sides if `crop` is "squash", to `resize`, then crops the centre. Half of an odd
     margin is rounded down, or to the nearest even number if `crop` is "center_rounded".
+
+    If `patch` is not 0, an image keeps its proportions and is cut into patches of this many pixels
+    per side, at most as many as in a square of `size` (SigLIP 2 NaFlex).
     """
 
-    def __init__(self, size, resize, resample, crop):
-        self.size, self.resize, self.crop = size, resize, crop
+    def __init__(self, size, resize, resample, crop, patch=0):
+        self.size, self.resize, self.crop, self.patch = size, resize, crop, patch
         self.resample = Image.Resampling[resample.upper()]
 
     def __call__(self, image):
-        """Pixels, uint8 [size, size, 3], of a path, encoded bytes or a PIL image.
+        """Pixels, uint8 [size, size, 3] or `packed`, of a path, encoded bytes or a PIL image.
 
         An array is taken as pixels and returned unchanged.
         """
@@ -106,6 +109,8 @@ class ImageReader:
         elif isinstance(image, (str, os.PathLike)):
             image = Image.open(image)
         image = rgb(ImageOps.exif_transpose(image))
+        if self.patch:
+            return self.packed(image)
         if self.crop != "squash":
             image = middle(image)
         width = height = self.resize
@@ -117,6 +122,32 @@ class ImageReader:
         half = round if self.crop == "center_rounded" else math.floor
         left, top = (half((side - self.size) / 2) for side in (width, height))
         return np.array(image.crop((left, top, left + self.size, top + self.size)))
+
+    def packed(self, image):
+        """A row of uint8 values for each patch, then rows of zeros.
+
+        The last row begins with the number of rows of patches and that of columns, two bytes each,
+        the higher one first.
+        """
+        patch, most = self.patch, (self.size // self.patch) ** 2
+        smallest, largest = 1e-6, 100.0
+
+        def grid(scale):
+            return [max(math.ceil(side * scale / patch), 1) for side in image.size]
+
+        while largest - smallest >= 1e-5:  # the precision of transformers' Siglip2ImageProcessor
+            scale = (smallest + largest) / 2
+            if math.prod(grid(scale)) <= most:
+                smallest = scale
+            else:
+                largest = scale
+        columns, rows = grid(smallest)
+        image = image.resize((columns * patch, rows * patch), self.resample)
+        pixels = np.asarray(image).reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        result = np.zeros((most + 1, 3 * patch**2), np.uint8)
+        result[: rows * columns] = pixels.reshape(rows * columns, -1)
+        result[-1, :4] = *divmod(rows, 256), *divmod(columns, 256)
+        return result
 
 
 def middle(image, longest=32):

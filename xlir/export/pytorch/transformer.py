@@ -165,6 +165,31 @@ class ViT(nn.Module):
         return F.pad(patches, (0, 0, x.shape[1] - side**2, 0))
 
 
+class NaFlex(ViT):
+    """SigLIP 2's NaFlex: maps patches of images in their own proportions to one vector."""
+
+    def forward(self, packed):
+        """uint8 [batch, patches + 1, values], from `ImageReader.packed`, to [batch, width]."""
+        header = packed[:, -1, :4].long()
+        rows, columns = (256 * header[:, i] + header[:, i + 1] for i in (0, 2))
+        rows, columns = rows[:, None], columns[:, None]
+        index = torch.arange(packed.shape[1] - 1, device=packed.device)
+        mask = index < rows * columns
+        index = torch.where(mask, index, 0)
+        down = bilinear_weights(index // columns, rows, self.side)
+        across = bilinear_weights(index % columns, columns, self.side)
+        weights = (down[..., :, None] * across[..., None, :]).flatten(2).to(self.position.dtype)
+        pixels = self.normalize(packed[:, :-1].unflatten(-1, (-1, 3))).flatten(2)
+        x = self.patches(pixels) + weights @ self.position
+        for layer in self.layers:
+            x = layer(x, mask)
+        x = self.norm(x)
+        if self.attention_pool is not None:
+            return self.attention_pool(x, mask)
+        kept = mask[..., None].to(x.dtype)
+        return (x * kept).sum(1) / kept.sum(1)
+
+
 class Layer(nn.Module):
     """Attention and a feed-forward block, each with a residual connection and a norm."""
 
@@ -256,11 +281,12 @@ class AttentionPool(nn.Module):
         self.mlp = FeedForward(config)
         self.heads = config["num_heads"]
 
-    def forward(self, x):
-        """[batch, length, width] to [batch, width]."""
+    def forward(self, x, mask=None):
+        """[batch, length, width] to [batch, width]; tokens whose mask is False are left out."""
+        mask = None if mask is None else mask[:, None, None, :]
         query = split(self.query(self.probe).expand(x.shape[0], 1, -1), self.heads)
         key, value = (split(part, self.heads) for part in self.key_value(x).chunk(2, dim=-1))
-        x = F.scaled_dot_product_attention(query, key, value)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = self.output(x.transpose(1, 2).flatten(2)[:, 0])
         return x + self.mlp(self.norm(x))
 
@@ -286,6 +312,19 @@ def token(x, index):
 def split(x, heads):
     """[batch, length, width] to [batch, heads, length, width / heads]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def bilinear_weights(index, new, old):
+    """The weights, [batch, places, old], of `old` samples in the new ones at `index`.
+
+    This is PyTorch's bilinear interpolation with antialiasing; `new`, [batch, 1], is the number of
+    new samples.
+    """
+    scale = (old / new)[..., None]
+    center = (index[..., None] + 0.5) * scale - 0.5
+    distance = (torch.arange(old, device=index.device) - center).abs() / scale.clamp(min=1)
+    weights = F.relu(1 - distance)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def rotated(x, angles):
