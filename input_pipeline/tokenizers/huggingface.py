@@ -146,6 +146,8 @@ class HuggingFaceTokenizer:
         try:
             if full_length is not None and loaded.pad_token_id is None:
                 raise ValueError("the tokenizer has no padding token, but the model attends to it")
+            if full_length is not None and loaded.padding_side != "right":
+                raise ValueError("the tokenizer pads on the left; only the right is supported")
             tokenizer.check_against_model(special_ids, model_config)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

@@ -1,5 +1,8 @@
 """Checkpoints with the text towers of CLIP, MetaCLIP 2 and SigLIP, from raw texts on."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import tokenizers
@@ -122,6 +125,15 @@ def test_padding_is_a_part_of_siglip_s_texts(checkpoints):
         config.text.max_length = length
         with pytest.raises(ValueError, match=r"max_length is \d+, but .* padded to 20 tokens: set"):
             Encoder.create(config)
+
+
+def test_padding_on_the_left_is_refused(checkpoints, tmp_path):
+    """The tokens of SigLIP attend to the padding, so its side matters."""
+    folder = shutil.copytree(checkpoints["SigLIP 2 of NaFlex"][0], tmp_path / "checkpoint")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(ValueError, match="the tokenizer pads on the left; only the right is"):
+        Encoder.create(configured(folder))
 
 
 def test_a_trimmed_vocabulary_changes_no_embedding(checkpoints, tmp_path):
