@@ -494,19 +494,18 @@ OPEN_CLIP_FAULTS = {
     "damaged": (lambda folder: (folder / OPEN).write_text("{"), r"config\.json is damaged"),
     "no model_cfg": (edit(OPEN, MODEL, value=None), "it lacks 'model_cfg'"),
     "no width": (edit(OPEN, MODEL, "vision_cfg", "width", value=None), "lacks 'width'"),
-    "CLIP's text": (edit(OPEN, *TEXT_CFG, "hf_model_name", value=None), "encoder is CLIP's own"),
     "unknown text": (
         edit(OPEN, *TEXT_CFG, "hf_model_name", value="nobody/nothing"),
         r"needs the config\.json of nobody/nothing: .*hf download nobody/nothing",
     ),
-    "pooler": (edit(OPEN, *TEXT_CFG, "hf_pooler_type", value="cls_pooler"), "'cls_pooler' is not"),
+    "pooler": (edit(OPEN, *TEXT_CFG, "hf_pooler_type", value="max_pooler"), "'max_pooler' is not"),
     "lower case": (
         edit(OPEN, *TEXT_CFG, "tokenizer_kwargs", value={"clean": "lower"}),
         "text_cfg.tokenizer_kwargs .* is not supported",
     ),
     "timm": (
         edit(OPEN, MODEL, "vision_cfg", "timm_model_name", value="vit"),
-        "vision_cfg.timm_model_name 'vit' is not supported",
+        r"vision_cfg\.timm_model_name 'vit' and timm_pool None is not supported",
     ),
     "pooling": (edit(OPEN, MODEL, "vision_cfg", "pool_type", value="avg"), "pool_type 'avg'"),
     "ResNet": (edit(OPEN, MODEL, "vision_cfg", "layers", value=[3, 4, 6, 3]), "ResNet"),

@@ -2,8 +2,8 @@
 
 Three layouts are supported. Dual encoders of `transformers` (CLIP, MetaCLIP 2, SigLIP and SigLIP 2)
 have both sides in one folder. So have open_clip's models (Ilharco et al. 2021), whose text encoder
-must be one from Hugging Face. M-CLIP (Carlsson et al. 2022) has a multilingual text encoder in one
-folder and a CLIP model for images in another.
+is its own or one from Hugging Face, such as that of NLLB-200. M-CLIP (Carlsson et al. 2022) has a
+multilingual text encoder in one folder and a CLIP model for images in another.
 """
 
 import contextlib
@@ -26,8 +26,20 @@ from xlir import partition
 from xlir.config import Group, Text, Whole, check_config, read_field
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
-from xlir.models import clip, dual_encoder, open_clip, pretrained, registry, siglip, siglip2, towers
-from xlir.models.family import TowerSpec
+from xlir.models import (
+    bert,
+    clip,
+    dual_encoder,
+    open_clip,
+    open_clip_text,
+    pretrained,
+    registry,
+    siglip,
+    siglip2,
+    siglip_text,
+    towers,
+)
+from xlir.models.family import Family, TowerSpec
 from xlir.models.transformer import WIDTH
 
 log = logging.getLogger(__name__)
@@ -43,8 +55,9 @@ DUAL_ENCODERS = {
 }
 # `model_type` of the models whose image tower M-CLIP uses.
 CLIP_IMAGES = ("clip", clip.CLIP.name)
-# The linear layers after the towers, which SigLIP does not have.
+# The linear layers after the towers, and the families that are also published without them.
 PROJECTIONS = {"text": "text_projection.weight", "image": "visual_projection.weight"}
+WITHOUT_PROJECTION = (siglip_text.SIGLIP_TEXT, siglip.SIGLIP, siglip2.NAFLEX)
 # Family of an image tower -> the image processor of folders that describe none.
 PROCESSORS = {
     clip.CLIP: "CLIPImageProcessor",
@@ -198,7 +211,11 @@ def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
         family.tokenizer_fields(config),
         full_length=family.full_length(config),
     )
-    return side, tokenizer.cleaned() if published.layout == "open_clip" else tokenizer
+    if published.layout == "open_clip":
+        text = published.config["model_cfg"]["text_cfg"]
+        canonical = (text.get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
+        return side, tokenizer.cleaned(canonical=canonical)
+    return side, tokenizer
 
 
 def _m_clip_text(published: Published) -> Side:
@@ -216,17 +233,16 @@ def _m_clip_text(published: Published) -> Side:
 def _open_clip_text(published: Published) -> Side:
     model = read_field(published.config, "model_cfg", Group())
     text = read_field(model, "text_cfg", Group())
-    if not text.get("hf_model_name"):
-        raise ValueError("its text encoder is CLIP's own; only Hugging Face's are supported")
     supported = {
-        "hf_pooler_type": (None, "mean_pooler"),
-        "pooler_type": (None, "mean_pooler"),  # the older name of hf_pooler_type
         "tokenizer_mode": (None, ""),
-        "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}),
+        "tokenizer_kwargs": (None, {}, {"clean": "whitespace"}, {"clean": "canonicalize"}),
     }
     for field, values in supported.items():
         if text.get(field) not in values:
             raise ValueError(f"text_cfg.{field} {text[field]!r} is not supported")
+    if not text.get("hf_model_name"):
+        own = open_clip_text.hugging_face_names(published.weights)
+        return _projected("text", open_clip_text.text_config(model), own)
     weights = {
         name: array
         for name, array in published.weights.items()
@@ -246,11 +262,28 @@ def _open_clip_text(published: Published) -> Side:
         {"max_length": read_field(text, "context_length", Whole(3), OPEN_CLIP_LENGTH), **options},
         head,
         read_field(model, "embed_dim", WIDTH),
+        # The older name of hf_pooler_type is pooler_type.
+        text.get("hf_pooler_type", text.get("pooler_type", "mean_pooler")),
     )
 
 
+def _pooling(family: Family, pooler: str | None) -> str:
+    """The pooling that open_clip's pooler stands for; None is its default for the family."""
+    known = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls"}
+    known["cls_pooler"] = "pooler" if "pooler" in family.poolings else "cls"
+    known[None] = "mean" if family is bert.ROBERTA else known["cls_pooler"]
+    if pooler not in tuple(known):
+        raise ValueError(f"text_cfg.hf_pooler_type {pooler!r} is not supported")
+    return known[pooler]
+
+
 def _transformer(
-    name: str, weights: Weights, options: dict[str, Any], head: Weights, dim: int
+    name: str,
+    weights: Weights,
+    options: dict[str, Any],
+    head: Weights,
+    dim: int,
+    pooler: str | None = "mean_pooler",
 ) -> Side:
     """The text side, whose tower has the architecture of the pretrained model `name`."""
     known = registry.architectures("text")
@@ -264,10 +297,11 @@ def _transformer(
     family.check(architecture)
     positions = family.longest_text(architecture)
     length = min(positions, options.get("max_length", positions))
+    pooling = _pooling(family, pooler)
     return Side(
-        options={**options, "pooling": "mean", "max_length": length},
-        spec=TowerSpec(family, architecture, "mean"),
-        tower=family.rename(weights, architecture, "mean"),
+        options={**options, "pooling": pooling, "max_length": length},
+        spec=TowerSpec(family, architecture, pooling),
+        tower=family.rename(weights, architecture, pooling),
         head=head,
         dim=dim,
     )
@@ -301,12 +335,12 @@ def _projected(
     weights: Weights,
     preprocessing: Preprocessing | None = None,
 ) -> Side:
-    """One side of CLIP, MetaCLIP 2 or SigLIP. SigLIP has no projection after its towers."""
+    """One side of CLIP, MetaCLIP 2 or SigLIP. SigLIP's towers need no projection after them."""
     family = registry.family_of(side, config)
     family.check(config)
     spec = TowerSpec(family, config, preprocessing=preprocessing)
     options, head, weights = {"head": "none"}, {}, dict(weights)
-    if config["model_type"] in ("siglip", "siglip2"):
+    if family in WITHOUT_PROJECTION and PROJECTIONS[side] not in weights:
         dim = towers.width(spec)
     else:
         (projection,) = _pop(weights, PROJECTIONS[side])

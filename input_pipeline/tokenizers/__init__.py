@@ -7,10 +7,10 @@ from input_pipeline.tokenizers.batches import length_batches, pad, padded_length
 from input_pipeline.tokenizers.huggingface import (
     HuggingFaceTokenizer,
     Padding,
-    byte_tokenizer,
 )
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE
 from input_pipeline.tokenizers.sentencepiece import SentencePieceTokenizer, from_package
+from input_pipeline.tokenizers.utf8 import byte_tokenizer
 
 __all__ = [
     "HuggingFaceTokenizer",

@@ -15,7 +15,7 @@ import tokenizers
 from jaxtyping import Int32, Integer
 
 from input_pipeline.tokenizers import siglip
-from input_pipeline.tokenizers.long_texts import CLEANING, first_tokens, splits_at_spaces
+from input_pipeline.tokenizers.long_texts import CANONICAL, CLEANING, first_tokens, splits_at_spaces
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE, TOKENIZER_FILE
 
 # A checkpoint must have one of these files; without them, transformers makes an empty tokenizer.
@@ -311,17 +311,20 @@ class HuggingFaceTokenizer:
         padding = self.padding and Padding(self.padding.length, new_ids[self.padding.id])
         return type(self)(json.dumps(content, ensure_ascii=False), self.prefix, padding)
 
-    def cleaned(self) -> "HuggingFaceTokenizer":
+    def cleaned(self, canonical: bool = False) -> "HuggingFaceTokenizer":
         """This tokenizer after open_clip's cleaning of texts: straight quotes, single spaces.
+
+        If `canonical`, texts also lose their case and ASCII punctuation.
 
         open_clip also runs `ftfy`, whose other effects that matter for captions are part of
         XLM-R's normalisation: the ids of 15,495 captions in 12 languages equal open_clip's. Unlike
         `ftfy`, this method does not repair wrongly decoded texts and HTML entities.
         """
         content = json.loads(self._serialized)
-        steps = [
+        steps: list[dict] = [{"type": "Lowercase"}] if canonical else []
+        steps += [
             {"type": "Replace", "pattern": {"Regex": pattern}, "content": replacement}
-            for pattern, replacement in CLEANING
+            for pattern, replacement in CLEANING + (CANONICAL if canonical else ())
         ]
         steps += [{"type": "Strip", "strip_left": True, "strip_right": True}]
         steps += [content["normalizer"]] if content["normalizer"] else []
@@ -379,20 +382,3 @@ def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> Non
     templates = post_processor.get("special_tokens", {})
     for token in templates.values():
         token["ids"] = [new_ids[id] for id in token["ids"]]
-
-
-def byte_tokenizer(prefix: str = "") -> HuggingFaceTokenizer:
-    """A tokenizer that needs no files: each byte of UTF-8 is a token, as in ByT5 (Xue et al. 2022).
-
-    The ids are <s> 0, <pad> 1, </s> 2, <unk> 3, then the 256 bytes.
-    """
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: id for id, token in enumerate([*special, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    tokenizer.add_special_tokens(special)
-    return HuggingFaceTokenizer(tokenizer.to_str(), prefix)

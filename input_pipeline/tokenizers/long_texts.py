@@ -5,6 +5,7 @@ tokenizers it is enough to tokenize the beginning of a text, cut at a space.
 """
 
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ NORMALIZERS += ("Prepend", "Strip", "StripAccents")
 PRE_TOKENIZERS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
 # Replacements that open_clip makes before it tokenizes texts: regular expression, replacement.
 CLEANING = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), (r"\s+", " "))
-REPLACED = (*(pattern for pattern, _ in CLEANING), " {2,}")
+# More replacements that it makes, in lower case, for the models of SigLIP: no punctuation.
+CANONICAL = (("_", " "), (f"[{re.escape(string.punctuation)}]", ""), (r"\s+", " "))
+REPLACED = (*(pattern for pattern, _ in CLEANING + CANONICAL), " {2,}")
 
 
 def first_tokens(

@@ -1,8 +1,8 @@
 """Make a run's folder out of a published dual encoder.
 
-These are CLIP, MetaCLIP 2, SigLIP and SigLIP 2 (of one resolution) as `transformers` saves them,
-open_clip's models with a text encoder from Hugging Face, and M-CLIP. `eval`, `tag`, `index`,
-`export` and the Python API then work with the folder as with any run's.
+These are CLIP, MetaCLIP 2, SigLIP and SigLIP 2 as `transformers` saves them, open_clip's models
+whose texts are those of CLIP, SigLIP or an encoder from Hugging Face (XLM-R, NLLB-200), and M-CLIP.
+`eval`, `tag`, `index`, `export` and the Python API then work with the folder as with any run's.
 `hf download ID --local-dir=PATH` downloads a published model.
 
 Examples:

@@ -1,4 +1,4 @@
-"""Translates the image tower of an open_clip model (Ilharco et al. 2021) to CLIP's layout."""
+"""Translates the image tower of an open_clip model (Ilharco et al. 2021) to CLIP's or SigLIP's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 
 from input_pipeline.preprocessing import CLIP, Preprocessing
 from xlir.config import LARGEST_IMAGE, Group, Real, Whole, read_field
+from xlir.models import timm
 from xlir.models.transformer import WIDTH
 
 # Supported fields of an open_clip model's vision_cfg: fields that are used here, fields that only
@@ -19,16 +20,18 @@ Weights = dict[str, np.ndarray]
 
 
 def vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a CLIP vision model with the architecture of an open_clip model's.
+    """The config.json of a CLIP or SigLIP image tower with the architecture of open_clip's.
 
     Args:
       config: the content of open_clip_config.json.
 
     Raises:
-      ValueError: a field is missing or invalid, or the image tower is not CLIP's.
+      ValueError: a field is missing or invalid, or the image tower is not one of these.
     """
     model = read_field(config, "model_cfg", Group())
     vision = read_field(model, "vision_cfg", Group())
+    if vision.get("timm_model_name"):
+        return timm.vision_config(vision)
     for field, value in vision.items():
         known = field in VISION_FIELDS + TRAINING_FIELDS or value == VISION_VALUES.get(field)
         if value and not known:
@@ -77,12 +80,8 @@ def preprocessing(config: Mapping[str, Any], size: int) -> Preprocessing:
     )
 
 
-_NAMES = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.": "embeddings.patch_embedding.",
-    "ln_pre.": "pre_layrnorm.",  # spelled like this in transformers
-    "ln_post.": "post_layernorm.",
+# Names in the layers, which open_clip's image and text towers share -> those of `transformers`.
+LAYERS = {
     "transformer.resblocks.": "encoder.layers.",
     ".ln_1.": ".layer_norm1.",
     ".ln_2.": ".layer_norm2.",
@@ -90,24 +89,41 @@ _NAMES = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
+_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
+    "ln_pre.": "pre_layrnorm.",  # spelled like this in transformers
+    "ln_post.": "post_layernorm.",
+} | LAYERS
 
 
 def hugging_face_names(weights: Weights) -> Weights:
-    """The image tower's weights of an open_clip model, with the names of Hugging Face's CLIP."""
-    renamed = {}
+    """The image tower's weights of an open_clip model, with the names of `transformers`."""
+    prefix = "visual."
+    visual = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+    if any(name.startswith("trunk.") for name in visual):
+        return renamed(timm.in_one_layout(visual), timm.NAMES)
+    if (projection := visual.pop("proj", None)) is not None:
+        visual["visual_projection.weight"] = projection.T
+    return renamed(visual, _NAMES)
+
+
+def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """The weights with parts of their names replaced, and with separate query, key and value.
+
+    Args:
+      weights: a tower's weights.
+      names: part of a name -> what replaces it, in this order.
+    """
+    found = {}
     for name, array in weights.items():
-        if not name.startswith("visual."):
-            continue
-        if name == "visual.proj":
-            renamed["visual_projection.weight"] = array.T
-            continue
-        name = name.removeprefix("visual.")
-        for theirs, ours in _NAMES.items():
+        for theirs, ours in names.items():
             name = name.replace(theirs, ours)
-        module, joint, suffix = name.partition("in_proj_")
+        module, joint, suffix = name.partition(".self_attn.in_proj_")
         if joint:
-            parts = dict(zip("qkv", np.split(array, 3), strict=True))
-            renamed |= {f"{module}{part}_proj.{suffix}": parts[part] for part in parts}
+            for part, value in zip("qkv", np.split(array, 3), strict=True):
+                found[f"{module}.self_attn.{part}_proj.{suffix}"] = value
         else:
-            renamed[name] = array
-    return renamed
+            found[name] = array
+    return found
