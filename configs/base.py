@@ -26,6 +26,11 @@ def get_config() -> ConfigDict:
     # most begin with random values.
     config.average = 0.0
 
+    # Folder of the run whose text side the text side of this run learns from, with loss.distill or
+    # the loss "distill". It may be an imported model, and must have this run's embedding_dim. Give
+    # --config.init the same run to take over its image side.
+    config.teacher = ""
+
     # Width of the shared space of text and image embeddings.
     config.embedding_dim = 512
     # Scale embeddings to length one in training. Retrieval always uses cosine similarity.
@@ -180,17 +185,25 @@ def _tower() -> ConfigDict:
 def _loss() -> ConfigDict:
     """The objective."""
     loss = ConfigDict()
-    # "infonce", "sigmoid", "triplet", "patr" or "m3l": see xlir/losses.py.
+    # "infonce", "sigmoid", "triplet", "patr", "m3l", or "distill" (the teacher's term below alone;
+    # the image side is not trained): see xlir/losses.py.
     loss.name = "infonce"
     # Weight of a text-text term that is added to any of these losses; 0: none.
     loss.push_apart = 0.0
+    # Weight of a term that is added to any other loss, and that moves text embeddings to those of
+    # config.teacher; 0: none.
+    loss.distill = 0.0
+    # distill: "mse" (mean over the embeddings' elements), "cosine" (one minus the cosine), or
+    # "contrastive" (infonce between text and teacher embeddings, with a fixed temperature).
+    loss.distill_metric = "cosine"
+    loss.distill_temperature = 0.05
     # infonce, sigmoid: initial temperature and initial bias. The temperature is learned. It never
     # falls below 0.01, or below its initial value if that is smaller and the loss is sigmoid.
     loss.temperature = 0.07
     loss.bias = -10.0
-    # infonce, sigmoid: number of images whose logits are in memory at a time; 0: all. This saves
-    # memory with large batches. The loss has the same value, but takes a third longer, because the
-    # backward pass recomputes the logits.
+    # infonce, sigmoid and a contrastive distill: number of images (or teacher embeddings) whose
+    # logits are in memory at a time; 0: all. This saves memory with large batches. The loss has the
+    # same value, but takes a third longer, because the backward pass recomputes the logits.
     loss.chunk = 0
     # triplet, patr, m3l, push_apart: "euclidean", "squared_euclidean" or "cosine".
     loss.metric = "euclidean"

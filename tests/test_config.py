@@ -66,6 +66,7 @@ ACCEPTED = {
     "eval_every": WHOLE,
     "save_every": {"0", "2"},
     "average": REAL,
+    "teacher": {"word"},
     "embedding_dim": WHOLE,
     "normalize": {"True"},
     "head_dtype": set(),
@@ -96,6 +97,9 @@ ACCEPTED = {
     "image.mirror": {"True"},
     "loss.name": set(),
     "loss.push_apart": {*REAL, "1.0", "2"},
+    "loss.distill": {"1.0", "2"},
+    "loss.distill_metric": set(),
+    "loss.distill_temperature": {"1.0", "2"},
     "loss.temperature": {"1.0", "2"},
     "loss.bias": {*REAL, "-1", "1.0", "2"},
     "loss.chunk": {"0", "2"},
@@ -128,6 +132,7 @@ def usable():
     fields = xlmr.get_config("tiny").to_dict()
     fields["mesh"] = {"data": 1, "fsdp": 1}
     fields["image"].update(min_area=0.0, frozen=False)
+    fields["teacher"], fields["loss"]["distill"] = "teacher", 0.5
     fields["evals"] = {"mine": base.test_set("split").to_dict()}
     return fields
 
@@ -201,8 +206,8 @@ def test_the_ends_of_ranges(field, inside, outside):
     ("changes", "message"),
     [
         ({"mesh.data": -1, "mesh.fsdp": -1}, "config.mesh.data and config.mesh.fsdp are both -1"),
-        ({"loss.name": "triplet", "loss.chunk": 64}, "chunk=64 works only with infonce and sigm"),
-        ({"loss.push_apart": 0.3, "loss.chunk": 64}, "sigmoid: push_apart searches the whole"),
+        ({"loss.name": "triplet", "loss.chunk": 64}, "chunk=64 works only with infonce, sigmoid"),
+        ({"loss.push_apart": 0.3, "loss.chunk": 64}, "distill: push_apart searches the whole"),
         (
             {"loss.name": "m3l", "loss.image_weight": 0.0, "loss.text_weight": 0.0},
             "m3l has nothing to learn from",

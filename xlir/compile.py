@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from xlir import cost, partition, train_step
+from xlir import cost, losses, partition, train_step
 from xlir.embed import Parameters, split
 from xlir.models import towers
 
@@ -48,9 +48,12 @@ def abstract(
     graph, parameters = split(config, model)
     size = config.data.batch_size
     batch: dict[str, tuple] = {"image_id": ((size,), jnp.int32)}
+    sides = losses.sides(config.loss)
     for side, tower in (("text", model.text_tower), ("image", model.image_tower)):
-        if config[side].frozen:
+        if config[side].frozen and side in sides:
             batch[f"{side}_features"] = ((size, tower.dim), jnp.float32)
+    if losses.has_teacher(config.loss):
+        batch["teacher"] = ((size, config.embedding_dim), jnp.float32)
     if not config.text.frozen:
         batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
         batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)

@@ -24,9 +24,9 @@ HEAVIEST = 1e6
 MOST_DROPPED = 0.99
 WIDEST = 65_536
 LARGEST_IMAGE = 8192  # pixels a side
-LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l")
+LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l", "distill")
 # Losses that can process images in chunks, because they do not search for a hardest negative.
-CHUNKED_LOSSES = ("infonce", "sigmoid")
+CHUNKED_LOSSES = ("infonce", "sigmoid", "distill")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
 HEADS = ("none", "center", "linear", "affine", "mlp", "plain_mlp")
@@ -201,6 +201,7 @@ FIELDS: dict[str, Any] = {
     "eval_every": Whole(1),
     "save_every": Whole(0),
     "average": Real(0, 1, open_above=True),
+    "teacher": Text(),
     "embedding_dim": Whole(1, 2**24),
     "normalize": Flag(),
     "head_dtype": Choice(*DTYPES),
@@ -243,6 +244,9 @@ FIELDS: dict[str, Any] = {
     "loss": {
         "name": Choice(*LOSSES),
         "push_apart": Real(0, HEAVIEST),
+        "distill": Real(0, HEAVIEST),
+        "distill_metric": Choice("mse", "cosine", "contrastive"),
+        "distill_temperature": Real(1e-3, 100),
         # Imported models keep their learned temperature, which may be below 0.01.
         "temperature": Real(1e-6, 100),
         "bias": Real(-1e4, 1e4),
@@ -340,11 +344,12 @@ def _conflicts(config: Mapping) -> Iterator[str]:
     if loss["chunk"] and (loss["name"] not in CHUNKED_LOSSES or loss["push_apart"]):
         needs = loss["name"] if loss["name"] not in CHUNKED_LOSSES else "push_apart"
         yield (
-            f"config.loss.chunk={loss['chunk']} works only with {' and '.join(CHUNKED_LOSSES)}: "
+            f"config.loss.chunk={loss['chunk']} works only with {', '.join(CHUNKED_LOSSES)}: "
             f"{needs} searches the whole batch for its hardest negative"
         )
     if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
         yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
+    yield from _distillation_conflicts(config)
     if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"]):
         yield "config.text.prefix and trim_vocab do not apply to mUSE"
     if image["frozen"] and (image["min_area"] or image["mirror"]):
@@ -357,3 +362,34 @@ def _conflicts(config: Mapping) -> Iterator[str]:
     for side, options in (("text", text), ("image", image)):
         if options["head"] == "center" and not options["frozen"]:
             yield f"config.{side}.head is 'center', which needs a frozen tower"
+
+
+def _distillation_conflicts(config: Mapping) -> Iterator[str]:
+    """Messages about the fields of a teacher."""
+    loss, data, weight = config["loss"], config["data"]["name"], config["loss"]["distill"]
+    alone = loss["name"] == "distill"
+    if (alone or weight) and not config["teacher"]:
+        needing = "config.loss.name=distill" if alone else f"config.loss.distill={weight}"
+        yield f"config.teacher is ''; it must be the folder of a run, for {needing}"
+    if alone and weight:
+        yield f"config.loss.distill is {weight}; it must be 0 with the loss 'distill' itself"
+    elif config["teacher"] and not (alone or weight):
+        yield (
+            f"config.loss.distill is {weight}; it must be above 0 for config.teacher to have an "
+            "effect (or set --config.loss.name=distill)"
+        )
+    if alone and not loss["push_apart"] and not config["image"]["frozen"]:
+        yield (
+            "config.image.frozen is False; it must be True, because the loss 'distill' trains only "
+            "the text side"
+        )
+    if data not in datasets.WITHOUT_PHOTOS:
+        return
+    if not alone or loss["push_apart"]:
+        yield (
+            f"config.data.name is {data!r}, which has no photos: set --config.loss.name=distill "
+            "and --config.loss.push_apart=0"
+        )
+    for name, test_set in config["evals"].items():
+        if test_set.get("type", "folder") == "split":
+            yield f"config.evals.{name} is a split of {data!r}, which has no photos to test on"

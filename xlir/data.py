@@ -15,6 +15,7 @@ from input_pipeline import datasets
 from input_pipeline import test_sets as test_set_types
 from input_pipeline.cache import cache_folder
 from input_pipeline.datasets.captioned_images import CaptionedImages, PreparedSet
+from input_pipeline.datasets.texts import ParallelTexts, Texts
 from input_pipeline.test_sets import split, xtd10
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
@@ -53,7 +54,8 @@ def prepare(config: ConfigDict) -> str:
     downloaded; nothing else is ever downloaded.
 
     Returns:
-      The folder of the prepared set, and the number of photos and captions in each split.
+      The folder of the prepared set, and the number of photos and captions (or of lines) in each
+      split.
 
     Raises:
       ValueError, FileNotFoundError: as `training_photos`.
@@ -64,6 +66,10 @@ def prepare(config: ConfigDict) -> str:
         if entry.download and entry.missing(options, run):
             entry.download(options, run)
     lines = [f"{data.name}: {data.folder}"]
+    if not has_photos(config):
+        return "\n".join(
+            lines + [f"  {name:<10}{len(data.source(name)):>9,} lines" for name in data.splits]
+        )
     for name in data.splits:
         photos = data.source(name)
         of_xtd10 = sum(map(bool, map(xtd10.origin, photos.filenames)))
@@ -74,8 +80,13 @@ def prepare(config: ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def training_photos(config: ConfigDict) -> CaptionedImages:
-    """The training photos, without photos of the run's test sets.
+def has_photos(config: ConfigDict) -> bool:
+    """Whether the run's data set has photos; if not, it has texts only."""
+    return config.data.name not in datasets.WITHOUT_PHOTOS
+
+
+def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
+    """The training photos, without photos of the run's test sets; or the training texts.
 
     Photos of XTD10 are left out too, whether or not XTD10 is a test set of the run.
 
@@ -86,7 +97,11 @@ def training_photos(config: ConfigDict) -> CaptionedImages:
     run = run_data(config)
     data = run.open()
     # Find the test sets now, so that a missing one does not fail after hours of training.
-    test_sets(config)
+    own_test_sets(config)
+    if not has_photos(config):
+        texts = data.source(config.data.train)
+        log.info("%d training lines with %d texts", len(texts), sum(map(len, texts.captions)))
+        return texts
     names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
 
     def is_test_photo(filename: str) -> bool:
@@ -108,6 +123,15 @@ def training_photos(config: ConfigDict) -> CaptionedImages:
     return photos
 
 
+def for_teacher(photos: CaptionedImages | Texts) -> list[str]:
+    """The text that a teacher reads for each training text: the English original of a
+    translation, or the caption itself."""
+    if isinstance(photos, Texts):
+        pairs = zip(photos.english, photos.captions, strict=True)
+        return [english for english, texts in pairs for _ in texts]
+    return [caption for of_one_photo in photos.captions for caption in of_one_photo]
+
+
 def check_batch_size(config: ConfigDict, captions: int) -> None:
     """Raises ValueError if a batch is larger than the number of training captions."""
     if config.data.batch_size > captions:
@@ -120,6 +144,9 @@ def check_batch_size(config: ConfigDict, captions: int) -> None:
 
 def validation_set(config: ConfigDict) -> RetrievalSet:
     """The validation split: in English, or in all languages of a data set with translations."""
+    if not has_photos(config):
+        data, name = prepared_set(config), config.data.validation
+        return split.of_texts(data.filed_under(name), data.source(name))
     return split.read(Options("validation", split=config.data.validation), run_data(config))
 
 
@@ -129,10 +156,17 @@ def split_photos(config: ConfigDict, name: str) -> CaptionedImages:
     Raises:
       ValueError, FileNotFoundError: as `training_photos`.
     """
+    _check_has_photos(config, f"split:{name}")
     return prepared_set(config).source(name)
 
 
-def prepared_set(config: ConfigDict) -> PreparedSet:
+def _check_has_photos(config: ConfigDict, name: str) -> None:
+    """Raises ValueError if a split that photos are needed of has none."""
+    if not has_photos(config):
+        raise ValueError(f"{name} has no photos: the run was trained on texts only")
+
+
+def prepared_set(config: ConfigDict) -> PreparedSet | ParallelTexts:
     """The run's data set; opened once per process, because COCO's JSON takes seconds to read.
 
     Raises:
@@ -152,7 +186,9 @@ def prepared_set(config: ConfigDict) -> PreparedSet:
 
 
 @functools.cache
-def open_data_set(name: str, folder: str, annotations: str, cache: pathlib.Path) -> PreparedSet:
+def open_data_set(
+    name: str, folder: str, annotations: str, cache: pathlib.Path
+) -> PreparedSet | ParallelTexts:
     """A data set by its name and folder; opened once per process and cache folder."""
     return datasets.find(name).open(folder, annotations)
 
@@ -180,6 +216,11 @@ def test_sets(
       FileNotFoundError: a folder, one of its files, or a photo is missing.
       ValueError: the folder's files contradict each other.
     """
+    if not names and not (config.evals or has_photos(config)):
+        raise ValueError(
+            f"there is no test set: the data set {config.data.name!r} has no photos. Name one with "
+            "--test_set=FOLDER --images=FOLDER"
+        )
     chosen = [_named(config, name) for name in listed(names)] if names else _own(config)
     found = []
     for entry, options in chosen:
@@ -191,10 +232,15 @@ def test_sets(
     return found
 
 
+def own_test_sets(config: ConfigDict) -> list[RetrievalSet]:
+    """The test sets to evaluate at the end of a run; none for texts without `config.evals`."""
+    return [entry.read(options, run_data(config)) for entry, options in _own(config)]
+
+
 def _own(config: ConfigDict) -> Iterator[tuple[Entry, Options]]:
     """The test sets of `config.evals`, or the data set's split "test"."""
     evals = config.evals
-    if not evals:
+    if not evals and has_photos(config):
         yield _named(config, "split:test")
     # Multilingual sets first, because an export is checked on the first set.
     for name in sorted(evals, key=lambda name: (evals[name].get("type") == "split", name)):
@@ -224,6 +270,7 @@ def _named(config: ConfigDict, name: str) -> tuple[Entry, Options]:
     if name in config.evals:
         return _configured(config, name)
     if name.startswith("split:"):
+        _check_has_photos(config, name)
         return test_set_types.find("split"), Options(name, split=name.removeprefix("split:"))
     if name == "xtd10":
         return test_set_types.find("xtd10"), Options(name)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from input_pipeline.tokenizers import languages
 from xlir import figures, metrics, results
-from xlir.embed import Inputs, Parameters
+from xlir.embed import SIDES, Inputs, Parameters
 from xlir.encoder import Encoder
 from xlir.results import DIRECTIONS
 from xlir.workdir import results_folder
@@ -27,9 +27,17 @@ class Evaluator:
       encoder: computes the outputs of its frozen towers; later calls only use its embedder.
       data: the images and captions.
       cache: the folder of the feature cache.
+      images: embeddings of unit length that take the place of those of the images; default: the
+        images are embedded.
     """
 
-    def __init__(self, encoder: Encoder, data: RetrievalSet, cache: pathlib.Path):
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: RetrievalSet,
+        cache: pathlib.Path,
+        images: Float[np.ndarray, "images dim"] | None = None,
+    ):
         self._embedder, self._data = encoder.embedder, data
         known = getattr(encoder.tokenizer, "languages", ())
         self._captions = [
@@ -38,7 +46,9 @@ class Evaluator:
             for caption in captions
         ]
         inputs = Inputs(data.name, self._captions, data.images, data.fingerprint)
-        self._features = encoder.frozen_features(inputs, cache)
+        self._images = images
+        sides = SIDES if images is None else ("text",)
+        self._features = encoder.frozen_features(inputs, cache, sides)
 
     def embeddings(
         self, parameters: Parameters
@@ -53,6 +63,8 @@ class Evaluator:
         for language, captions in self._data.captions.items():
             texts[language] = flat[start : start + len(captions)]
             start += len(captions)
+        if self._images is not None:
+            return texts, self._images
         return texts, self._embed(parameters, "image", self._data.images)
 
     def __call__(self, parameters: Parameters, step: int) -> dict:

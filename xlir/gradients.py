@@ -11,7 +11,8 @@ from xlir.partition import split_rows
 
 PyTree = Any
 Batch = dict[str, Array]
-Embeddings = tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]]
+# Of texts and images; None for images that the loss does not take.
+Embeddings = tuple[Float[Array, "batch dim"], Float[Array, "batch dim"] | None]
 
 
 def value_and_gradient(

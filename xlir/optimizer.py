@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from xlir import losses
 from xlir.models import registry
 
 
@@ -24,8 +25,9 @@ def schedule(config: ConfigDict) -> optax.Schedule:
 def build(config: ConfigDict) -> optax.GradientTransformation:
     """The transformation that turns gradients of the trainable parameters into updates.
 
-    Frozen towers are not trainable, so they have no optimizer state. Weight decay applies to
-    matrices, but not to biases, norms or the temperature.
+    Frozen towers are not trainable, so they have no optimizer state; nor has the image head if the
+    loss takes no images: it stays as it is. Weight decay applies to matrices, but not to biases,
+    norms or the temperature.
     """
     options, rate = config.optimizer, schedule(config)
 
@@ -55,10 +57,13 @@ def build(config: ConfigDict) -> optax.GradientTransformation:
         for side in ("text", "image")
         if not config[side].frozen
     }
+    groups = {name: adamw(*factor) for name, factor in (factors | {"heads": (1.0,)}).items()}
+    if "image" not in losses.sides(config.loss):
+        groups["image_head"] = optax.set_to_zero()
     per_tower = optax.partition(
-        {name: adamw(*factor) for name, factor in (factors | {"heads": (1.0,)}).items()},
+        groups,
         lambda params: {
-            name: jax.tree.map(lambda _, name=name: name if name in factors else "heads", tree)
+            name: jax.tree.map(lambda _, name=name: name if name in groups else "heads", tree)
             for name, tree in params.items()
         },
     )

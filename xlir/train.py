@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from input_pipeline import loader, tokenizers
 from input_pipeline.datasets.captioned_images import CaptionedImages
+from input_pipeline.datasets.texts import Texts
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
-from xlir import data, decoding, evaluate, partition, results, train_step
+from xlir import data, decoding, evaluate, losses, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -26,6 +27,7 @@ from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
 from xlir.profiling import Profile
+from xlir.teacher import Lessons, Teacher, check_teacher
 from xlir.termination import Termination
 from xlir.train_step import TrainState, TrainStep
 
@@ -87,7 +89,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
 def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
     """Evaluates the best checkpoint on the test sets of `config`; writes results and figures."""
     encoder = Encoder.load(workdir, mesh=mesh)
-    for test_set in data.test_sets(config):
+    for test_set in data.own_test_sets(config):
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
 
 
@@ -107,12 +109,16 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
         "fingerprint": photos.fingerprint,
         "validation": validation_set.fingerprint,
     }
+    teacher = None
+    if config.teacher:
+        teacher = Teacher(config.teacher, mesh, data.feature_cache())
+        learned_from["teacher"] = teacher.fingerprint
     if not starts:
         run_folder.check_data(workdir, learned_from, accept_changes=accept_changed_data)
         encoder = Encoder.open(workdir, mesh, config)
     else:
         encoder = Encoder.create(config, captions, mesh)
-    run, params = _prepare(encoder, photos, captions, validation_set)
+    run, params = _prepare(encoder, photos, captions, validation_set, teacher)
     # Saved only now, so that a failed start does not tie the folder to its configuration.
     if starts:
         run_folder.check_data(workdir, learned_from, accept_changes=True)
@@ -124,7 +130,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
         Checkpoints(workdir) as checkpoints,
     ):
         state = _first_state(run, params, checkpoints)
-        del encoder, params  # the state has its own copies
+        del encoder, params, teacher  # the state has its own copies
         written = workdir if jax.process_index() == 0 else None
         with (
             contextlib.closing(MetricLog(written, int(state.step))) as metric_log,
@@ -136,6 +142,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
 
 def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> None:
     """Raises an error if files are missing or the folder belongs to another configuration."""
+    check_teacher(config)
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
@@ -146,19 +153,26 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
 
 def _prepare(
     encoder: Encoder,
-    photos: CaptionedImages,
+    photos: CaptionedImages | Texts,
     captions: list[str],
     validation_set: RetrievalSet,
+    teacher: Teacher | None,
 ) -> tuple[Run, PyTree]:
     """The inputs of the training loop, and the initial parameters."""
     config, mesh, embedder = encoder.config, encoder.mesh, encoder.embedder
-    validation = evaluate.Evaluator(encoder, validation_set, data.feature_cache())
+    cache = data.feature_cache()
+    lessons = teacher.embed(data.for_teacher(photos)) if teacher else None
+    images = None
+    if teacher and not data.has_photos(config):
+        english = validation_set.images
+        images = teacher.embed(english)[np.arange(len(english))]
+    validation = evaluate.Evaluator(encoder, validation_set, cache, images)
     inputs = Inputs("training", captions, photos.images, photos.fingerprint)
-    features = encoder.frozen_features(inputs, data.feature_cache())
+    features = encoder.frozen_features(inputs, cache, losses.sides(config.loss))
     params = _centered(config, encoder.parameters.trained, features, mesh)
     batches = loader.Batches(
         loader.Sampler(config.seed, list(map(len, photos.captions)), config.data.batch_size),
-        batch_reader(photos, captions, embedder, features),
+        batch_reader(photos, captions, embedder, features, lessons),
         config.steps,
         partition.local_rows(config.data.batch_size, mesh),
     )
@@ -183,20 +197,25 @@ def _centered(
 
 
 def batch_reader(
-    photos: CaptionedImages,
+    photos: CaptionedImages | Texts,
     captions: list[str],
     embedder: Embedder,
     features: dict[str, np.ndarray],
+    lessons: Lessons | None = None,
 ) -> loader.Read:
     """The function that reads the rows of a batch: features of frozen towers, raw input of others.
 
+    Photos are read only if the loss takes images.
+
     Args:
-      photos: the training photos.
+      photos: the training photos, or the training texts.
       captions: all captions, photo by photo.
       embedder: provides the tokenizer and the preprocessing.
       features: side -> outputs of a frozen tower for all inputs of that side. The raw inputs of
         these sides are not read.
+      lessons: a teacher's embeddings of all captions, or None.
     """
+    raw = [side for side in losses.sides(embedder.config.loss) if side not in features]
     length, seed = embedder.config.text.max_length, embedder.config.seed
     # Photo ids may have 64 bits, and ids in a batch have 32: number the photos from 0.
     _, image_id = np.unique(photos.image_ids, return_inverse=True)
@@ -211,10 +230,12 @@ def batch_reader(
     ) -> loader.Batch:
         rows = {"text": caption_rows, "image": image_rows}
         batch = {f"{side}_features": array[rows[side]] for side, array in features.items()}
-        if "text" not in features:
+        if lessons:
+            batch["teacher"] = lessons[caption_rows]
+        if "text" in raw:
             ids = embedder.tokenizer([captions[row] for row in caption_rows], max_length=length)
             batch["text_ids"], batch["text_mask"] = tokenizers.pad(ids, length)
-        if "image" not in features:
+        if "image" in raw:
             keys = [[seed, step, place] for place in places.tolist()]
             items = zip(image_rows.tolist(), keys, strict=True)
             batch["image"] = np.stack(list(decoding.decode_all(decode, items, len(keys))))

@@ -107,7 +107,7 @@ def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
     device holds a row: the results do not depend on the mesh.
     """
     transformation = optimizer.build(config)
-    objective = losses.build(config.loss)
+    objective, sides = losses.build(config.loss), losses.sides(config.loss)
     rate = optimizer.schedule(config)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch):
@@ -117,11 +117,14 @@ def make_train_step(config: ConfigDict, graph: nnx.GraphDef) -> TrainStep:
             model = nnx.merge(graph, params, frozen)
             text_key, image_key = jax.random.split(key)
             text = model.encode_text(rows, rngs=nnx.Rngs(dropout=text_key))
+            if "image" not in sides:
+                return text, None
             return text, model.encode_image(rows, rngs=nnx.Rngs(dropout=image_key))
 
         def loss_of(params: PyTree, embeddings: gradients.Embeddings) -> Float[Array, ""]:
             model = nnx.merge(graph, params, frozen)
-            return objective(*embeddings, batch["image_id"], model.scale, model.bias[...])
+            ids, teacher = batch["image_id"], batch.get("teacher")
+            return objective(*embeddings, ids, model.scale, model.bias[...], teacher)
 
         loss, gradient = gradients.value_and_gradient(
             embed, loss_of, state.params, batch, key, config.data.microbatches

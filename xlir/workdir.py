@@ -31,7 +31,7 @@ LOCK_FILE = ".lock"
 # trained model does not depend on them. (Another number of microbatches changes
 # only the masks that dropout draws.)
 FREE = re.compile(
-    r"config\.(mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
+    r"config\.(teacher|mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
     r"|.*\.remat)"
 )
 

@@ -9,7 +9,9 @@ import importlib
 from input_pipeline.datasets.source import DataSet
 
 # `find` imports a module only when its data set is used, because importing TFDS is slow.
-NAMES = ("emoji", "captions", "coco", "coco_captions")
+NAMES = ("emoji", "captions", "coco", "coco_captions", "texts")
+# Data sets without photos.
+WITHOUT_PHOTOS = ("texts",)
 
 
 def find(name: str) -> DataSet:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from input_pipeline.cache import fingerprint
+from input_pipeline.lines import english_first, read_lines
 from input_pipeline.test_sets.retrieval_set import Options, RetrievalSet, RunData
 
 NAMES_FILE = "test_image_names.txt"
@@ -84,24 +85,6 @@ def read(folder: str | os.PathLike) -> LineAligned:
 def text_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """All files test_*.txt in a folder and in its subfolders."""
     return sorted([*folder.glob("test_*.txt"), *folder.glob("*/test_*.txt")])
-
-
-def english_first(lines: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The same mapping with English first and the other languages sorted by their codes."""
-    languages = sorted(lines, key=lambda language: (language != "en", language))
-    return {language: lines[language] for language in languages}
-
-
-def read_lines(file: pathlib.Path) -> list[str]:
-    """The lines of a file, split only at LF and CRLF: captions may hold other line separators."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error})") from error
-    lines = [line.removesuffix("\r").strip() for line in text.rstrip("\r\n").split("\n")]
-    if "" in lines:
-        raise ValueError(f"{file}: line {lines.index('') + 1} is empty")
-    return lines
 
 
 def find_photos(captions: LineAligned, folder: str | os.PathLike) -> list[pathlib.Path]:

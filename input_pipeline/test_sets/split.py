@@ -6,6 +6,7 @@ per photo, over all 5,000 photos at once, and as the mean of five folds of 1,000
 
 import numpy as np
 
+from input_pipeline.datasets.texts import Texts
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 # Karpathy's test split of COCO: photos, folds of the 1K protocol, captions used per photo.
@@ -39,6 +40,22 @@ def read(options: Options, run: RunData) -> RetrievalSet:
         image_of={"en": np.repeat(np.arange(len(source)), [len(texts) for texts in captions])},
         fingerprint=source.fingerprint,
         folds=folds,
+    )
+
+
+def of_texts(name: str, source: Texts) -> RetrievalSet:
+    """Parallel texts as a test set, in which each distinct English text stands for an image.
+
+    Its embedding by a teacher takes the place of the image's: see `evaluate.Evaluator`.
+    """
+    _, first, image = np.unique(source.image_ids, return_index=True, return_inverse=True)
+    by_language = source.by_language()
+    return RetrievalSet(
+        name=name,
+        images=[source.english[row] for row in first],
+        captions={language: texts for language, (texts, _) in by_language.items()},
+        image_of={language: image[rows] for language, (_, rows) in by_language.items()},
+        fingerprint=source.fingerprint,
     )
 
 

@@ -18,6 +18,7 @@ import urllib.request
 
 from input_pipeline import files
 from input_pipeline.cache import cache_folder
+from input_pipeline.lines import english_first, read_lines
 from input_pipeline.test_sets import line_aligned
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
@@ -101,10 +102,10 @@ def read_captions(
         if altered := [name for name in absent if name in there]:
             error, what, absent = ValueError, "differs from the published XTD10 in", altered
         raise error(f"{folder} {what} {', '.join(absent)}; get XTD10 again with {command}")
-    names, lines = line_aligned.read_lines(found.pop(line_aligned.NAMES_FILE)), {}
+    names, lines = read_lines(found.pop(line_aligned.NAMES_FILE)), {}
     for name, file in found.items():
         code = line_aligned.CAPTIONS_FILE.fullmatch(name)[1]
-        lines[line_aligned.ALIASES.get(code, code)] = line_aligned.read_lines(file)
+        lines[line_aligned.ALIASES.get(code, code)] = read_lines(file)
     _show_licence(folder)
     dropped = {}
     if drop_junk:
@@ -113,7 +114,7 @@ def read_captions(
             lines[language] = [c for row, c in enumerate(lines[language]) if row not in rows]
     # Results with and without these captions have different names.
     name = "xtd10-without-junk" if drop_junk else "xtd10"
-    return line_aligned.LineAligned(name, names, line_aligned.english_first(lines), dropped)
+    return line_aligned.LineAligned(name, names, english_first(lines), dropped)
 
 
 def download(folder: str | os.PathLike) -> None:

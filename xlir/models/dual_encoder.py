@@ -93,13 +93,14 @@ class DualEncoder(nnx.Module):
 def max_scale(loss: ConfigDict) -> float:
     """The upper bound of the inverse temperature.
 
-    SigLIP was trained without a bound, and its published models are beyond `MAX_SCALE`. A model of
-    the sigmoid loss that starts there stays there.
+    SigLIP was trained without a bound, and its published models are beyond `MAX_SCALE`. A model
+    that starts there stays there, if its loss is the sigmoid loss, or does not learn the scale.
 
     Args:
       loss: `config.loss`.
     """
-    return max(MAX_SCALE, 1 / loss.temperature) if loss.name == "sigmoid" else MAX_SCALE
+    unbounded = loss.name in ("sigmoid", "distill")
+    return max(MAX_SCALE, 1 / loss.temperature) if unbounded else MAX_SCALE
 
 
 def clipped(params: dict, loss: ConfigDict) -> dict:
