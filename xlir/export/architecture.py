@@ -8,7 +8,7 @@ import numpy as np
 
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
-from xlir.models.transformer import STACK
+from xlir.models.tensor_names import STACK
 
 
 class HeadLayer(NamedTuple):

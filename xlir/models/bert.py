@@ -8,16 +8,10 @@ import functools
 from collections.abc import Mapping
 
 from xlir.config import Choice, Divisor, Whole, read_field
+from xlir.models.tensor_names import LayerNames
 from xlir.models.text_family import TextFamily
 from xlir.models.text_transformer import TextConfig
-from xlir.models.transformer import (
-    ACTIVATIONS,
-    EPSILON,
-    RATE,
-    WIDTH,
-    LayerNames,
-    TransformerConfig,
-)
+from xlir.models.transformer import ACTIVATIONS, EPSILON, RATE, WIDTH, TransformerConfig
 
 _BASE = {
     "hidden_size": 768,

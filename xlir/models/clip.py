@@ -6,7 +6,7 @@ Radford et al. 2021 (https://arxiv.org/abs/2103.00020); Chuang et al. 2025
 
 from collections.abc import Mapping
 
-from xlir.models.transformer import LayerNames
+from xlir.models.tensor_names import LayerNames
 from xlir.models.vision_family import EmbeddingNames, VisionFamily, read_layers
 from xlir.models.vision_transformer import VisionConfig
 

@@ -14,15 +14,15 @@ from jaxtyping import Int32
 from xlir.config import Whole, read_field
 from xlir.models.clip import LAYERS
 from xlir.models.family import TowerSpec, Weights
-from xlir.models.text_family import TextFamily
-from xlir.models.text_transformer import TextConfig
-from xlir.models.transformer import (
+from xlir.models.tensor_names import (
     LayerNames,
     rename_layers,
     rename_modules,
     restore_layers,
     restore_modules,
 )
+from xlir.models.text_family import TextFamily
+from xlir.models.text_transformer import TextConfig
 from xlir.models.vision_family import read_layers
 
 _MODULES = {"norm": "final_layer_norm", "head": "head"}

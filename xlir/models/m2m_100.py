@@ -13,19 +13,16 @@ import numpy as np
 
 from xlir.config import WIDEST, Choice, Divisor, Flag, Whole, read_field
 from xlir.models.family import TowerSpec, Weights
-from xlir.models.text_family import TextFamily
-from xlir.models.text_transformer import TextConfig
-from xlir.models.transformer import (
-    ACTIVATIONS,
-    RATE,
-    WIDTH,
+from xlir.models.tensor_names import (
     LayerNames,
-    TransformerConfig,
     rename_layers,
     rename_modules,
     restore_layers,
     restore_modules,
 )
+from xlir.models.text_family import TextFamily
+from xlir.models.text_transformer import TextConfig
+from xlir.models.transformer import ACTIVATIONS, RATE, WIDTH, TransformerConfig
 
 _MODULES = {"norm": "layer_norm"}
 _EMBEDDING = "embed_tokens.weight"

@@ -10,14 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Int32
 
 from xlir.models.family import Family, TowerSpec, Weights
-from xlir.models.text_transformer import TextConfig, TextTransformer
-from xlir.models.transformer import (
+from xlir.models.tensor_names import (
     LayerNames,
     rename_layers,
     rename_modules,
     restore_layers,
     restore_modules,
 )
+from xlir.models.text_transformer import TextConfig, TextTransformer
 
 _MODULES = {"embedding_norm": "embeddings.LayerNorm", "pooler": "pooler.dense"}
 # Prefixes of checkpoint tensors that belong to the heads of other tasks; they are dropped.

@@ -11,18 +11,14 @@ from jax.typing import DTypeLike
 
 from xlir.config import Choice, Divisor, Flag, Whole, read_field
 from xlir.models.family import Family, TowerSpec, Weights
-from xlir.models.transformer import (
-    ACTIVATIONS,
-    EPSILON,
-    RATE,
-    WIDTH,
+from xlir.models.tensor_names import (
     LayerNames,
-    TransformerConfig,
     rename_layers,
     rename_modules,
     restore_layers,
     restore_modules,
 )
+from xlir.models.transformer import ACTIVATIONS, EPSILON, RATE, WIDTH, TransformerConfig
 from xlir.models.vision_transformer import VisionConfig, VisionTransformer, resized_positions
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from xlir.models.transformer import LayerNames
+from xlir.models.tensor_names import LayerNames
 from xlir.models.vision_family import EmbeddingNames, VisionFamily, read_layers
 from xlir.models.vision_transformer import VisionConfig
 
