@@ -1,5 +1,6 @@
 """Compares imported dual encoders of `transformers` with the originals, with random weights."""
 
+import io
 import json
 import re
 import shutil
@@ -392,3 +393,68 @@ def test_what_is_imported_can_be_exported(name, file, folders, photos, tmp_path)
     export.export(run, to, **test_set)
     assert (to / file).exists()
     assert "Published weights, imported by xlir" in (to / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != NAFLEX])
+def test_exported_as_the_class_that_it_was(name, folders, tmp_path, in_process, capsys):
+    """The exported folder and its import give what the original model gives."""
+    from xlir import export
+    from xlir.export import card, verification
+
+    folder, model = folders[name]
+    encoder, to = imported(folder, tmp_path / "run"), tmp_path / "exported"
+    to.mkdir()
+    assert not export.FORMATS["transformers"].unfit(encoder)
+    export.FORMATS["transformers"].write(encoder, to)
+    photos = [png(picture) for picture in pictures()]
+    rows = np.arange(len(TEXTS)) % len(photos)
+    pairs = verification.Examples("random", ["en"], [*TEXTS, "", " ".join(TEXTS)], rows, photos)
+    verification.verify(encoder, to, "transformers", pairs)
+
+    loaded = transformers.AutoModel.from_pretrained(to).eval()
+    assert type(loaded) is type(model)
+    assert loaded.config.model_type == model.config.model_type
+    assert loaded.config.text_config.eos_token_id == model.config.text_config.eos_token_id
+    padding = "max_length" if is_siglip(name) else True
+    processor = transformers.AutoProcessor.from_pretrained(to, backend="pil")
+    mine = processor(
+        text=TEXTS, images=pictures(), padding=padding, truncation=True, return_tensors="pt"
+    )
+    texts, images = inputs(name, folder, TEXTS, pictures())
+    if is_siglip(name):
+        texts.pop("attention_mask", None)
+        assert "attention_mask" not in mine
+    with torch.inference_mode():
+        ours, expected = loaded(**mine), model(**texts, **images)
+    scale = float(model.logit_scale.exp().detach())
+    differences = [
+        float((ours[output] - expected[output]).abs().max())
+        for output in ("text_embeds", "image_embeds", "logits_per_text")
+    ]
+    differences[2] /= scale
+    print(f"{name}: texts, images, logits / scale differ by {np.array(differences)}")
+    assert max(differences) <= 1e-5
+
+    again = imported(to, tmp_path / "again")
+    for side in ("text", "image"):
+        assert again.specs[side].family is encoder.specs[side].family
+        for part in ("tower", "head"):
+            before, after = (x.weights(f"{side}_{part}") for x in (encoder, again))
+            assert before.keys() == after.keys()
+            for weight in before:
+                np.testing.assert_array_equal(after[weight], before[weight], err_msg=weight)
+    assert again.preprocessing == encoder.preprocessing
+    assert again.scale == pytest.approx(encoder.scale, rel=1e-6)
+    np.testing.assert_array_equal(again.encode_text(TEXTS), encoder.encode_text(TEXTS))
+
+    (code,) = re.findall("```python\n(.*?)```", card._use(encoder, "transformers"), re.DOTALL)
+    photo = tmp_path / "apple.png"
+    photo.write_bytes(photos[0])
+    exec(code.replace("FOLDER", str(to)).replace("apple.jpg", str(photo)), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

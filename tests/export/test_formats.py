@@ -171,6 +171,7 @@ CASES = [
     ("CLIP's mean", "ResNet", "sentence-transformers torch"),
     ("CLIP of OpenAI", "CLIP", "sentence-transformers torch onnx"),
     ("MetaCLIP 2", "SigLIP", "torch onnx"),
+    ("MetaCLIP 2", "CLIP of another size", "transformers"),
     ("SigLIP", "SigLIP", "torch onnx"),
     ("SigLIP", "NaFlex", "torch onnx"),
     ("SigLIP", "NaFlex's mean", "torch"),
@@ -390,7 +391,8 @@ def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
         ("transformers", "BERT's pooler", "ResNet", "has no image tower 'resnet'"),
         ("sentence-transformers", "open_clip", "open_clip", "processors round odd margins"),
         ("sentence-transformers", "SigLIP", "SigLIP", "has no text tower 'siglip_text_model'"),
-        ("transformers", "MetaCLIP 2", "SigLIP", "has no text tower 'metaclip_2_text_model'"),
+        ("transformers", "MetaCLIP 2", "SigLIP", "text tower 'metaclip_2_text_model' in such"),
+        ("transformers", "SigLIP", "SigLIP", "SiglipModel's text head is 'none', not 'affine'"),
     ],
 )
 def test_what_a_format_can_not_hold_is_named(format, text, image, reason):

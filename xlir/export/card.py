@@ -31,13 +31,13 @@ print(model.similarity(texts, images))
     "transformers": """```python
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, VisionTextDualEncoderModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-model = VisionTextDualEncoderModel.from_pretrained("FOLDER")
+model = AutoModel.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 processor = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
 texts = ["ein roter Apfel", "빨간 사과"]
-text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+text = tokenizer(texts, padding=$padding, truncation=True, return_tensors="pt")
 image = processor(Image.open("apple.jpg"), return_tensors="pt")
 with torch.inference_mode():
     outputs = model(**text, **image)
@@ -138,7 +138,9 @@ def _metadata(languages: list[str], format: str) -> str:
 
 def _use(encoder: Encoder, format: str) -> str:
     tokenizers = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece"}
+    padded = getattr(encoder.tokenizer, "padding", None) is not None
     return string.Template(USE[format]).substitute(
+        padding='"max_length"' if padded else True,
         tokenizer=tokenizers[encoder.tokenizer.kind],
         opset=OPSET,
         dim=encoder.config.embedding_dim,

@@ -82,18 +82,21 @@ def run_sentence_transformers(folder, texts, images):
 
 
 def run_transformers(folder, texts, images):
-    """Runs a VisionTextDualEncoderModel."""
+    """Runs a dual encoder of transformers."""
     import torch
     import transformers
 
-    model = transformers.VisionTextDualEncoderModel.from_pretrained(folder).eval()
+    model = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    text = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    padding = True if "attention_mask" in tokenizer.model_input_names else "max_length"
+    text = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
     image = processor([decoded(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
         out = model(**text, pixel_values=image["pixel_values"])
-    features = out.text_model_output.pooler_output, out.vision_model_output.pooler_output
+        # In the outputs of some classes, the projection has replaced the towers' features.
+        towers = model.text_model(**text), model.vision_model(image["pixel_values"])
+    features = [tower.pooler_output for tower in towers]
     embeddings = out.text_embeds, out.image_embeds
     return unpadded(text), denormalized(image, processor), features, embeddings
 
@@ -105,7 +108,9 @@ def decoded(data):
 
 
 def unpadded(batch):
-    """The token ids of each text, without padding."""
+    """The token ids of each text, without padding that is masked."""
+    if "attention_mask" not in batch:
+        return list(batch["input_ids"].numpy())
     pairs = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
     return [ids[mask != 0] for ids, mask in pairs]
 

@@ -13,6 +13,7 @@ import numpy as np
 from input_pipeline.preprocessing import RESAMPLING
 from xlir.embed import SIDES
 from xlir.encoder import Encoder
+from xlir.export import dual_encoders
 from xlir.export.architecture import HeadLayer, head_layers, tower_weights
 from xlir.models import pretrained, sentence_modules
 
@@ -57,18 +58,33 @@ def unfit_for_sentence_transformers(encoder: Encoder) -> str:
 
 
 def unfit_for_transformers(encoder: Encoder) -> str:
-    """Why VisionTextDualEncoderModel can't represent an encoder; an empty string if it can."""
+    """Why no dual encoder of `transformers` can represent an encoder; an empty string if one can.
+
+    Two towers that were trained together have a class of their own (`dual_encoders.CLASSES`). All
+    other pairs, and such towers with other poolings or heads, need VisionTextDualEncoderModel.
+    """
+    reasons = []
+    if dual_encoders.fitting(encoder) is None:
+        reasons = _unfit_vision_text(encoder)
+        known = dual_encoders.of_towers(encoder)
+        if reasons and known is not None:
+            reasons = dual_encoders.unfit(encoder, known)
+    return "; ".join(reasons + _unfit_preprocessing(encoder))
+
+
+def _unfit_vision_text(encoder: Encoder) -> list[str]:
+    """Why VisionTextDualEncoderModel can't represent an encoder."""
     reasons = []
     for side in SIDES:
         spec, head = encoder.specs[side], encoder.config[side].head
         known = spec.family.dual_encoder_pooling
         if not known:
-            reasons.append(f"the format has no {side} tower {spec.family.name!r}")
+            reasons.append(f"the format has no {side} tower {spec.family.name!r} in such a pair")
         elif spec.pooling != known:
             reasons.append(f"the format's {side} pooling is {known!r}, not {spec.pooling!r}")
         if head != "linear":
             reasons.append(f"the format's {side} head is a matrix without bias, not {head!r}")
-    return "; ".join(reasons + _unfit_preprocessing(encoder))
+    return reasons
 
 
 def _unfit_preprocessing(encoder: Encoder) -> list[str]:
@@ -125,29 +141,39 @@ def write_sentence_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
 
 
 def write_transformers(encoder: Encoder, folder: pathlib.Path) -> None:
-    """Writes a VisionTextDualEncoderModel with its tokenizer and image processor."""
-    weights = {}
+    """Writes a dual encoder of `transformers` with its tokenizer and image processor.
+
+    It is the towers' own class if there is one that fits, otherwise VisionTextDualEncoderModel.
+    """
+    known, scale = dual_encoders.fitting(encoder), np.log(np.float32(encoder.scale))
+    config: dict[str, Any] = {
+        "architectures": ["VisionTextDualEncoderModel" if known is None else known.name],
+        "model_type": "vision-text-dual-encoder" if known is None else known.model_type,
+    }
+    weights, parts = {}, {}
     for side, name in (("text", "text"), ("image", "vision")):
         tower = _published(encoder, side)
         weights |= {f"{name}_model.{weight}": value for weight, value in tower.items()}
-    for side, name in (("text", "text"), ("image", "visual")):
-        weights[f"{name}_projection.weight"] = head_layers(encoder, side)[0].weight
-    weights["logit_scale"] = np.log(np.float32(encoder.scale))
+        parts[name] = _config(encoder, side)
+        if known is not None:
+            parts[name]["model_type"] = f"{known.model_type}_{name}_model"
+    if known is None or known.head == "linear":
+        dim = encoder.config.embedding_dim
+        config |= {"projection_dim": dim, "logit_scale_init_value": float(scale)}
+        for side, name in (("text", "text"), ("image", "visual")):
+            weights[f"{name}_projection.weight"] = head_layers(encoder, side)[0].weight
+        weights["logit_scale"] = scale
+        if known is not None:
+            parts = {name: part | {"projection_dim": dim} for name, part in parts.items()}
+    else:
+        weights["logit_scale"] = scale[None]
+        weights["logit_bias"] = np.float32(encoder.parameters.trained["bias"])[None]
     pretrained.save(weights, folder / WEIGHTS_FILE)
-    _json(
-        folder / "config.json",
-        {
-            "architectures": ["VisionTextDualEncoderModel"],
-            "model_type": "vision-text-dual-encoder",
-            "projection_dim": encoder.config.embedding_dim,
-            "logit_scale_init_value": float(np.log(encoder.scale)),
-            "text_config": _config(encoder, "text"),
-            "vision_config": _config(encoder, "image"),
-        },
-    )
+    _json(folder / "config.json", config | {f"{name}_config": x for name, x in parts.items()})
     _write_tokenizer(encoder, folder)
-    processor = {"processor_class": "VisionTextDualEncoderProcessor"}
-    _json(folder / "preprocessor_config.json", _image_processor(encoder) | processor)
+    processor = "VisionTextDualEncoderProcessor" if known is None else known.processor
+    described = _image_processor(encoder) | {"processor_class": processor}
+    _json(folder / "preprocessor_config.json", described)
 
 
 def _modules(encoder: Encoder, side: str) -> list[tuple[str, Any]]:
@@ -283,15 +309,18 @@ def _pad_token(encoder: Encoder) -> tuple[str, int]:
     """The padding token and its id.
 
     A tokenizer without a padding token pads with another special token. Padding is masked, so the
-    token does not change the embeddings.
+    token does not change the embeddings. SigLIP does not mask it; its tokenizer says which it is.
     """
     special = encoder.tokenizer.special_tokens()
+    if padding := getattr(encoder.tokenizer, "padding", None):
+        return next(token for token, id in special.items() if id == padding.id), padding.id
     chosen = next((token for token in PAD_TOKENS if token in special), next(iter(special)))
     return chosen, special[chosen]
 
 
 def _write_tokenizer(encoder: Encoder, folder: pathlib.Path) -> None:
     encoder.tokenizer.save_vocabulary(folder)
+    padded = getattr(encoder.tokenizer, "padding", None) is not None
     _json(
         folder / "tokenizer_config.json",
         {
@@ -300,7 +329,8 @@ def _write_tokenizer(encoder: Encoder, folder: pathlib.Path) -> None:
             "pad_token": _pad_token(encoder)[0],
             "padding_side": "right",
             "truncation_side": "right",
-            "model_input_names": ["input_ids", "attention_mask"],
+            # A model whose tokens attend to the padding takes no mask.
+            "model_input_names": ["input_ids"] + ([] if padded else ["attention_mask"]),
             "clean_up_tokenization_spaces": False,
         },
     )

@@ -160,8 +160,9 @@ CLIP_TEXT = DualEncoderTextFamily(
         "openai/clip-vit-large-patch14-336": _LARGE,
     },
 )
-# `transformers` has a class of this tower, but AutoModel does not know it. So the layouts that are
-# loaded by AutoModel can't hold it, and `outputs` and `dual_encoder_pooling` are empty.
+# `transformers` has a class of this tower, but AutoModel does not know it. So the layouts that load
+# towers by AutoModel can't hold it, and `outputs` and `dual_encoder_pooling` are empty. Exports of
+# both towers that were trained together are described in `xlir/export/dual_encoders.py`.
 METACLIP_2_TEXT = DualEncoderTextFamily(
     name="metaclip_2_text_model",
     other_names=("metaclip_2",),

@@ -59,8 +59,9 @@ class SigLIPTextFamily(DualEncoderTextFamily):
         return self.longest_text(config)
 
 
-# `transformers` has a class of this tower, but AutoModel does not know it. So the layouts that are
-# loaded by AutoModel can't hold it, and `outputs` and `dual_encoder_pooling` are empty.
+# `transformers` has a class of this tower, but AutoModel does not know it. So the layouts that load
+# towers by AutoModel can't hold it, and `outputs` and `dual_encoder_pooling` are empty. Exports of
+# both towers that were trained together are described in `xlir/export/dual_encoders.py`.
 SIGLIP_TEXT = SigLIPTextFamily(
     name="siglip_text_model",
     other_names=("siglip", "siglip2_text_model", "siglip2"),
