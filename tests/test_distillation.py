@@ -99,6 +99,7 @@ def config_of(folder, name, teacher):
     config.data.dir, config.data.name = str(folder), name
     config.steps, config.eval_every, config.log_every = 6, 3, 1
     config.loss.name, config.teacher = "distill", str(teacher)
+    config.data.microbatches = 2
     config.image.update(frozen=True, min_area=0.0)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=0)
     return config
@@ -109,7 +110,6 @@ def taught(corpus, toy_run, tmp_path_factory):
     """A run on parallel texts without photos."""
     folder = tmp_path_factory.mktemp("taught") / "run"
     config = config_of(corpus, "texts", toy_run)
-    config.data.microbatches = 2
     train.train(config, folder)
     return folder, config
 
@@ -146,7 +146,6 @@ def test_the_image_side_is_left_alone(taught):
 def test_captions_and_a_moved_teacher(photos, toy_run, tmp_path, monkeypatch):
     """A run on captions is stopped and resumed, with the teacher in another place."""
     config = config_of(photos, "captions", toy_run)
-    config.loss.distill_metric = "contrastive"
     train.train(config, tmp_path / "straight")
     moved = shutil.copytree(toy_run, tmp_path / "moved")
     write = MetricLog.write

@@ -198,6 +198,8 @@ def _terms(encoder: Encoder, format: str) -> str:
         name = _name(config.data.dir)
         known = datasets.find(config.data.name).terms or f"{name}: see the terms of that set"
         lines.append(f"- training data: {known}")
+    if config.teacher:
+        lines.append(f"- teacher of the text side: {_name(config.teacher)}: see its terms")
     if format in ("torch", "onnx"):
         lines.append("- code in this folder: Apache-2.0")
     return "\n".join(lines) + "\n"
