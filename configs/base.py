@@ -68,10 +68,12 @@ def _data() -> ConfigDict:
     """The training data and its batches."""
     data = ConfigDict()
     # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (COCO 2014
-    # with Karpathy's JSON), or "coco_captions" (TFDS's data set, prepared as ArrayRecord).
+    # with Karpathy's JSON), "coco_captions" (TFDS's data set, prepared as ArrayRecord), or "texts"
+    # (line-aligned texts without photos, only for the loss "distill").
     data.name = ""
     # Folder of the data set. "captions", "coco": it holds dataset_*.json and the photos, in folders
-    # or in the downloaded zip archives. "coco_captions": TFDS's data_dir. "emoji" needs none.
+    # or in the downloaded zip archives. "coco_captions": TFDS's data_dir. "texts": it holds
+    # files named SPLIT.LANGUAGE, such as train.en and train.de. "emoji" needs none.
     data.dir = ""
     # Path of the Karpathy JSON; empty: the only dataset_*.json in data.dir.
     data.annotations = ""
