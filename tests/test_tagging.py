@@ -18,6 +18,7 @@ from PIL import Image
 from configs import base
 from input_pipeline import vocabularies
 from input_pipeline.datasets import emoji
+from input_pipeline.tokenizers import byte_tokenizer
 from tests.runs import REPOSITORY, run_main
 from tests.test_main import NO_JAX, refusal
 from tests.test_photo_limits import odd_files, png, within
@@ -34,6 +35,8 @@ def unit(rng, *shape):
 
 class FakeEncoder(encoder.Encoder):
     """Embeds each text at a random point, which is always the same for the same text."""
+
+    tokenizer = byte_tokenizer()
 
     def __init__(self):
         pass

@@ -39,11 +39,10 @@ class Evaluator:
         images: Float[np.ndarray, "images dim"] | None = None,
     ):
         self._embedder, self._data = encoder.embedder, data
-        known = getattr(encoder.tokenizer, "languages", ())
         self._captions = [
-            languages.marked(caption, language, known)
+            caption
             for language, captions in data.captions.items()
-            for caption in captions
+            for caption in languages.marked(captions, language, encoder.tokenizer)
         ]
         inputs = Inputs(data.name, self._captions, data.images, data.fingerprint)
         self._images = images

@@ -35,6 +35,7 @@ import numpy as np
 from jaxtyping import Float
 
 from input_pipeline import vocabularies
+from input_pipeline.tokenizers import languages
 from xlir import embed
 from xlir.encoder import Encoder, encode_each
 from xlir.reference_photos import Reference
@@ -200,7 +201,7 @@ def embed_names(
         prompts = [
             re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in prompts
         ]
-    flat = encoder.encode_text(prompts)
+    flat = encoder.encode_text(languages.marked(prompts, language, encoder.tokenizer))
     starts = np.cumsum([0] + [len(of_tag) * len(templates) for of_tag in names[:-1]])
     sums = np.add.reduceat(flat, starts, axis=0)
     return sums / np.linalg.norm(sums, axis=1, keepdims=True)

@@ -132,6 +132,8 @@ class HuggingFaceTokenizer:
                 folder, trust_remote_code=False, local_files_only=True
             )
             is_siglip = type(loaded).__name__ == "SiglipTokenizer"
+            if not is_siglip and not hasattr(loaded, "backend_tokenizer"):
+                raise ValueError(f"transformers has {type(loaded).__name__} only in Python")
             backend = siglip.converted(loaded) if is_siglip else loaded.backend_tokenizer
             backend.no_padding()
             backend.no_truncation()

@@ -1,6 +1,7 @@
 """Tokens of languages, which translation models put before texts (M2M-100 and NLLB-200)."""
 
-from collections.abc import Container
+from collections.abc import Sequence
+from typing import Any
 
 # ISO 639-1 code -> NLLB's token, for languages of captions in multilingual test sets. NLLB has
 # tokens of scripts and dialects; these are the standard languages in their usual scripts.
@@ -53,15 +54,15 @@ NLLB = {
 }
 
 
-def marked(text: str, language: str, known: Container[str]) -> str:
-    """The text with the token of its language in front.
+def marked(texts: Sequence[str], language: str, tokenizer: Any) -> list[str]:
+    """Texts with the token of their language in front, if the tokenizer has one for it.
 
     Args:
-      text: any text.
+      texts: any texts.
       language: an ISO 639-1 code such as "de", or NLLB's own code such as "deu_Latn".
-      known: the tokens of languages that the tokenizer has. If the language's token is not one of
-        them, the text is returned as it is.
+      tokenizer: any tokenizer; most have no tokens of languages, and leave the texts as they are.
     """
+    known = getattr(tokenizer, "languages", ())
     candidates = (language, NLLB.get(language, ""), f"__{language}__")
     token = next((token for token in candidates if token in known), "")
-    return token + text
+    return [token + text for text in texts]

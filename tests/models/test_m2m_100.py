@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline.tokenizers import HuggingFaceTokenizer, languages, load_tokenizer
+from input_pipeline.tokenizers import (
+    HuggingFaceTokenizer,
+    byte_tokenizer,
+    languages,
+    load_tokenizer,
+)
 from tests.models.test_transformer import (
     create,
     flat,
@@ -265,9 +270,7 @@ def test_a_text_can_begin_with_the_token_of_its_language(nllb, length, tmp_path)
     theirs.src_lang = "eng_Latn"
     spaced = rows_of(ours([f"deu_Latn {text}" for text in CORPUS], length))
     assert spaced == expected[: len(CORPUS)]
-    assert rows_of(
-        ours([languages.marked(text, "de", ours.languages) for text in RAW], length)
-    ) == (expected)
+    assert rows_of(ours(languages.marked(RAW, "de", ours), length)) == expected
     prefixed = HuggingFaceTokenizer(ours._serialized, "deu_Latn")
     prefixed.save(tmp_path / "saved")
     assert rows_of(load_tokenizer(tmp_path / "saved")(RAW, length)) == expected
@@ -289,6 +292,6 @@ def test_languages_have_tokens(nllb):
     ours = nllb[0]
     assert len(ours.languages) == 202
     assert set(languages.NLLB.values()) <= set(ours.languages)
-    assert languages.marked("Hund", "de", ()) == "Hund"
-    assert languages.marked("Hund", "de", {"__de__"}) == "__de__Hund"
-    assert languages.marked("Hund", "tlh", ours.languages) == "Hund"
+    assert languages.marked(["Hund"], "de", ours) == ["deu_LatnHund"]
+    assert languages.marked(["Hund"], "tlh", ours) == ["Hund"]
+    assert languages.marked(["Hund"], "de", byte_tokenizer()) == ["Hund"]
