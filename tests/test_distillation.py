@@ -12,7 +12,7 @@ from input_pipeline.datasets import texts
 from tests.conftest import COLOURS, PLACES, SHAPES
 from tests.runs import checkpoint_of, metrics_of
 from tests.test_losses_on_meshes import batch, mesh_of, on_mesh
-from xlir import data, losses, train
+from xlir import data, evaluate_tagging, losses, train
 from xlir.config import check_config
 from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog
@@ -246,3 +246,5 @@ def test_splits_with_different_languages(tmp_path):
     with pytest.raises(ValueError, match="split:x has no photos"):
         data.test_sets(config, "split:x")
     assert "news.de-en        2 lines" in data.prepare(config)
+    with pytest.raises(ValueError, match=r"split:news.de-en has no photos"):
+        evaluate_tagging.tagging_set(config, "flickr8k", "news.de-en")

@@ -124,8 +124,7 @@ def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
 
 
 def for_teacher(photos: CaptionedImages | Texts) -> list[str]:
-    """The text that a teacher reads for each training text: the English original of a
-    translation, or the caption itself."""
+    """The text that a teacher reads for each training text: the caption, or its English line."""
     if isinstance(photos, Texts):
         pairs = zip(photos.english, photos.captions, strict=True)
         return [english for english, texts in pairs for _ in texts]

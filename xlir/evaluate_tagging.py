@@ -73,7 +73,7 @@ def tagging_set(config: ConfigDict, vocabulary: str = "", split: str = "test") -
         raise ValueError(
             f"vocabulary {chosen.name} is a list; evaluation needs a table with the column 'en'"
         )
-    photos = prepared.source(split)
+    photos = data.split_photos(config, split)
     positive, source = _labels(config, chosen, photos, split)
     if not positive.any():
         raise ValueError(f"no photo of {prepared.name}-{split} has a tag of {chosen.name}")
