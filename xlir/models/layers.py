@@ -46,15 +46,32 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, in float32 (Ba et al. 2016)."""
 
-    def __init__(self, features: int, *, epsilon: float):
+    def __init__(self, features: int, *, epsilon: float, use_bias: bool = True):
         self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features)) if use_bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
         """Normalises each row."""
-        x = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.epsilon)
-        return x * self.scale[...] + self.bias[...]
+        x = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.epsilon) * self.scale[...]
+        return x if self.bias is None else x + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, in float32, and a learned scale.
+
+    Zhang and Sennrich 2019 (https://arxiv.org/abs/1910.07467).
+    """
+
+    def __init__(self, features: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows features"]) -> Float[Array, "*rows features"]:
+        """Normalises each row."""
+        x = x.astype(jnp.float32)
+        square = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(square + self.epsilon) * self.scale[...]
 
 
 def dropout(

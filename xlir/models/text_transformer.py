@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from xlir.models.layers import LayerNorm, Linear, dropout
+from xlir.models.layers import Linear, dropout
 from xlir.models.transformer import ACTIVATIONS, Layers, TransformerConfig, dense_layer
 from xlir.partition import split_rows
 
@@ -34,6 +34,9 @@ class TextConfig:
       embedding_scale: factor on the embeddings of tokens.
       first_position: number of the first token, if the position embeddings are `sinusoids`, which
         are not trained. None: they are a learned table.
+      rope_thetas: instead of position embeddings, rotary positions with these bases: one for all
+        layers, or one for layers that are not local and one for local layers. Empty: no rotation.
+      input_norm: a pre-norm stack has a norm before the layers too (ModernBERT).
     """
 
     transformer: TransformerConfig
@@ -44,6 +47,8 @@ class TextConfig:
     head_dim: int | None = None
     embedding_scale: float = 1.0
     first_position: int | None = None
+    rope_thetas: tuple[float, ...] = ()
+    input_norm: bool = False
 
     @property
     def position_offset(self) -> int:
@@ -54,7 +59,7 @@ class TextConfig:
 class TextTransformer(nnx.Module):
     """Token ids to one pooled vector.
 
-    A layer norm comes before a post-norm stack (BERT) and after a pre-norm stack (CLIP). Dropout is
+    A norm comes before a post-norm stack (BERT) and after a pre-norm stack (CLIP). Dropout is
     applied as in BERT. DistilBERT itself has no dropout after the attention.
 
     When weights are loaded, the embedding of token type 0 is added to the position table, and
@@ -94,12 +99,14 @@ class TextTransformer(nnx.Module):
         self.max_length = config.max_length
         self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
         self.embedding_scale, self.first_position = config.embedding_scale, config.first_position
-        learned, shape = self.first_position is None, (self.max_length, width)
+        self.rope_thetas, self.head_width = config.rope_thetas, stack.head_width
+        learned = self.first_position is None and not self.rope_thetas
+        shape = (self.max_length, width)
         self.position = nnx.Param(normal(rngs.params(), shape)) if learned else None
-        norm = LayerNorm(width, epsilon=stack.epsilon)
-        self.embedding_norm = None if stack.pre_norm else norm
+        before = config.input_norm or not stack.pre_norm
+        self.embedding_norm = stack.norm(width) if before else None
         self.layers = Layers(stack, dtype=dtype, remat=remat, rngs=rngs)
-        self.norm = norm if stack.pre_norm else None
+        self.norm = stack.norm(width) if stack.pre_norm else None
         pooler = pooling == "pooler"
         self.pooler = dense_layer(width, width, dtype=dtype, rngs=rngs) if pooler else None
         head_dim = config.head_dim if pooling == "last" else None
@@ -133,13 +140,16 @@ class TextTransformer(nnx.Module):
                 f"texts have {length} tokens, but this tower takes at most {self.max_length}"
             )
         x = split_rows(self.embedding[...][text_ids]) * self.embedding_scale
-        x = x + self._positions(text_ids)
+        x = x if self.rope_thetas else x + self._positions(text_ids)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:
             key, embedding_key = jax.random.split(key)
             x = dropout(x.reshape(-1, x.shape[-1]), self.dropout, embedding_key).reshape(x.shape)
-        x = self.layers(x, text_mask, key=key)
+        rotary = None
+        if self.rope_thetas:
+            rotary = position_angles(length, self.head_width // 2, self.rope_thetas)
+        x = self.layers(x, text_mask, rotary=rotary, key=key)
         x = self._pool(x if self.norm is None else self.norm(x), text_ids, text_mask)
         for layer in self.dense or ():
             x = layer(x)
@@ -195,6 +205,23 @@ def sinusoids(first: int, count: int, width: int) -> Float[np.ndarray, "count wi
     angles = np.arange(first, first + count, dtype=np.float32)[:, None] * np.exp(steps)
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(table, ((0, 0), (0, width % 2)))
+
+
+def position_angles(
+    length: int, angles: int, thetas: Sequence[float]
+) -> Float[np.ndarray, "kinds length angles"]:
+    """The rotary angles of a text's tokens, in radians (Su et al. 2021).
+
+    Angle i of token n is n / theta^(i / angles): https://arxiv.org/abs/2104.09864.
+
+    Args:
+      length: number of tokens.
+      angles: number of angles of a token: half the width of a head.
+      thetas: the base of each kind of layers.
+    """
+    exponents = np.arange(angles, dtype=np.float32) / np.float32(angles)
+    frequencies = 1 / np.array(thetas, np.float32)[:, None] ** exponents
+    return np.arange(length, dtype=np.float32)[:, None] * frequencies[:, None]
 
 
 def _rows(

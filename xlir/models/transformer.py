@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from xlir.config import MOST_DROPPED, WIDEST, Real, Whole
-from xlir.models.layers import LayerNorm, Linear, dropout
+from xlir.models.layers import LayerNorm, Linear, RMSNorm, dropout
 from xlir.partition import split_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -49,7 +49,7 @@ class TransformerConfig:
       num_heads: number of attention heads; it divides `width`.
       mlp_dim: width inside the feed-forward block.
       activation: a key of `ACTIVATIONS`.
-      epsilon: epsilon of the layer norms.
+      epsilon: epsilon of the norms.
       pre_norm: normalise the input of each block (ViT) instead of the sum after it (BERT).
       dropout: rate on the output of each block.
       attention_dropout: rate on the attention weights.
@@ -58,8 +58,22 @@ class TransformerConfig:
       output_bias: the output of the attention has a bias.
       mlp_bias: both layers of the feed-forward block have a bias.
       layer_scale: each block's output is scaled by a learned vector (CaiT, DINOv2).
-      gated: the feed-forward block is SwiGLU (DINOv2 giant).
+      gated: the feed-forward block multiplies the activation of one projection with another
+        projection (GLU variants: Shazeer 2020, https://arxiv.org/abs/2002.05202).
       causal: tokens attend only to themselves and the tokens before them (CLIP's texts).
+      rms_norm: the norms are `RMSNorm` instead of `LayerNorm`.
+      norm_bias: each `LayerNorm` has a bias.
+      first_norm: the attention of the first layer has a norm; False for ModernBERT, where the
+        layer's input is normalised already.
+      output_norms: the output of each block is normalised too, before it is added (Gemma 3).
+      num_kv_heads: number of heads of the keys and of the values. Each is shared by consecutive
+        heads of the queries (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245). None:
+        `num_heads`.
+      head_dim: width of a head. None: `width / num_heads`.
+      qk_norms: the queries and the keys of each head are normalised.
+      query_scale: factor on the queries, besides 1 / sqrt(`head_dim`).
+      local: for each layer, whether its attention is local. Empty: no layer is local.
+      window: in local layers, a token attends to tokens that are at most this far away.
     """
 
     depth: int
@@ -78,6 +92,27 @@ class TransformerConfig:
     layer_scale: bool = False
     gated: bool = False
     causal: bool = False
+    rms_norm: bool = False
+    norm_bias: bool = True
+    first_norm: bool = True
+    output_norms: bool = False
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    qk_norms: bool = False
+    query_scale: float = 1.0
+    local: tuple[bool, ...] = ()
+    window: int = 0
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.width // self.num_heads
+
+    def norm(self, features: int) -> LayerNorm | RMSNorm:
+        """Creates a norm of this stack's kind."""
+        if self.rms_norm:
+            return RMSNorm(features, epsilon=self.epsilon)
+        return LayerNorm(features, epsilon=self.epsilon, use_bias=self.norm_bias)
 
 
 class Layers(nnx.Module):
@@ -96,7 +131,7 @@ class Layers(nnx.Module):
             return Layer(config, dtype=dtype, rngs=rngs)
 
         self.stacked = stacked(rngs)
-        self.depth = config.depth
+        self.config = config
         self.remat = remat
 
     def __call__(
@@ -104,7 +139,7 @@ class Layers(nnx.Module):
         x: Float[Array, "batch length width"],
         mask: Bool[Array, "batch length"] | None = None,
         *,
-        rotary: Float[Array | np.ndarray, "1 length angles"] | None = None,
+        rotary: Float[Array | np.ndarray, "kinds length angles"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Applies the layers.
@@ -112,26 +147,52 @@ class Layers(nnx.Module):
         Args:
           x: one sequence of tokens per row.
           mask: False for tokens that no token attends to, such as padding.
-          rotary: the angles of each token's `rotated` queries and keys; None for no rotation.
+          rotary: the angles of each token's `rotated` queries and keys; None for no rotation. If
+            some layers are local, there are two kinds: for the other layers, and for local ones.
           key: random key for dropout; None turns dropout off.
         """
         batch, length, width = x.shape
         graph, params = nnx.split(self.stacked)
-        angles = None if rotary is None else jnp.asarray(rotary[0])
+        config = self.config
+        rotary = None if rotary is None else jnp.asarray(rotary)
+        masks = self._masks(mask, length)
 
         def apply(x: Array, inputs: tuple) -> tuple[Array, None]:
-            params, key = inputs
-            x = nnx.merge(graph, params)(split_rows(x), (batch, length), mask, angles, key)
-            return split_rows(x), None
+            params, key, local, first = inputs
+            seen = masks[0] if masks[1] is masks[0] else jnp.where(local, masks[1], masks[0])
+            angles = rotary
+            if rotary is not None:
+                angles = rotary[0 if local is None else local.astype(int)]
+            layer = nnx.merge(graph, params)
+            return split_rows(layer(split_rows(x), (batch, length), seen, angles, first, key)), None
 
         # Without remat the results of matrix products are kept, and the operations between them
         # are recomputed: this takes less memory, and on CPUs a tenth less time.
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = None if self.remat else saved
         apply = jax.checkpoint(apply, prevent_cse=False, policy=policy)
-        keys = None if key is None else jax.random.split(key, self.depth)
-        x, _ = jax.lax.scan(apply, x.reshape(batch * length, width), (params, keys))
+        keys = None if key is None else jax.random.split(key, config.depth)
+        local = jnp.array(config.local) if config.local else None
+        first = None if config.first_norm else jnp.arange(config.depth) == 0
+        inputs = (params, keys, local, first)
+        x, _ = jax.lax.scan(apply, x.reshape(batch * length, width), inputs)
         return x.reshape(batch, length, width)
+
+    def _masks(
+        self, mask: Bool[Array, "batch length"] | None, length: int
+    ) -> tuple[Bool[Array, "#batch #length length"] | None, ...]:
+        """Which tokens each token attends to: in layers that are not local, and in local ones."""
+        config, position = self.config, jnp.arange(length)
+        distance = position[:, None] - position
+        seen = None if mask is None else mask[:, None]
+        seen = _both(seen, (distance >= 0)[None]) if config.causal else seen
+        if not config.local or length <= config.window + 1:
+            return seen, seen
+        return seen, _both(seen, (abs(distance) <= config.window)[None])
+
+
+def _both(mask: Array | None, other: Array) -> Array:
+    return other if mask is None else mask & other
 
 
 class Layer(nnx.Module):
@@ -139,10 +200,13 @@ class Layer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.pre_norm, self.dropout = config.pre_norm, config.dropout
+        norm = functools.partial(config.norm, config.width)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.attention_norm = LayerNorm(config.width, epsilon=config.epsilon)
+        self.attention_norm = norm()
+        self.attention_output_norm = norm() if config.output_norms else None
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, epsilon=config.epsilon)
+        self.mlp_norm = norm()
+        self.mlp_output_norm = norm() if config.output_norms else None
         ones = functools.partial(jnp.ones, config.width)
         self.attention_scale = nnx.Param(ones()) if config.layer_scale else None
         self.mlp_scale = nnx.Param(ones()) if config.layer_scale else None
@@ -151,30 +215,51 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
-        mask: Bool[Array, "batch length"] | None,
+        mask: Bool[Array, "#batch #length length"] | None,
         angles: Float[Array, "length angles"] | None,
+        first: Bool[Array, ""] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
-        """Applies the layer to a flattened batch; `size` is (batch, length)."""
+        """Applies the layer to a flattened batch.
+
+        Args:
+          x: the tokens.
+          size: (batch, length).
+          mask: True for the tokens that a token attends to; None for all.
+          angles: see `Layers`.
+          first: True if the norm before the attention is left out; None counts as False.
+          key: random key for dropout; None turns dropout off.
+        """
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+
+        def norm(x: Array) -> Array:
+            normed = self.attention_norm(x)
+            return normed if first is None else jnp.where(first, x, normed)
+
         attention = functools.partial(
             self.attention, size=size, mask=mask, angles=angles, key=keys[0]
         )
-        x = self._block(x, attention, self.attention_norm, self.attention_scale, keys[1])
-        return self._block(x, self.mlp, self.mlp_norm, self.mlp_scale, keys[2])
+        after = functools.partial(_after, self.attention_output_norm, self.attention_scale)
+        x = self._block(x, lambda x: after(attention(x)), norm, keys[1])
+        after = functools.partial(_after, self.mlp_output_norm, self.mlp_scale)
+        return self._block(x, lambda x: after(self.mlp(x)), self.mlp_norm, keys[2])
 
     def _block(
         self,
         x: Array,
         function: Callable[[Array], Array],
-        norm: LayerNorm,
-        scale: nnx.Param | None,
+        norm: Callable[[Array], Array],
         key: Key[Array, ""] | None,
     ) -> Array:
         y = function(norm(x) if self.pre_norm else x)
-        y = y if scale is None else y * scale[...]
         y = y if key is None else dropout(y, self.dropout, key)
         return x + y if self.pre_norm else norm(x + y)
+
+
+def _after(norm: Callable[[Array], Array] | None, scale: nnx.Param | None, x: Array) -> Array:
+    """A block's output with its norm and its layer scale, if there are any."""
+    x = x if norm is None else norm(x)
+    return x if scale is None else x * scale[...]
 
 
 class Attention(nnx.Module):
@@ -182,34 +267,43 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         dense = functools.partial(dense_layer, dtype=dtype, rngs=rngs)
-        self.qkv = dense(config.width, 3 * config.width, use_bias=config.qkv_bias)
-        self.output = dense(config.width, config.width, use_bias=config.output_bias)
+        dim, shared = config.head_width, config.num_kv_heads or config.num_heads
+        self.widths = (config.num_heads * dim, shared * dim, shared * dim)
+        self.qkv = dense(config.width, sum(self.widths), use_bias=config.qkv_bias)
+        self.output = dense(self.widths[0], config.width, use_bias=config.output_bias)
         for part in config.part_biases:
-            setattr(self, f"{part}_bias", nnx.Param(jnp.zeros(config.width)))
-        self.heads, self.dropout, self.dtype = config.num_heads, config.attention_dropout, dtype
-        self.causal, self.part_biases = config.causal, config.part_biases
+            width = self.widths[PARTS.index(part)]
+            setattr(self, f"{part}_bias", nnx.Param(jnp.zeros(width)))
+        self.query_norm = config.norm(dim) if config.qk_norms else None
+        self.key_norm = config.norm(dim) if config.qk_norms else None
+        self.config, self.dtype = config, dtype
 
     def __call__(
         self,
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
-        mask: Bool[Array, "batch length"] | None,
+        mask: Bool[Array, "#batch #length length"] | None,
         angles: Float[Array, "length angles"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
-        """Attends within each sequence of a flattened batch; `size` is (batch, length)."""
-        parts = dict(zip(PARTS, jnp.split(self.qkv(x), 3, axis=-1), strict=True))
-        for part in self.part_biases:
+        """Attends within each sequence of a flattened batch; the arguments are a `Layer`'s."""
+        config, ends = self.config, np.cumsum(self.widths)[:2]
+        parts = dict(zip(PARTS, jnp.split(self.qkv(x), ends, axis=-1), strict=True))
+        for part in config.part_biases:
             parts[part] = parts[part] + getattr(self, f"{part}_bias")[...]
-        query, key_, value = (part.reshape(*size, self.heads, -1) for part in parts.values())
+        split = (part.reshape(*size, -1, config.head_width) for part in parts.values())
+        query, key_, value = split
+        if config.qk_norms:
+            query, key_ = self.query_norm(query), self.key_norm(key_)
         if angles is not None:
             query, key_ = rotated(query, angles), rotated(key_, angles)
-        seen = None if mask is None else mask[:, None]
-        if self.causal:
-            before = jnp.tri(size[1], dtype=bool)[None]
-            seen = before if seen is None else seen & before
-        attended = attend(query, key_, value, seen, self.dtype, self.dropout, key)
-        return self.output(attended.reshape(x.shape))
+        if config.query_scale != 1:
+            query = query * config.query_scale
+        if config.num_kv_heads:
+            shared = config.num_heads // config.num_kv_heads
+            key_, value = (jnp.repeat(each, shared, axis=2) for each in (key_, value))
+        attended = attend(query, key_, value, mask, self.dtype, config.attention_dropout, key)
+        return self.output(attended.reshape(len(x), -1))
 
 
 def rotated(

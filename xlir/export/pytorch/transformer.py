@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from .layers import ACTIVATIONS, FeedForward, Layer, head_width, norm_layer, split
+
 DENSE_ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda x: x}
 
 
@@ -37,15 +31,18 @@ class TextTransformer(nn.Module):
         width = stack["width"]
         self.embedding = nn.Embedding(config["vocab_size"], width)
         self.scale, first = config["embedding_scale"], config["first_position"]
-        if first is None:
+        self.thetas, self.angles = config["rope_thetas"], head_width(stack) // 2
+        if self.thetas:
+            self.position = None
+        elif first is None:
             self.position = nn.Parameter(torch.zeros(config["max_length"], width))
         else:
             table = sinusoids(first, config["max_length"], width)
             self.register_buffer("position", table, persistent=False)
-        norm = nn.LayerNorm(width, stack["epsilon"])
-        self.embedding_norm = None if stack["pre_norm"] else norm
-        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
-        self.norm = norm if stack["pre_norm"] else None
+        before = config["input_norm"] or not stack["pre_norm"]
+        self.embedding_norm = norm_layer(stack, width) if before else None
+        self.layers = nn.ModuleList(Layer(stack, layer) for layer in range(stack["depth"]))
+        self.norm = norm_layer(stack, width) if stack["pre_norm"] else None
         self.pooler = nn.Linear(width, width) if pooling == "pooler" else None
         head_dim = config["head_dim"] if pooling == "last" else None
         self.head = nn.Linear(width, head_dim) if head_dim else None
@@ -54,10 +51,12 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids, mask):
         """Maps ids and mask, [batch, length], to [batch, dim]."""
-        x = self.embedding(ids) * self.scale + self.positions(ids)
+        x = self.embedding(ids) * self.scale
+        x = x if self.thetas else x + self.positions(ids)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
+        rotary = [self.position_angles(ids, theta) for theta in self.thetas] or [None]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, mask, rotary[-1 if layer.local else 0])
         x = x if self.norm is None else self.norm(x)
         x = self.pool(x, ids, mask)
         for layer in self.dense:
@@ -71,6 +70,11 @@ class TextTransformer(nn.Module):
         counted = ids != self.pad
         rows = self.position[(counted.cumsum(1) - 1).clamp(min=0)]
         return rows * counted[..., None].to(rows.dtype)
+
+    def position_angles(self, ids, theta):
+        """Rotary angles, [length, head width / 2], of the tokens."""
+        exponents = torch.arange(self.angles, device=ids.device) / self.angles
+        return torch.arange(ids.shape[1], device=ids.device)[:, None] / theta**exponents
 
     def pool(self, x, ids, mask):
         """[batch, length, width] to [batch, dim]."""
@@ -118,14 +122,14 @@ class ViT(nn.Module):
         self.patch, self.registers = config["patch_size"], None
         self.side, self.pooling = config["image_size"] // self.patch, pooling
         self.patches = nn.Linear(3 * self.patch**2, width, bias=config["patch_bias"])
-        self.theta, self.angles = config["rope_theta"], width // stack["num_heads"] // 2
+        self.theta, self.angles = config["rope_theta"], head_width(stack) // 2
         table = self.theta is None
         self.position = nn.Parameter(torch.zeros(self.side**2, width)) if table else None
         self.class_token = nn.Parameter(torch.zeros(width)) if config["class_token"] else None
         if config["registers"]:
             self.registers = nn.Parameter(torch.zeros(config["registers"], width))
         self.input_norm = norm(width) if config["input_norm"] else None
-        self.layers = nn.ModuleList(Layer(stack) for _ in range(stack["depth"]))
+        self.layers = nn.ModuleList(Layer(stack, layer) for layer in range(stack["depth"]))
         self.norm = norm(width)
         self.pooler = nn.Linear(width, width) if pooling == "pooler" else None
         self.attention_pool = AttentionPool(stack) if pooling == "attention" else None
@@ -190,83 +194,6 @@ class NaFlex(ViT):
         return (x * kept).sum(1) / kept.sum(1)
 
 
-class Layer(nn.Module):
-    """Attention and a feed-forward block, each with a residual connection and a norm."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, epsilon = config["width"], config["epsilon"]
-        self.pre_norm = config["pre_norm"]
-        self.attention = Attention(config)
-        self.attention_norm = nn.LayerNorm(width, epsilon)
-        self.mlp = FeedForward(config)
-        self.mlp_norm = nn.LayerNorm(width, epsilon)
-        scale = config["layer_scale"]
-        self.attention_scale = nn.Parameter(torch.ones(width)) if scale else None
-        self.mlp_scale = nn.Parameter(torch.ones(width)) if scale else None
-
-    def forward(self, x, mask=None, rotary=None):
-        """[batch, length, width] to the same shape."""
-        attention = functools.partial(self.attention, mask=mask, rotary=rotary)
-        x = self.block(x, attention, self.attention_norm, self.attention_scale)
-        return self.block(x, self.mlp, self.mlp_norm, self.mlp_scale)
-
-    def block(self, x, function, norm, scale):
-        """Applies attention or the feed-forward block, with its norm and residual connection."""
-        y = function(norm(x) if self.pre_norm else x)
-        y = y if scale is None else y * scale
-        return x + y if self.pre_norm else norm(x + y)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; positions whose mask is False are not attended to."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config["width"]
-        self.qkv = nn.Linear(width, 3 * width, bias=config["qkv_bias"])
-        self.output = nn.Linear(width, width, bias=config["output_bias"])
-        self.part_biases = config["part_biases"]
-        for part in self.part_biases:
-            self.register_parameter(f"{part}_bias", nn.Parameter(torch.zeros(width)))
-        self.heads, self.causal = config["num_heads"], config["causal"]
-
-    def forward(self, x, mask=None, rotary=None):
-        """[batch, length, width] to the same shape."""
-        parts = dict(zip(("query", "key", "value"), self.qkv(x).chunk(3, dim=-1), strict=True))
-        for part in self.part_biases:
-            parts[part] = parts[part] + getattr(self, f"{part}_bias")
-        query, key, value = (split(part, self.heads) for part in parts.values())
-        if rotary is not None:
-            query, key = rotated(query, rotary), rotated(key, rotary)
-        mask = None if mask is None else mask[:, None, None, :]
-        if self.causal:
-            position = torch.arange(x.shape[1], device=x.device)
-            before = position[:, None] >= position
-            mask = before if mask is None else mask & before
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.output(x.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Dense layer, activation, dense layer; if gated, the first layer also computes the gate."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, mlp_dim, self.gated = config["width"], config["mlp_dim"], config["gated"]
-        bias = config["mlp_bias"]
-        self.fc1 = nn.Linear(width, 2 * mlp_dim if self.gated else mlp_dim, bias=bias)
-        self.fc2 = nn.Linear(mlp_dim, width, bias=bias)
-        self.activation = ACTIVATIONS[config["activation"]]
-
-    def forward(self, x):
-        """[..., width] to the same shape."""
-        if not self.gated:
-            return self.fc2(self.activation(self.fc1(x)))
-        gate, x = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(self.activation(gate) * x)
-
-
 class AttentionPool(nn.Module):
     """SigLIP's pooling: one learned query attends to all patches, then a feed-forward block."""
 
@@ -309,11 +236,6 @@ def token(x, index):
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
 
-def split(x, heads):
-    """[batch, length, width] to [batch, heads, length, width / heads]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def bilinear_weights(index, new, old):
     """The weights, [batch, places, old], of `old` samples in the new ones at `index`.
 
@@ -325,14 +247,3 @@ def bilinear_weights(index, new, old):
     distance = (torch.arange(old, device=index.device) - center).abs() / scale.clamp(min=1)
     weights = F.relu(1 - distance)
     return weights / weights.sum(-1, keepdim=True)
-
-
-def rotated(x, angles):
-    """Rotates dimensions i and i + dim / 2 of [batch, heads, length, dim] by each token's angles.
-
-    The angles are float32 [length, dim / 2], in radians (Su et al. 2021, rotary positions).
-    """
-    cosines, sines = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return torch.cat(turned, dim=-1)
