@@ -17,11 +17,13 @@ class LayerNames(NamedTuple):
       modules: our name of a dense layer or norm -> the checkpoint's modules that are concatenated
         to form it, such as query, key and value.
       vectors: our name of a parameter outside of these modules -> the checkpoint's name.
+      widths: our name of a dense layer -> the widths of its modules, where these differ.
     """
 
     prefix: str
     modules: Mapping[str, tuple[str, ...]]
     vectors: Mapping[str, str] = {}
+    widths: Mapping[str, tuple[int, ...]] = {}
 
 
 def rename_layers(
@@ -64,9 +66,10 @@ def restore_layers(left: dict[str, np.ndarray], names: LayerNames) -> dict[str, 
     """
     restored = {}
     for ours, theirs in names.modules.items():
+        ends = np.cumsum(names.widths[ours])[:-1] if ours in names.widths else len(theirs)
         for ending, suffix in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
             for layer, value in enumerate(left.pop(f"{STACK}{ours}.{ending}", ())):
-                parts = np.split(value, len(theirs), axis=-1)
+                parts = np.split(value, ends, axis=-1)
                 for name, part in zip(theirs, parts, strict=True):
                     restored[f"{names.prefix.format(layer)}{name}.{suffix}"] = part.T
     for ours, theirs in names.vectors.items():
