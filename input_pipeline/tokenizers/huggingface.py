@@ -33,6 +33,8 @@ SPARE_ROWS = 1024
 ABSOLUTE_POSITIONS = ("bert", "distilbert")
 # Tokens that say which language a text is in: NLLB's "eng_Latn" and M2M-100's "__en__".
 LANGUAGE = re.compile("[a-z]{3}_[A-Z][a-z]{3}|__[a-z]{2,3}__")
+# Gemma 3's token for an image; the embedding of EmbeddingGemma has no row for it.
+IMAGE_TOKEN = "<image_soft_token>"
 # Texts given to the tokenizer at a time, because the library takes much memory for each token.
 CHUNK = 10_000
 
@@ -137,7 +139,7 @@ class HuggingFaceTokenizer:
             backend = siglip.converted(loaded) if is_siglip else loaded.backend_tokenizer
             backend.no_padding()
             backend.no_truncation()
-            tokenizer = cls(backend.to_str(), prefix)
+            tokenizer = cls(_text_only(backend, model_config), prefix)
         except Exception as error:  # the library raises many types
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: its tokenizer can't be loaded: {reason}") from error
@@ -371,6 +373,16 @@ class HuggingFaceTokenizer:
                 "the tokenizer lowercases texts, but its vocabulary is cased: put "
                 '"do_lower_case": false into tokenizer_config.json'
             )
+
+
+def _text_only(tokenizer: tokenizers.Tokenizer, model_config: Mapping[str, Any]) -> str:
+    """A tokenizer.json. If the model has no embedding of IMAGE_TOKEN, it is split like any word."""
+    id, serialized = tokenizer.token_to_id(IMAGE_TOKEN), tokenizer.to_str()
+    if id is None or id != model_config.get("vocab_size"):
+        return serialized
+    content = json.loads(serialized)
+    content["added_tokens"] = [x for x in content["added_tokens"] if x["id"] != id]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _renumber(post_processor: dict[str, Any], new_ids: Mapping[int, int]) -> None:

@@ -165,6 +165,20 @@ def test_tokens_equal_transformers(tmp_path):
     assert rows_of(ours([""])) == [[2, 1]]
 
 
+def test_the_token_for_images_is_text(tmp_path):
+    """The published tokenizer has one more token than the embedding has rows."""
+    theirs = gemma_tokenizer()
+    size, text = len(theirs), "a <image_soft_token> b"
+    split = theirs([text]).input_ids
+    theirs.add_tokens(["<image_soft_token>"], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    assert size in theirs([text]).input_ids[0]
+    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": size})
+    assert (ours.vocab_size, rows_of(ours([text]))) == (size, split)
+    whole = HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": size + 1})
+    assert rows_of(whole([text])) == theirs([text]).input_ids
+
+
 def test_a_checkpoint_with_dense_layers_equals_sentence_transformers(tmp_path):
     """From raw texts to embeddings, in the layout of google/embeddinggemma-300m."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")

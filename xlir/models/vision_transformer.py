@@ -168,7 +168,7 @@ class VisionTransformer(nnx.Module):
         config = self.config
         if config.rope_theta is None:
             return None
-        half = config.transformer.width // config.transformer.num_heads // 2
+        half = config.transformer.head_width // 2
         angles = patch_angles(rows, columns, half, config.rope_theta)
         return np.concatenate([np.zeros((config.first_patch, half), np.float32), angles])[None]
 

@@ -43,9 +43,8 @@ class Layer(nn.Module):
 
     def forward(self, x, mask=None, rotary=None):
         """[batch, length, width] to the same shape."""
-        y = self.attention(
-            self.attention_norm(x) if self.pre_norm and self.normed else x, mask, rotary
-        )
+        y = self.attention_norm(x) if self.pre_norm and self.normed else x
+        y = self.attention(y, mask, rotary)
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
         y = y if self.attention_scale is None else y * self.attention_scale
         x = x + y if self.pre_norm else self.attention_norm(x + y)
