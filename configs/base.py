@@ -8,11 +8,16 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The defaults. Each experiment has to set `data.name` and the two towers."""
+    """The defaults. Each experiment has to set `data.name`, and the towers or `init`."""
     config = ConfigDict()
 
     # Seeds the data order, the heads' initial values and dropout.
     config.seed = 0
+    # Folder of a run (trained, or written by `import`) to start from. A side whose `tower` is empty
+    # continues that run's side: its tower, its head, its tokenizer, and the fields pooling, head,
+    # hidden, max_length, prefix, size and crop, as well as embedding_dim and normalize. If both
+    # sides do, temperature and bias continue too. A side that names a tower starts anew.
+    config.init = ""
     # Training steps, and how often (in steps) to log, and to validate and save a checkpoint.
     config.steps = 1_000
     config.log_every = 20

@@ -61,6 +61,7 @@ TOWER = {
 # Field -> which of the odd values are valid for it.
 ACCEPTED = {
     "seed": {"0", "2"},
+    "init": {"empty"},
     "steps": WHOLE,
     "log_every": WHOLE,
     "eval_every": WHOLE,

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from xlir import cost, losses, partition, train_step
+from xlir import cost, initial, losses, partition, train_step
 from xlir.embed import Parameters, split
 from xlir.models import towers
 
@@ -43,7 +43,7 @@ def abstract(
     config: ConfigDict,
 ) -> tuple[nnx.GraphDef, Parameters, dict[str, jax.ShapeDtypeStruct]]:
     """The structure of a model, and the shapes of its parameters and of a global batch."""
-    specs = towers.describe_published(config)
+    specs = towers.describe_published(config, initial.specs(config))
     model = towers.abstract_model(config, specs)
     graph, parameters = split(config, model)
     size = config.data.batch_size
@@ -83,6 +83,7 @@ def sharding_table(config: ConfigDict, devices: int) -> str:
     Raises:
       ValueError: the mesh does not fit the devices, or the configuration is not usable.
     """
+    config = initial.resolve(config)
     mesh = partition.abstract_mesh(config.mesh, devices)
     _, (params, frozen), _ = abstract(config)
     state = jax.eval_shape(lambda params: train_step.init_state(config, params), params)
@@ -241,7 +242,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
             "--topology=v5e:4x4"
         )
     devices = _devices(topology)
-    config = _as_on_tpu(config)
+    config = _as_on_tpu(initial.resolve(config))
     mesh = partition.create_mesh(config.mesh, devices)
     traced = trace(config, mesh)
     log.info("compiling a step for %d chips; this takes several minutes", len(devices))

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from input_pipeline import datasets, test_sets
+from xlir.conflicts import conflicts
 
 # The valid values of a field. Its `str` describes them at the end of an error message.
 Allowed = Container
@@ -25,8 +26,6 @@ MOST_DROPPED = 0.99
 WIDEST = 65_536
 LARGEST_IMAGE = 8192  # pixels a side
 LOSSES = ("infonce", "sigmoid", "triplet", "patr", "m3l", "distill")
-# Losses that can process images in chunks, because they do not search for a hardest negative.
-CHUNKED_LOSSES = ("infonce", "sigmoid", "distill")
 METRICS = ("euclidean", "squared_euclidean", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
 HEADS = ("none", "center", "linear", "affine", "mlp", "plain_mlp")
@@ -179,7 +178,7 @@ class Steps:
 
 def _tower(*poolings: str) -> dict[str, Allowed]:
     return {
-        "tower": Text(may_be_empty=False),
+        "tower": Text(),
         "pooling": Choice("", *poolings),
         "dtype": Choice(*DTYPES),
         "frozen": Flag(),
@@ -196,6 +195,7 @@ def _tower(*poolings: str) -> dict[str, Allowed]:
 FIELDS: dict[str, Any] = {
     # JAX uses the lower 32 bits of the seed; shuffling the data uses the whole seed.
     "seed": Whole(0, 2**63 - 1),
+    "init": Text(),
     "steps": Whole(1),
     "log_every": Whole(1),
     "eval_every": Whole(1),
@@ -280,7 +280,7 @@ def check_config(config: ConfigDict | Mapping) -> None:
     """
     fields = config.to_dict() if isinstance(config, ConfigDict) else config
     # Combinations are only checked once each field is valid by itself.
-    faults = list(_faults("config", fields, FIELDS)) or list(_conflicts(fields))
+    faults = list(_faults("config", fields, FIELDS)) or list(conflicts(fields))
     if faults:
         raise ValueError(". ".join(faults))
 
@@ -331,65 +331,3 @@ def _faults(
             for group, content in fields[name].items():
                 place = f"{path}.{name}.{group}"
                 yield from _faults(place, content, allowed.fields, all_needed=False)
-
-
-def _conflicts(config: Mapping) -> Iterator[str]:
-    """Messages about fields that are valid by themselves, but not together."""
-    mesh, loss, text, image = (config[group] for group in ("mesh", "loss", "text", "image"))
-    if mesh["data"] == mesh["fsdp"] == -1:
-        yield "config.mesh.data and config.mesh.fsdp are both -1; only one may be"
-    for name, test_set in config["evals"].items():
-        if test_set.get("type", "folder") == "folder" and not test_set.get("captions"):
-            yield f"config.evals.{name}.captions is empty; it must be the folder of its captions"
-    if loss["chunk"] and (loss["name"] not in CHUNKED_LOSSES or loss["push_apart"]):
-        needs = loss["name"] if loss["name"] not in CHUNKED_LOSSES else "push_apart"
-        yield (
-            f"config.loss.chunk={loss['chunk']} works only with {', '.join(CHUNKED_LOSSES)}: "
-            f"{needs} searches the whole batch for its hardest negative"
-        )
-    if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
-        yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
-    yield from _distillation_conflicts(config)
-    if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"]):
-        yield "config.text.prefix and trim_vocab do not apply to mUSE"
-    if image["frozen"] and (image["min_area"] or image["mirror"]):
-        yield (
-            "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "
-            "the outputs of a frozen tower are computed only once"
-        )
-    if config["average"] and text["frozen"] and image["frozen"]:
-        yield "config.average needs a trained tower, such as --config.text.frozen=False"
-    for side, options in (("text", text), ("image", image)):
-        if options["head"] == "center" and not options["frozen"]:
-            yield f"config.{side}.head is 'center', which needs a frozen tower"
-
-
-def _distillation_conflicts(config: Mapping) -> Iterator[str]:
-    """Messages about the fields of a teacher."""
-    loss, data, weight = config["loss"], config["data"]["name"], config["loss"]["distill"]
-    alone = loss["name"] == "distill"
-    if (alone or weight) and not config["teacher"]:
-        needing = "config.loss.name=distill" if alone else f"config.loss.distill={weight}"
-        yield f"config.teacher is ''; it must be the folder of a run, for {needing}"
-    if alone and weight:
-        yield f"config.loss.distill is {weight}; it must be 0 with the loss 'distill' itself"
-    elif config["teacher"] and not (alone or weight):
-        yield (
-            f"config.loss.distill is {weight}; it must be above 0 for config.teacher to have an "
-            "effect (or set --config.loss.name=distill)"
-        )
-    if alone and not loss["push_apart"] and not config["image"]["frozen"]:
-        yield (
-            "config.image.frozen is False; it must be True, because the loss 'distill' trains only "
-            "the text side"
-        )
-    if data not in datasets.WITHOUT_PHOTOS:
-        return
-    if not alone or loss["push_apart"]:
-        yield (
-            f"config.data.name is {data!r}, which has no photos: set --config.loss.name=distill "
-            "and --config.loss.push_apart=0"
-        )
-    for name, test_set in config["evals"].items():
-        if test_set.get("type", "folder") == "split":
-            yield f"config.evals.{name} is a split of {data!r}, which has no photos to test on"

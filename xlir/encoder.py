@@ -22,7 +22,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from input_pipeline import cache, files, tokenizers
-from xlir import embed, partition
+from xlir import embed, initial, partition
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -34,10 +34,6 @@ from xlir.models.family import TowerSpec
 log = logging.getLogger(__name__)
 
 Item, Extra = TypeVar("Item"), TypeVar("Extra")
-
-# Files in the folder of each tower of a run.
-WEIGHTS_FILE = "weights.safetensors"
-SPEC_FILE = "tower.json"
 
 
 class Encoder:
@@ -88,7 +84,7 @@ class Encoder:
     def create(
         cls, config: ConfigDict, texts: Iterable[str] = (), mesh: Mesh | None = None
     ) -> "Encoder":
-        """An encoder with published weights in its towers and untrained heads.
+        """An encoder with published weights in its towers and untrained heads, or as `config.init`.
 
         Args:
           config: see configs/base.py.
@@ -99,22 +95,36 @@ class Encoder:
           ValueError: the configuration is invalid, or names something unknown.
           FileNotFoundError: weights or tokenizer are not installed.
         """
+        config = initial.resolve(config)
         check_config(config)
+        source = cls.load(config.init, mesh=mesh) if config.init else None
         specs = {
-            "text": towers.describe_text(config.text),
-            "image": towers.describe_image(config.image),
+            side: describe(config[side]) if config[side].tower else source.specs[side]
+            for side, describe in towers.DESCRIBE.items()
         }
-        tokenizer, kept = towers.load_tokenizer(config.text, specs["text"]), None
+        if config.text.tower:
+            tokenizer = towers.load_tokenizer(config.text, specs["text"])
+        else:
+            tokenizer = source.tokenizer
+        kept = None
         if config.text.trim_vocab:
             kept = tokenizer.used_ids(itertools.chain(texts, _lines(config)))
             log.info("vocabulary: %d of %d tokens kept", len(kept), tokenizer.vocab_size)
             tokenizer = tokenizer.trimmed(kept)
             specs["text"] = specs["text"].family.trimmed(specs["text"], kept)
         with partition.on_host():
-            text_tower = towers.load(config.text, specs["text"], kept=kept)
-            image_tower = towers.load(config.image, specs["image"])
+            loaded = {}
+            for side, spec in specs.items():
+                if config[side].tower:
+                    rows = kept if side == "text" else None
+                    loaded[side] = towers.load(config[side], spec, kept=rows)
+                else:
+                    weights = source.weights(f"{side}_tower")
+                    loaded[side] = initial.tower(config[side], spec, weights)
             rngs = nnx.Rngs(config.seed)
-            model = dual_encoder.DualEncoder(config, text_tower, image_tower, rngs=rngs)
+            model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
+            if source is not None:
+                initial.merge_heads(model, config, source.embedder, source.parameters)
         return cls.from_model(config, model, tokenizer, specs, mesh)
 
     @classmethod
@@ -193,11 +203,11 @@ class Encoder:
         with partition.on_host():
             for side in SIDES:
                 folder = run_folder.tower_folder(workdir, side)
-                specs[side] = towers.read_spec(side, folder / SPEC_FILE)
+                specs[side] = towers.read_spec(side, folder / run_folder.SPEC_FILE)
                 create = functools.partial(towers.create, specs[side], config[side])
                 # Only shapes, because the saved weights replace random initial ones anyway.
                 loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
-                pretrained.load(loaded[side], folder / WEIGHTS_FILE)
+                pretrained.load(loaded[side], folder / run_folder.WEIGHTS_FILE)
             rngs = nnx.Rngs(config.seed)
             model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
         folder = run_folder.tower_folder(workdir, "text")
@@ -223,8 +233,9 @@ class Encoder:
         for side in SIDES:
             folder = run_folder.tower_folder(workdir, side)
             folder.mkdir(parents=True, exist_ok=True)
-            pretrained.save(weights[side], folder / WEIGHTS_FILE)
-            (folder / SPEC_FILE).write_text(json.dumps(self.specs[side].to_json(), indent=1))
+            pretrained.save(weights[side], folder / run_folder.WEIGHTS_FILE)
+            spec = json.dumps(self.specs[side].to_json(), indent=1)
+            (folder / run_folder.SPEC_FILE).write_text(spec)
         self.tokenizer.save(run_folder.tower_folder(workdir, "text"))
         run_folder.write_config(workdir, self.config)
 

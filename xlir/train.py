@@ -18,7 +18,7 @@ from input_pipeline import loader, tokenizers
 from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.datasets.texts import Texts
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
-from xlir import data, decoding, evaluate, losses, partition, results, train_step
+from xlir import data, decoding, evaluate, initial, losses, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
         not finite.
       Stopped: a signal ended the run early, for example before a preemption.
     """
+    config = initial.resolve(config, workdir)
     check_config(config)
     with run_folder.Lock(workdir):
         mesh = _train(config, workdir, accept_changed_data)
@@ -146,7 +147,8 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
     if lacking := data.missing(config) + (towers.missing(config) if starts else []):
         raise FileNotFoundError("\n".join(lacking))
     if starts:
-        towers.abstract_model(config)
+        specs = towers.describe_published(config, initial.specs(config))
+        towers.abstract_model(config, specs)
         return
     run_folder.check_unchanged(run_folder.read_config(workdir), config, workdir)
 
@@ -190,7 +192,7 @@ def _centered(
 ) -> PyTree:
     """Sets the training set's mean in heads that subtract it; returns all parameters."""
     for side, array in features.items():
-        if config[side].head == "center":
+        if config[side].head == "center" and side not in initial.continued(config):
             mean = np.mean(array, axis=0, dtype=np.float64).astype(np.float32)
             params = params | {f"{side}_head": partition.shard({"mean": mean}, mesh)}
     return params

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 LOCK_FILE = ".lock"
+# Files in the folder of each tower of a run.
+WEIGHTS_FILE = "weights.safetensors"
+SPEC_FILE = "tower.json"
 
 # Fields that may change when a run resumes, for example on another machine or with less memory: the
 # trained model does not depend on them. (Another number of microbatches changes

@@ -85,16 +85,27 @@ def describe_image(options: ConfigDict) -> TowerSpec:
     return _image_spec(options, family, config, published)
 
 
-def describe_published(config: ConfigDict) -> dict[str, TowerSpec]:
+DESCRIBE = {"text": describe_text, "image": describe_image}
+
+
+def describe_published(
+    config: ConfigDict, continued: Mapping[str, TowerSpec] | None = None
+) -> dict[str, TowerSpec]:
     """The towers of both sides, "text" and "image".
 
     If a known checkpoint was not downloaded, its spec is right only about shapes.
 
+    Args:
+      config: the whole configuration.
+      continued: the specs of sides that continue those of another run (`config.init`).
+
     Raises:
       ValueError, FileNotFoundError: as `describe_text`.
     """
-    specs = {}
-    for side, describe in (("text", describe_text), ("image", describe_image)):
+    specs = dict(continued or {})
+    for side, describe in DESCRIBE.items():
+        if side in specs:
+            continue
         options, known = config[side], registry.architectures(side)
         try:
             specs[side] = describe(options)
