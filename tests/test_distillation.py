@@ -143,6 +143,19 @@ def test_the_image_side_is_left_alone(taught):
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
+def test_the_image_side_of_the_teacher(corpus, toy_run, photos, tmp_path):
+    """With `config.init`, the finished run finds photos with the teacher's image side."""
+    config = config_of(corpus, "texts", toy_run)
+    config.init, config.image.tower = str(toy_run), ""
+    test_set = {"captions": str(photos / "multilingual_test"), "images": str(photos)}
+    config.evals.multilingual_test = base.test_set(**test_set)
+    train.train(config, tmp_path / "run")
+    files = sorted((photos / "images").iterdir())[:4]
+    teacher, student = Encoder.load(toy_run), Encoder.load(tmp_path / "run")
+    np.testing.assert_array_equal(student.encode_image(files), teacher.encode_image(files))
+    assert list((tmp_path / "run" / "results").glob("multilingual_test-*.json"))
+
+
 def test_captions_and_a_moved_teacher(photos, toy_run, tmp_path, monkeypatch):
     """A run on captions is stopped and resumed, with the teacher in another place."""
     config = config_of(photos, "captions", toy_run)
