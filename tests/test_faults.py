@@ -161,13 +161,13 @@ def assert_bit_for_bit(workdir: pathlib.Path, expected: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", [next(iter(FAULTS)), *SLOW])
 def test_a_fault_of_one_of_two_processes(name, flags, uninterrupted, tmp_path):
-    """Both processes end soon and say why; the resumed run equals an uninterrupted one."""
+    """Both processes end soon and say why; a run resumed by one process equals an unbroken one."""
     fault = FAULTS[name]
     ended = damaged(tmp_path, flags, fault.script, processes=2)
     assert ended.code in fault.codes
     assert fault.line in ended.err
     assert "Traceback" not in ended.err
-    resumed = run(tmp_path, flags, processes=2)
+    resumed = run(tmp_path, flags)
     assert resumed.code == 0, resumed.err
     (line,) = (line for line in resumed.err.splitlines() if line.startswith("resuming from step "))
     assert int(line.split()[-1]) in fault.resumes
@@ -210,7 +210,7 @@ def test_two_processes_agree_on_the_checkpoint_that_is_whole(flags, uninterrupte
     assert_same_curves(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGHUP", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_other_signals_are_as_sigterm(name, flags, uninterrupted, tmp_path):
     """SIGHUP after a lost connection, and SIGUSR1 as a batch system's warning."""
     ended = run(tmp_path, flags, script=after_step(13, f"os.kill(os.getpid(), signal.{name})"))
