@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript", reason="needs torch and others: pip install 'x
 
 import xlir
 from tests.conftest import REPOSITORY
+from tests.runs import run_main
 from xlir import export
 
 # Runs a script in a process in which these packages can't be imported.
@@ -29,10 +30,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def transformers_run(command, photos, tmp_path_factory) -> pathlib.Path:
+def transformers_run(photos, tmp_path_factory) -> pathlib.Path:
     """A run with a moving average that every format except `transformers` can represent."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    command(
+    run_main(
         "--config=configs/xlmr.py:tiny",
         f"--config.data.dir={photos}",
         "--config.evals={'multilingual_test': {'captions': 'multilingual_test'}}",
@@ -46,25 +47,24 @@ def left(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# Each takes half a minute.
+# The run of mUSE takes half a minute in each format.
 EXAMPLES = [
-    pytest.param("torch", "", marks=pytest.mark.slow),
-    ("onnx", '"torch", "safetensors"'),
+    pytest.param("torch", "", "workdir", marks=pytest.mark.slow),
+    pytest.param("onnx", '"torch", "safetensors"', "workdir", marks=pytest.mark.slow),
+    ("onnx", '"torch", "safetensors"', "transformers_run"),
 ]
 
 
-@pytest.mark.parametrize(("format", "without"), EXAMPLES)
-def test_an_exported_folder_runs_by_its_example(
-    format, without, command, workdir, photos, tmp_path
-):
-    to = tmp_path / "exported"
-    printed = command("export", f"--workdir={workdir}", f"--to={to}", f"--format={format}").stdout
+@pytest.mark.parametrize(("format", "without", "run"), EXAMPLES)
+def test_an_exported_folder_runs_by_its_example(format, without, run, photos, tmp_path, request):
+    workdir, to = request.getfixturevalue(run), tmp_path / "exported"
+    printed = run_main("export", f"--workdir={workdir}", f"--to={to}", f"--format={format}").stdout
     assert "checked on 40 captions in de, en and 20 photos of multilingual_test" in printed
     assert "42 of 42 texts equal" in printed
     assert left(tmp_path) == ["exported"]
     card = (to / "README.md").read_text()
     assert "language:\n- de\n- en\n" in card
-    assert "mUSE, Apache-2.0" in card
+    assert ("mUSE, Apache-2.0" in card) == (run == "workdir")
     assert ("`text.onnx`" in card) == (format == "onnx")
     images = [str(photos / "images" / f"0{i}.jpg") for i in range(2)]
     texts = ["A red circle, left.", "Quadrat, grün, Mitte"]
@@ -88,13 +88,13 @@ def test_an_exported_folder_runs_by_its_example(
 
 
 def test_sentence_transformers_is_the_default_where_it_holds_the_model(
-    command, transformers_run, photos, tmp_path
+    transformers_run, photos, tmp_path
 ):
     from PIL import Image
     from sentence_transformers import SentenceTransformer
 
     to = tmp_path / "new" / "exported"
-    process = command("export", f"--workdir={transformers_run}", f"--to={to}")
+    process = run_main("export", f"--workdir={transformers_run}", f"--to={to}")
     assert f"writing {to} (sentence-transformers)" in process.stderr
     assert f"written: {to}" in process.stdout
     model = SentenceTransformer(str(to))
