@@ -367,6 +367,9 @@ PARAMETERS = {
     "google/siglip-base-patch16-256": (92_930_304, 92_930_304),
     "google/siglip-large-patch16-256": (315_956_224, 315_956_224),
     "google/siglip-so400m-patch14-384": (428_225_600, 428_225_600),
+    "google/siglip2-base-patch16-224": (92_884_224, 92_884_224),
+    "google/siglip2-large-patch16-256": (315_956_224, 315_956_224),
+    "google/siglip2-so400m-patch14-384": (428_225_600, 428_225_600),
 }
 
 

@@ -118,5 +118,8 @@ SIGLIP = SigLIPFamily(
         "google/siglip-base-patch16-256": _BASE | {"image_size": 256},
         "google/siglip-large-patch16-256": _LARGE,
         "google/siglip-so400m-patch14-384": _SO400M,
+        "google/siglip2-base-patch16-224": _BASE,
+        "google/siglip2-large-patch16-256": _LARGE,
+        "google/siglip2-so400m-patch14-384": _SO400M,
     },
 )
