@@ -1,4 +1,8 @@
-"""Compares imported models of open_clip with open_clip itself, from raw input, random weights."""
+"""Compares imported models of open_clip with open_clip itself, from raw input, random weights.
+
+open_clip needs torchvision, whose wheel breaks the import of transformers' models where PyTorch has
+no CUDA. So these tests run in an environment of their own, outside of `.ci/run`.
+"""
 
 import functools
 import re
