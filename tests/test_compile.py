@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from configs import flickr8k, xlmr
+from configs import flickr8k, siglip2, xlmr
 from tests.runs import run_main
 from tests.test_partition import GOLDEN
 from xlir import compile, cost, partition
@@ -30,6 +30,17 @@ def test_an_abstract_batch_is_what_training_reads():
         assert {len(x.shape) and x.shape[0] for x in batch.values()} == {
             xlmr.get_config(variant).data.batch_size
         }
+
+
+def test_siglip2_is_known_before_it_is_downloaded():
+    """There are no heads, so this fails if the towers and the embeddings differ in width."""
+    config = siglip2.get_config()
+    config.init, config.embedding_dim = "", 1152
+    config.text.tower = config.image.tower = "google/siglip2-so400m-patch16-256"
+    _, (params, _), batch = compile.abstract(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == 427_888_064 + 707_782_896 + 2
+    assert batch["image"].shape[1:] == (256, 256, 3)
+    assert batch["text_ids"].shape[1:] == (64,)
 
 
 @pytest.mark.parametrize("fsdp", [1, 8])

@@ -248,6 +248,7 @@ PARAMETERS = {
     "google/siglip2-base-patch16-224": 282_303_744,
     "google/siglip2-large-patch16-256": 565_570_560,
     "google/siglip2-so400m-patch14-384": 707_782_896,
+    "google/siglip2-so400m-patch16-256": 707_782_896,
 }
 
 

@@ -370,6 +370,7 @@ PARAMETERS = {
     "google/siglip2-base-patch16-224": (92_884_224, 92_884_224),
     "google/siglip2-large-patch16-256": (315_956_224, 315_956_224),
     "google/siglip2-so400m-patch14-384": (428_225_600, 428_225_600),
+    "google/siglip2-so400m-patch16-256": (427_888_064, 427_888_064),
 }
 
 

@@ -1,4 +1,8 @@
-"""The image tower of SigLIP: Zhai et al. 2023 (https://arxiv.org/abs/2303.15343)."""
+"""The image towers of SigLIP, and of SigLIP 2's models of one resolution.
+
+Zhai et al. 2023 (https://arxiv.org/abs/2303.15343); Tschannen et al. 2025
+(https://arxiv.org/abs/2502.14786).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -121,5 +125,6 @@ SIGLIP = SigLIPFamily(
         "google/siglip2-base-patch16-224": _BASE,
         "google/siglip2-large-patch16-256": _LARGE,
         "google/siglip2-so400m-patch14-384": _SO400M,
+        "google/siglip2-so400m-patch16-256": _SO400M | {"image_size": 256, "patch_size": 16},
     },
 )

@@ -79,5 +79,6 @@ SIGLIP_TEXT = SigLIPTextFamily(
         "google/siglip2-base-patch16-224": _BASE | _GEMMA,
         "google/siglip2-large-patch16-256": _LARGE | _GEMMA,
         "google/siglip2-so400m-patch14-384": _SO400M | _GEMMA,
+        "google/siglip2-so400m-patch16-256": _SO400M | _GEMMA,
     },
 )
