@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import xlmr
+from tests.models.parity import become_gradients
 from tests.models.test_vit import (
     MEAN,
     STD,
@@ -76,10 +77,7 @@ def test_gradients_equal_torch(tmp_path):
     config, weights = written(theirs, tmp_path / "weights")
     ours = loaded(config, weights, pooling="cls")
     gradients = flat(nnx.jit(nnx.grad(lambda model: jnp.sum(model(images) * seed)))(ours))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            unused = torch.zeros_like(parameter)
-            parameter.copy_(unused if parameter.grad is None else parameter.grad)
+    become_gradients(theirs)
     config, expected = written(theirs, tmp_path / "gradients")
     # The class token and its position have the same gradient, which is that of our one parameter.
     expected["embeddings.cls_token"] = np.zeros_like(expected["embeddings.cls_token"])

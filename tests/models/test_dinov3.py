@@ -10,6 +10,7 @@ from PIL import Image
 
 from input_pipeline import images as image_io
 from input_pipeline.preprocessing import Preprocessing
+from tests.models.parity import assert_equal_gradients, become_gradients
 from tests.models.test_vit import (
     MEAN,
     STD,
@@ -83,19 +84,10 @@ def test_gradients_equal_torch(case, tmp_path):
     config, weights = written(theirs, tmp_path / "weights")
     ours = loaded(config, weights, pooling=pooling)
     gradients = flat(nnx.jit(nnx.grad(lambda model: jnp.sum(model(images) * seed)))(ours))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            unused = torch.zeros_like(parameter)
-            parameter.copy_(unused if parameter.grad is None else parameter.grad)
+    become_gradients(theirs)
     config, expected = written(theirs, tmp_path / "gradients")
     expected = rename(expected, config, pooling)
-    assert set(expected) == set(gradients)
-    differences = {
-        name: np.abs(gradients[name] - value).max() / np.abs(value).max()
-        for name, value in expected.items()
-    }
-    print(f"{case}: largest relative difference {max(differences.values()):.1e}")
-    assert max(differences.values()) <= 1e-4, differences
+    assert_equal_gradients(case, gradients, expected)
 
 
 def test_angles_depend_on_the_shape_of_the_grid_only_through_the_centers():

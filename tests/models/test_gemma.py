@@ -8,11 +8,11 @@ import pytest
 import xlir
 from configs import base
 from input_pipeline.tokenizers import HuggingFaceTokenizer
+from tests.models.parity import assert_equal_gradients
 from tests.models.test_modernbert import (
     IDS,
     KINDS,
     RAW,
-    assert_equal_gradients,
     assert_equal_outputs,
     assert_half_precision,
     assert_restored,

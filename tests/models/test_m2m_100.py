@@ -13,6 +13,7 @@ from input_pipeline.tokenizers import (
     languages,
     load_tokenizer,
 )
+from tests.models.parity import assert_equal_gradients, become_gradients
 from tests.models.test_transformer import (
     create,
     flat,
@@ -111,19 +112,10 @@ def test_gradients_equal_torch(case, tmp_path):
     ours = loaded(config, weights, pooling=pooling)
     loss = nnx.grad(lambda model: jnp.sum(model(jnp.asarray(ids), jnp.asarray(mask)) * seed))
     gradients = flat(nnx.jit(loss)(ours))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            unused = torch.zeros_like(parameter)
-            parameter.copy_(unused if parameter.grad is None else parameter.grad)
+    become_gradients(theirs)
     config, expected = written(theirs, tmp_path / "gradients")
     expected = rename(expected, config, pooling)
-    assert set(expected) == set(gradients)
-    differences = {
-        name: np.abs(gradients[name] - value).max() / np.abs(value).max()
-        for name, value in expected.items()
-    }
-    print(f"{case}: largest relative difference {max(differences.values()):.1e}")
-    assert max(differences.values()) <= 1e-4, differences
+    assert_equal_gradients(case, gradients, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

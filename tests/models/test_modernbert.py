@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from input_pipeline.tokenizers import HuggingFaceTokenizer
+from tests.models.parity import assert_equal_gradients, become_gradients
 from tests.models.test_transformer import (
     create,
     flat,
@@ -103,21 +104,9 @@ def gradients(theirs, pooling: str, folder) -> tuple[dict, dict]:
     ours = loaded(config, weights, pooling=pooling)
     loss = nnx.grad(lambda model: jnp.sum(model(jnp.asarray(ids), jnp.asarray(mask)) * seed))
     computed = flat(nnx.jit(loss)(ours))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(parameter.grad)
+    become_gradients(theirs)
     config, expected = written(theirs, folder / "gradients")
     return computed, rename(expected, config, pooling)
-
-
-def assert_equal_gradients(name: str, computed: dict, expected: dict) -> None:
-    assert set(expected) == set(computed)
-    differences = {
-        name: np.abs(computed[name] - value).max() / np.abs(value).max()
-        for name, value in expected.items()
-    }
-    print(f"{name}: largest relative difference {max(differences.values()):.1e}")
-    assert max(differences.values()) <= 1e-4, differences
 
 
 def assert_restored(theirs, folder, pooling: str) -> None:

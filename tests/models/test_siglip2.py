@@ -13,6 +13,7 @@ from PIL import Image
 from configs import xlmr
 from input_pipeline import images as image_io
 from input_pipeline.preprocessing import Preprocessing
+from tests.models.parity import assert_equal_gradients, become_gradients
 from tests.models.test_vit import TINY, count, flat, reference, rename, written
 from tests.test_images import SIZES, encoded, photographs
 from xlir import compile
@@ -114,18 +115,9 @@ def test_gradients_equal_torch(case, tmp_path):
     config, weights = written(theirs, tmp_path / "weights")
     ours = loaded(config, weights, pooling, size)
     gradients = flat(nnx.jit(nnx.grad(lambda model: jnp.sum(model(images) * seed)))(ours))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            unused = torch.zeros_like(parameter)
-            parameter.copy_(unused if parameter.grad is None else parameter.grad)
+    become_gradients(theirs)
     expected = rename(written(theirs, tmp_path / "gradients")[1], config, pooling)
-    assert set(expected) == set(gradients)
-    differences = {
-        name: np.abs(gradients[name] - value).max() / np.abs(value).max()
-        for name, value in expected.items()
-    }
-    print(f"{case}: largest relative difference {max(differences.values()):.1e}")
-    assert max(differences.values()) <= 1e-4, differences
+    assert_equal_gradients(case, gradients, expected)
 
 
 @pytest.mark.parametrize("most", [256, 64, 1024])

@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from input_pipeline.preprocessing import Preprocessing
+from tests.models.parity import assert_equal_gradients, become_gradients
 from xlir.models import pretrained, registry
 from xlir.models.family import TowerSpec
 from xlir.models.vision_transformer import VisionTransformer, bicubic_weights
@@ -178,23 +179,14 @@ def test_gradients_equal_torch(case, tmp_path):
     ours = loaded(config, weights, pooling=pooling)
     gradients = flat(nnx.jit(nnx.grad(lambda model: jnp.sum(model(images) * seed)))(ours))
 
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            unused = torch.zeros_like(parameter)
-            parameter.copy_(unused if parameter.grad is None else parameter.grad)
+    become_gradients(theirs)
     config, expected = written(theirs, tmp_path / "gradients")
     for token in ("embeddings.cls_token", "embeddings.class_embedding"):
         if token in expected:
             assert np.abs(expected[token]).max() > 0
             expected[token] = np.zeros_like(expected[token])
     expected = rename(expected, config, pooling)
-    assert set(expected) == set(gradients)
-    differences = {
-        name: np.abs(gradients[name] - value).max() / np.abs(value).max()
-        for name, value in expected.items()
-    }
-    print(f"{case}: largest relative difference {max(differences.values()):.1e}")
-    assert max(differences.values()) <= 1e-4, differences
+    assert_equal_gradients(case, gradients, expected)
 
 
 def test_files_of_whole_models_and_of_older_versions_load(tmp_path):
