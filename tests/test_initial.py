@@ -11,6 +11,7 @@ from tests.runs import checkpoint_of, metrics_of, run_main
 from xlir import initial, partition, train
 from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
+from xlir.export import card
 
 TEXTS = ["A red circle, left.", "oben: das Quadrat ist blau"]
 
@@ -60,6 +61,12 @@ def test_a_side_that_names_a_tower_starts_anew(new, kept, config, toy_run, photo
     assert found[kept] == 0
     assert found[new] > 0.01
     assert started.scale == pytest.approx(5)
+
+
+def test_a_model_card_names_the_other_run(config):
+    started = Encoder.create(config)
+    assert "| tower | toy | toy |" in card._table(started)
+    assert "- text tower: toy: see the terms of that checkpoint" in card._terms(started, "torch")
 
 
 def test_it_resumes_without_the_other_run(config, toy_run, tmp_path, monkeypatch):

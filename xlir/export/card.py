@@ -153,7 +153,7 @@ def _use(encoder: Encoder, format: str) -> str:
 def _table(encoder: Encoder) -> str:
     sides = (encoder.config.text, encoder.config.image)
     rows = {
-        "tower": [_name(side.tower) for side in sides],
+        "tower": [_tower(encoder, side) for side in SIDES],
         "pooling": [encoder.specs[side].pooling or "mean" for side in SIDES],
         "trained": ["no" if side.frozen else "yes" for side in sides],
         "head": [side.head for side in sides],
@@ -191,7 +191,7 @@ def _terms(encoder: Encoder, format: str) -> str:
     """The terms of the towers and the training data; unknown terms refer to their source."""
     config, lines = encoder.config, []
     for side in SIDES:
-        name = _name(config[side].tower)
+        name = _tower(encoder, side)
         known = encoder.specs[side].family.terms or f"{name}: see the terms of that checkpoint"
         lines.append(f"- {side} tower: {known}")
     if config.data.name:
@@ -203,6 +203,11 @@ def _terms(encoder: Encoder, format: str) -> str:
     if format in ("torch", "onnx"):
         lines.append("- code in this folder: Apache-2.0")
     return "\n".join(lines) + "\n"
+
+
+def _tower(encoder: Encoder, side: str) -> str:
+    """The name of a side's tower, or of the run that the side started from."""
+    return _name(encoder.config[side].tower or encoder.config.init)
 
 
 def _name(path: str) -> str:
