@@ -158,7 +158,7 @@ def test_a_trimmed_vocabulary_changes_no_embedding(config, tmp_path):
             "text",
             r"config\.image\.tower .* 'xlm-roberta' is not supported; known image",
         ),
-        ("text.tower", "", r"config\.text\.tower is ''; it must be a string"),
+        ("text.tower", "", r"config\.text\.tower is ''; it must be the name"),
         ("text.tower", "nobody/nothing", r"config\.text\.tower: .* hf download nobody/nothing"),
         ("text.pooling", "max", r"^config\.text\.pooling is 'max'; .*known: mean, cls, pooler"),
         ("text.max_length", 65, r"^config\.text\.max_length is 65, but .* of at most 64 tokens$"),
