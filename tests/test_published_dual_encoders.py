@@ -461,16 +461,16 @@ def png(picture):
     return buffer.getvalue()
 
 
-# The first updates of Adam have the sign of the gradient, so the rounding of bfloat16 changes them.
+# Adam's first updates have the sign of the gradient, and rounding to bfloat16 changes some signs.
 @pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"),
+    ("name", "dtype", "rate", "tolerance"),
     [
-        ("SigLIP 2", "float32", 1e-5),
-        pytest.param("MetaCLIP 2", "float32", 1e-5, marks=pytest.mark.slow),
-        pytest.param("SigLIP 2", "bfloat16", 1e-2, marks=pytest.mark.slow),
+        ("SigLIP 2", "float32", 1e-4, 1e-5),
+        pytest.param("MetaCLIP 2", "float32", 1e-4, 1e-5, marks=pytest.mark.slow),
+        pytest.param("SigLIP 2", "bfloat16", 1e-5, 1e-4, marks=pytest.mark.slow),
     ],
 )
-def test_training_from_an_imported_model(name, dtype, tolerance, folders, photos, tmp_path):
+def test_training_from_an_imported_model(name, dtype, rate, tolerance, folders, photos, tmp_path):
     """Trains both towers; the curve does not depend on the mesh and the microbatches."""
     start = imported(folders[name][0], tmp_path / "imported")
     config = xlmr.get_config("tiny")
@@ -478,7 +478,7 @@ def test_training_from_an_imported_model(name, dtype, tolerance, folders, photos
     config.text.tower = config.image.tower = ""
     config.text.dtype = config.image.dtype = dtype
     config.loss.name = "sigmoid" if name == "SigLIP 2" else "infonce"
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = rate
     config.steps, config.eval_every, config.log_every = 4, 4, 1
     train.train(config, tmp_path / "one")
     config.update_from_flattened_dict({"mesh.data": 1, "mesh.fsdp": 8, "data.microbatches": 2})
