@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # Weight of the start in the average of start and end of trained towers: the average is
     # validated, and used by `Encoder.load`. It keeps more of what a tower knew before, for example
     # languages without training captions (WiSE-FT). 0: no average. Heads are not averaged, because
-    # most begin with random values.
+    # most begin with random values; with such a head, the average may be worse (docs/results.md).
     config.average = 0.0
 
     # Folder of the run whose text side the text side of this run learns from, with loss.distill or
