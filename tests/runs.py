@@ -78,6 +78,22 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     return process
 
 
+@contextlib.contextmanager
+def ending_at(step: int):
+    """Training in this process ends with a RuntimeError before it logs this step."""
+    from xlir.metric_log import MetricLog  # here, because it imports JAX
+
+    write = MetricLog.write
+
+    def fail(self, current, metrics):
+        if current == step:
+            raise RuntimeError("the end of this process")
+        write(self, current, metrics)
+
+    with mock.patch.object(MetricLog, "write", fail):
+        yield
+
+
 def metrics_of(workdir):
     """The records of a run, without values that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

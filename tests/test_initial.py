@@ -110,7 +110,7 @@ def test_a_head_that_subtracts_a_mean_keeps_it(config):
             {"text.tower": "muse", "image.tower": "toy-vit"},
             "it must be empty where both towers are named",
         ),
-        ({"text.trim_vocab": "words"}, "config.init keeps its vocabulary"),
+        ({"text.trim_vocab": "words"}, "whose vocabulary can't be trimmed"),
     ],
 )
 def test_what_is_refused(fields, message, config):

@@ -13,12 +13,11 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline.datasets import captions
 from input_pipeline.datasets.captioned_images import CaptionedImages
-from tests.runs import checkpoint_of, metrics_of, run_main
+from tests.runs import checkpoint_of, ending_at, metrics_of, run_main
 from xlir import partition, train, train_step
 from xlir.checkpoint import Checkpoints
 from xlir.embed import Parameters
 from xlir.encoder import Encoder
-from xlir.metric_log import MetricLog
 from xlir.models import dual_encoder
 from xlir.workdir import read_config
 
@@ -56,7 +55,7 @@ def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, ti
 @pytest.mark.parametrize(
     "image_tower", ["toy-vit", pytest.param("toy-resnet", marks=pytest.mark.slow)]
 )
-def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path, monkeypatch):
+def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path):
     """Trains both towers with microbatches, dropout and augmentation; resumes to equal numbers."""
     flags = [
         "--config=configs/xlmr.py:tiny",
@@ -70,15 +69,7 @@ def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path, monkey
     ]
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
     run_main(*flags, f"--workdir={straight}")
-    write = MetricLog.write
-
-    def fail(self, step, metrics):
-        if step == 8:
-            raise RuntimeError("the end of this process")
-        write(self, step, metrics)
-
-    with monkeypatch.context() as context:
-        context.setattr(MetricLog, "write", fail)
+    with ending_at(8):
         failed = run_main(*flags, f"--workdir={interrupted}", check=False)
     assert "the end of this process" in failed.stderr
     assert "resuming from step 6" in run_main(*flags, f"--workdir={interrupted}").stderr

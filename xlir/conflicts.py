@@ -55,7 +55,10 @@ def _init_conflicts(config: Mapping) -> Iterator[str]:
             "because no side would start from that run"
         )
     if config["text"]["trim_vocab"] and "text" in unnamed:
-        yield "config.text.trim_vocab needs config.text.tower: config.init keeps its vocabulary"
+        yield (
+            "config.text.trim_vocab must be empty where the text side continues that of "
+            "config.init, whose vocabulary can't be trimmed"
+        )
 
 
 def _distillation_conflicts(config: Mapping) -> Iterator[str]:

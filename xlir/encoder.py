@@ -84,7 +84,9 @@ class Encoder:
     def create(
         cls, config: ConfigDict, texts: Iterable[str] = (), mesh: Mesh | None = None
     ) -> "Encoder":
-        """An encoder with published weights in its towers and untrained heads, or as `config.init`.
+        """An encoder before training: published towers and untrained heads.
+
+        Sides that continue those of the run in `config.init` have its towers and heads.
 
         Args:
           config: see configs/base.py.
