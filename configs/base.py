@@ -125,8 +125,8 @@ def _text() -> ConfigDict:
     # Texts are truncated to this many tokens. CLIP takes at most 77, and SigLIP exactly 64.
     text.max_length = 128
     # Prepended to every text; E5 models need "query: ", and EmbeddingGemma was trained with
-    # prefixes such as "task: search result | query: ". NLLB takes texts as English
-    # unless they begin with the token of another language, such as "deu_Latn".
+    # prefixes such as "task: search result | query: ". NLLB and M2M-100 take texts as
+    # English unless they begin with the token of another language: "deu_Latn", "__de__".
     text.prefix = ""
     # Drop tokens that neither the training captions nor the texts in these files use. This saves
     # much memory: most of a multilingual checkpoint is the embedding table. The value names files

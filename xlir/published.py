@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from input_pipeline.preprocessing import Preprocessing
-from input_pipeline.tokenizers import HuggingFaceTokenizer
+from input_pipeline.tokenizers import HuggingFaceTokenizer, Tokenizer, from_checkpoint
 from xlir import partition
 from xlir.config import Group, Text, Whole, check_config, read_field
 from xlir.embed import SIDES
@@ -199,19 +199,21 @@ def _errors_name(published: Published) -> Iterator[None]:
         raise kind(f"{prefix}{error}") from error
 
 
-def _text_side(published: Published) -> tuple[Side, HuggingFaceTokenizer]:
+def _text_side(published: Published) -> tuple[Side, Tokenizer]:
     if published.layout in DUAL_ENCODERS:
         side = _projected("text", published.config, published.weights)
     else:
         is_m_clip = published.layout == "M-CLIP"
         side = _m_clip_text(published) if is_m_clip else _open_clip_text(published)
     family, config = side.spec.family, side.spec.config
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(
+    tokenizer = from_checkpoint(
         published.folder,
         family.tokenizer_fields(config),
         full_length=family.full_length(config),
     )
     if published.layout == "open_clip":
+        if not isinstance(tokenizer, HuggingFaceTokenizer):
+            raise ValueError("M2M-100's tokenizer is not supported in open_clip's layout")
         text = published.config["model_cfg"]["text_cfg"]
         canonical = (text.get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
         return side, tokenizer.cleaned(canonical=canonical)

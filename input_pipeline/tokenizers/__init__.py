@@ -4,20 +4,22 @@ import json
 import pathlib
 
 from input_pipeline.tokenizers.batches import length_batches, pad, padded_length
-from input_pipeline.tokenizers.huggingface import (
-    HuggingFaceTokenizer,
-    Padding,
-)
+from input_pipeline.tokenizers.checkpoints import from_checkpoint
+from input_pipeline.tokenizers.framed import Padding
+from input_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
+from input_pipeline.tokenizers.m2m_100 import M2M100Tokenizer
 from input_pipeline.tokenizers.saved import DESCRIPTION_FILE
 from input_pipeline.tokenizers.sentencepiece import SentencePieceTokenizer, from_package
 from input_pipeline.tokenizers.utf8 import byte_tokenizer
 
 __all__ = [
     "HuggingFaceTokenizer",
+    "M2M100Tokenizer",
     "Padding",
     "SentencePieceTokenizer",
     "Tokenizer",
     "byte_tokenizer",
+    "from_checkpoint",
     "from_package",
     "length_batches",
     "load_tokenizer",
@@ -25,10 +27,8 @@ __all__ = [
     "padded_length",
 ]
 
-Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
-TOKENIZERS = {
-    tokenizer.kind: tokenizer for tokenizer in (SentencePieceTokenizer, HuggingFaceTokenizer)
-}
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer | M2M100Tokenizer
+TOKENIZERS = {tokenizer.kind: tokenizer for tokenizer in Tokenizer.__args__}
 
 
 def load_tokenizer(folder: pathlib.Path) -> Tokenizer:

@@ -52,6 +52,8 @@ NLLB = {
     "vi": "vie_Latn",
     "zh": "zho_Hans",
 }
+# The same for M2M-100's tokens, where they do not hold the same code, as "__de__" does.
+M2M_100 = {"fil": "__tl__"}
 
 
 def marked(texts: Sequence[str], language: str, tokenizer: Any) -> list[str]:
@@ -63,6 +65,7 @@ def marked(texts: Sequence[str], language: str, tokenizer: Any) -> list[str]:
       tokenizer: any tokenizer; most have no tokens of languages, and leave the texts as they are.
     """
     known = getattr(tokenizer, "languages", ())
-    candidates = (language, NLLB.get(language, ""), f"__{language}__")
+    codes = (table.get(language, "") for table in (NLLB, M2M_100))
+    candidates = (language, f"__{language}__", *codes)
     token = next((token for token in candidates if token in known), "")
     return [token + text for text in texts]

@@ -6,3 +6,5 @@ DESCRIPTION_FILE = "tokenization.json"
 MODEL_FILE = "sentencepiece.model"
 # The content of a Hugging Face tokenizer.
 TOKENIZER_FILE = "tokenizer.json"
+# The dictionary of a SentencePiece tokenizer whose ids are not those of the model.
+DICTIONARY_FILE = "dictionary.json"

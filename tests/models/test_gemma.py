@@ -7,7 +7,7 @@ import pytest
 
 import xlir
 from configs import base
-from input_pipeline.tokenizers import HuggingFaceTokenizer
+from input_pipeline.tokenizers import from_checkpoint
 from tests.models.parity import assert_equal_gradients
 from tests.models.test_modernbert import (
     IDS,
@@ -158,7 +158,7 @@ def test_the_published_model_has_dense_layers():
 def test_tokens_equal_transformers(tmp_path):
     theirs = gemma_tokenizer(padding_side="left")
     theirs.save_pretrained(tmp_path)
-    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": len(theirs)})
+    ours = from_checkpoint(tmp_path, {"vocab_size": len(theirs)})
     assert rows_of(ours(RAW)) == theirs(RAW).input_ids
     cut = theirs(RAW, truncation=True, max_length=12).input_ids
     assert rows_of(ours(RAW, max_length=12)) == cut
@@ -173,9 +173,9 @@ def test_the_token_for_images_is_text(tmp_path):
     theirs.add_tokens(["<image_soft_token>"], special_tokens=True)
     theirs.save_pretrained(tmp_path)
     assert size in theirs([text]).input_ids[0]
-    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": size})
+    ours = from_checkpoint(tmp_path, {"vocab_size": size})
     assert (ours.vocab_size, rows_of(ours([text]))) == (size, split)
-    whole = HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": size + 1})
+    whole = from_checkpoint(tmp_path, {"vocab_size": size + 1})
     assert rows_of(whole([text])) == theirs([text]).input_ids
 
 

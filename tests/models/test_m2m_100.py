@@ -1,15 +1,20 @@
 """M2M-100 and NLLB-200: outputs, gradients and tokens equal those of transformers."""
 
+import json
 import math
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 
 from input_pipeline.tokenizers import (
     HuggingFaceTokenizer,
+    M2M100Tokenizer,
     byte_tokenizer,
+    from_checkpoint,
     languages,
     load_tokenizer,
 )
@@ -244,7 +249,7 @@ def nllb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nllb")
     theirs = nllb_tokenizer(folder)
     fields = {"vocab_size": len(theirs), "pad_token_id": 1, "eos_token_id": 2}
-    return HuggingFaceTokenizer.from_checkpoint(folder, fields), theirs
+    return from_checkpoint(folder, fields), theirs
 
 
 def test_tokens_equal_transformers(nllb):
@@ -287,3 +292,95 @@ def test_languages_have_tokens(nllb):
     assert languages.marked(["Hund"], "de", ours) == ["deu_LatnHund"]
     assert languages.marked(["Hund"], "tlh", ours) == ["Hund"]
     assert languages.marked(["Hund"], "de", byte_tokenizer()) == ["Hund"]
+
+
+# M2M-100's own tokenizer, which transformers has only in Python.
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def m2m(request, tmp_path_factory):
+    """Our tokenizer and that of transformers; the dictionary lacks every fifth piece."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("m2m")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 5),
+        model_prefix=str(folder / "sentencepiece.bpe"),
+        model_type=request.param,
+        vocab_size=190,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    file = folder / "sentencepiece.bpe.model"
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    pieces = [model.id_to_piece(id) for id in range(3, model.get_piece_size())]
+    # In another order, and with a character that the model does not know.
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(x for x in pieces[::-1] if hash_of(x) % 5), "ש"]
+    ids = {token: id for id, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    named = {"tokenizer_class": "M2M100Tokenizer"}
+    names = transformers.models.m2m_100.tokenization_m2m_100.FAIRSEQ_LANGUAGE_CODES["m2m100"]
+    named["additional_special_tokens"] = [f"__{name}__" for name in names]
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "config.json").write_text(json.dumps({"model_type": "m2m_100"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    fields = {"vocab_size": len(tokens) + 108, "pad_token_id": 1, "eos_token_id": 2}
+    return from_checkpoint(folder, fields), theirs
+
+
+def hash_of(text):
+    return zlib.crc32(text.encode())
+
+
+@pytest.mark.parametrize("length", [None, 12])
+def test_tokens_of_m2m_100_equal_transformers(m2m, length, tmp_path):
+    ours, theirs = m2m
+    texts = [*RAW, "Hund__de__ <s>x", "__de__", " __fr__Ball", "<unk> שש Ball ש", "ein Hund " * 400]
+    given = {"truncation": bool(length), "max_length": length}
+    expected = {}
+    for language in ("en", "de"):
+        theirs.src_lang = language
+        expected[language] = theirs(texts, **given).input_ids
+    unknown = sum(row.count(3) for row in expected["en"])
+    print(f"{unknown} of {sum(map(len, expected['en']))} tokens are unknown")
+    assert unknown
+    own = [text for text in texts if not text.lstrip().startswith("__")]
+    assert rows_of(ours(own, length)) == [
+        row for text, row in zip(texts, expected["en"], strict=True) if text in own
+    ]
+    german = languages.marked(texts, "de", ours)
+    assert german[0].startswith("__de__")
+    assert rows_of(ours(german, length)) == expected["de"]
+    prefixed = M2M100Tokenizer(ours._model, ours._dictionary, "__de__")
+    prefixed.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert rows_of(again(texts, length)) == expected["de"]
+    assert again.fingerprint() == prefixed.fingerprint() != ours.fingerprint()
+    assert languages.marked(["Aso"], "fil", ours) == ["__tl__Aso"]
+
+
+def test_exported_tokenizers_of_m2m_100_give_the_same_tokens(m2m, tmp_path):
+    pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
+    from xlir.export.pytorch.inputs import load_tokenizer as exported
+
+    ours = m2m[0]
+    ours.save_vocabulary(tmp_path)
+    given = {"prefix": "__de__ Ein ", "languages": sorted(ours.languages.values())}
+    prefixed = M2M100Tokenizer(ours._model, ours._dictionary, "__de__ Ein ")
+    marked = [text for raw in RAW for text in (raw, f"__fr__{raw}")]
+    for length in (40, 12):
+        plain = exported(tmp_path, "m2m_100", length)
+        assert plain(marked) == rows_of(ours(marked, length))
+        assert exported(tmp_path, "m2m_100", length, **given)(RAW) == rows_of(prefixed(RAW, length))
+
+
+def test_what_is_refused_of_m2m_100(m2m, tmp_path):
+    ours = m2m[0]
+    with pytest.raises(ValueError, match="M2M-100's vocabulary can't be trimmed"):
+        ours.used_ids(CORPUS)
+    with pytest.raises(ValueError, match="must be at least 3"):
+        ours(["a"], 2)
+    ours.save(tmp_path / "saved")
+    for name, content in (("dictionary.json", "{}"), ("sentencepiece.model", "not one")):
+        (tmp_path / "saved" / name).write_text(content)
+        with pytest.raises(ValueError, match="saved: the tokenizer is damaged: "):
+            load_tokenizer(tmp_path / "saved")

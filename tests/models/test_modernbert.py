@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline.tokenizers import HuggingFaceTokenizer
+from input_pipeline.tokenizers import from_checkpoint
 from tests.models.parity import assert_equal_gradients, become_gradients
 from tests.models.test_transformer import (
     create,
@@ -302,7 +302,7 @@ def test_tokens_equal_transformers(make, tmp_path):
     family = registry.families("text")["modernbert"]
     config = TINY | {"vocab_size": len(theirs), "cls_token_id": 7}
     fields = family.tokenizer_fields(config)
-    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, fields)
+    ours = from_checkpoint(tmp_path, fields)
     assert rows_of(ours(RAW)) == theirs(RAW).input_ids
     for length in (12, 3):
         cut = theirs(RAW, truncation=True, max_length=length).input_ids

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from input_pipeline.test_sets import xtd10
-from input_pipeline.tokenizers import HuggingFaceTokenizer, length_batches, pad
+from input_pipeline.tokenizers import from_checkpoint, length_batches, pad
 from tests.models.parity import assert_equal_gradients, become_gradients
 from xlir import metrics
 from xlir.models import pretrained, registry
@@ -403,7 +403,7 @@ def e5_folder() -> pathlib.Path:
 def embed(e5_folder):
     """A function that maps captions to unit vectors, as in the model's card."""
     config = pretrained.read_config(e5_folder)
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(e5_folder, config, prefix="query: ")
+    tokenizer = from_checkpoint(e5_folder, config, prefix="query: ")
     graph, params = nnx.split(loaded(config, pretrained.read_checkpoint(e5_folder)))
     # Here computing takes longer than compiling, so optimised machine code saves time.
     optimised = {"xla_backend_optimization_level": 3}

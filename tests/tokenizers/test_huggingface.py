@@ -20,10 +20,12 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from input_pipeline.tokenizers import (
     HuggingFaceTokenizer,
     byte_tokenizer,
+    from_checkpoint,
     load_tokenizer,
     long_texts,
     pad,
 )
+from input_pipeline.tokenizers.checkpoints import check_against_model
 
 CORPUS = [
     "A brown dog runs through the tall grass.",
@@ -414,7 +416,7 @@ def test_a_bert_checkpoint(library, tmp_path, no_network, model_type, form):
         write_vocab_txt(tmp_path, theirs)
     else:
         theirs.save(str(tmp_path / form))
-    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, config)
+    ours = from_checkpoint(tmp_path, config)
     assert rows_of(ours(CORPUS)) == [encoding.ids for encoding in theirs.encode_batch(CORPUS)]
     kept = ours.used_ids(CORPUS)
     assert rows_of([kept[i] for i in ours.trimmed(kept)(CORPUS)]) == rows_of(ours(CORPUS))
@@ -439,7 +441,7 @@ def test_a_sentencepiece_checkpoint(tmp_path, no_network):
     config = {"model_type": "xlm-roberta", "vocab_size": size}
     config |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     write_checkpoint(tmp_path, config)
-    ours = HuggingFaceTokenizer.from_checkpoint(tmp_path, config, prefix="Hund ")
+    ours = from_checkpoint(tmp_path, config, prefix="Hund ")
     expected = [
         [0, *(piece + 1 for piece in processor.encode(f"Hund {text}")), 2] for text in CORPUS
     ]
@@ -468,7 +470,7 @@ def test_published_configurations_agree(library, model, config):
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if model == "unigram":
         special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    ours.check_against_model(special, config)
+    check_against_model(ours, special, config)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +494,7 @@ def test_a_tokenizer_of_another_model_is_refused(library, tmp_path, change, mess
     config = {"model_type": "bert", "vocab_size": theirs.get_vocab_size(), "pad_token_id": 0}
     write_checkpoint(tmp_path, {"model_type": "bert"}, CASED)
     with pytest.raises(ValueError, match=message) as raised:
-        HuggingFaceTokenizer.from_checkpoint(tmp_path, config | change)
+        from_checkpoint(tmp_path, config | change)
     assert str(raised.value).startswith(f"{tmp_path}: ")
     assert "\n" not in str(raised.value)
 
@@ -504,20 +506,20 @@ def test_lowercasing_before_a_cased_vocabulary_is_refused(library, tmp_path):
     config = {"model_type": "bert", "vocab_size": library["wordpiece"].get_vocab_size()}
     write_checkpoint(tmp_path, config)
     with pytest.raises(ValueError, match='put "do_lower_case": false'):
-        HuggingFaceTokenizer.from_checkpoint(tmp_path, config)
+        from_checkpoint(tmp_path, config)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_named(tmp_path):
     write_checkpoint(tmp_path, {"model_type": "bert"}, CASED)
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer: none of tokenizer\.json, "):
-        HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": 9})
+        from_checkpoint(tmp_path, {"vocab_size": 9})
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path):
     write_checkpoint(tmp_path, {"model_type": "bert"}, CASED)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="its tokenizer can't be loaded") as raised:
-        HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": 9})
+        from_checkpoint(tmp_path, {"vocab_size": 9})
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -529,7 +531,7 @@ def test_code_of_a_checkpoint_is_refused_and_does_not_run(library, tmp_path, no_
     auto_map = {"auto_map": {"AutoTokenizer": ["tok.T", None]}}
     write_checkpoint(tmp_path, {"model_type": "x"} | auto_map, {"tokenizer_class": "T"} | auto_map)
     with pytest.raises(ValueError, match="custom code"):
-        HuggingFaceTokenizer.from_checkpoint(tmp_path, {"vocab_size": 230})
+        from_checkpoint(tmp_path, {"vocab_size": 230})
     assert not witness.exists()
 
 
@@ -547,7 +549,7 @@ def e5_folder() -> pathlib.Path:
 @pytest.fixture(scope="module")
 def e5(e5_folder) -> HuggingFaceTokenizer:
     config = json.loads((e5_folder / "config.json").read_text())
-    return HuggingFaceTokenizer.from_checkpoint(e5_folder, config, prefix="query: ")
+    return from_checkpoint(e5_folder, config, prefix="query: ")
 
 
 @pytest.fixture(scope="module")
@@ -591,10 +593,10 @@ def test_e5_s_tokenizer_is_refused_for_other_models(e5):
     special_ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     for rows in (119_547, 501_153):  # M-BERT, LaBSE
         with pytest.raises(ValueError, match="not belong to the same checkpoint"):
-            e5.check_against_model(special_ids, {"model_type": "bert", "vocab_size": rows})
+            check_against_model(e5, special_ids, {"model_type": "bert", "vocab_size": rows})
     config = {"model_type": "xlm-roberta", "vocab_size": 250_002, "pad_token_id": 0}
     with pytest.raises(ValueError, match="pad_token_id is 1 in the tokenizer and 0"):
-        e5.check_against_model(special_ids, config)
+        check_against_model(e5, special_ids, config)
 
 
 def test_random_unicode_survives_trimming(e5):

@@ -5,7 +5,7 @@ import json
 import pytest
 import sentencepiece
 
-from input_pipeline.tokenizers import HuggingFaceTokenizer, Padding, load_tokenizer, siglip
+from input_pipeline.tokenizers import Padding, from_checkpoint, load_tokenizer, siglip
 from tests.tokenizers.test_huggingface import CORPUS, OTHER, rows_of
 
 TEXTS = [
@@ -55,7 +55,7 @@ def test_ids_are_those_of_transformers(folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     fields = {"model_type": "siglip_text_model", "vocab_size": theirs.vocab_size}
-    ours = HuggingFaceTokenizer.from_checkpoint(folder, fields, full_length=24)
+    ours = from_checkpoint(folder, fields, full_length=24)
     assert ours.padding == Padding(24, 1)
     given = {"padding": "max_length", "max_length": 24, "truncation": True}
     expected = theirs(TEXTS, **given)["input_ids"]
@@ -73,14 +73,12 @@ def test_ids_are_those_of_transformers(folder, tmp_path):
 def test_a_model_that_is_split_differently_is_refused(folder, monkeypatch):
     monkeypatch.setattr(siglip, "PROBES", ("</s>",))  # transformers adds no second EOS
     with pytest.raises(ValueError, match="can't be converted: '</s>' would become"):
-        HuggingFaceTokenizer.from_checkpoint(folder, {"vocab_size": 150})
+        from_checkpoint(folder, {"vocab_size": 150})
 
 
 @pytest.mark.parametrize("padding", [3, [1, 2, 3]])
 def test_a_damaged_padding_is_named(folder, tmp_path, padding):
-    tokenizer = HuggingFaceTokenizer.from_checkpoint(
-        folder, {"vocab_size": len(_pieces(folder))}, full_length=24
-    )
+    tokenizer = from_checkpoint(folder, {"vocab_size": len(_pieces(folder))}, full_length=24)
     tokenizer.save(tmp_path / "saved")
     file = tmp_path / "saved" / "tokenization.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding": padding}))

@@ -137,11 +137,10 @@ def _metadata(languages: list[str], format: str) -> str:
 
 
 def _use(encoder: Encoder, format: str) -> str:
-    tokenizers = {"huggingface": "tokenizers", "sentencepiece": "sentencepiece"}
     padded = getattr(encoder.tokenizer, "padding", None) is not None
     return string.Template(USE[format]).substitute(
         padding='"max_length"' if padded else True,
-        tokenizer=tokenizers[encoder.tokenizer.kind],
+        tokenizer="tokenizers" if encoder.tokenizer.kind == "huggingface" else "sentencepiece",
         opset=OPSET,
         dim=encoder.config.embedding_dim,
         text=encoder.feature_dims["text"],

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import tokenizers as text_io
 from input_pipeline.preprocessing import Preprocessing
-from input_pipeline.tokenizers import HuggingFaceTokenizer, byte_tokenizer
+from input_pipeline.tokenizers import byte_tokenizer, from_checkpoint
 from xlir.models import dual_encoder, pretrained, registry, sentence_modules
 from xlir.models.dual_encoder import compute_dtype
 from xlir.models.family import Family, TowerSpec
@@ -243,7 +243,7 @@ def load_tokenizer(options: ConfigDict, spec: TowerSpec) -> text_io.Tokenizer:
     else:
         folder = pretrained.checkpoint_folder(options.tower)
         family, config = spec.family, spec.config
-        tokenizer = HuggingFaceTokenizer.from_checkpoint(
+        tokenizer = from_checkpoint(
             folder, family.tokenizer_fields(config), options.prefix, family.full_length(config)
         )
     try:

@@ -1,8 +1,10 @@
 """Turns texts into token ids and images into pixels."""
 
 import io
+import json
 import math
 import os
+import re
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,6 +14,8 @@ def load_tokenizer(folder, kind, max_length, prefix="", padding=None, languages=
     """Loads a folder's tokenizer; only that tokenizer's library has to be installed."""
     if kind == "sentencepiece":
         return SentencePiece(folder / "sentencepiece.model", max_length)
+    if kind == "m2m_100":
+        return M2M100(folder, max_length, prefix)
     return FastTokenizer(folder / "tokenizer.json", max_length, prefix, padding, languages)
 
 
@@ -66,6 +70,47 @@ class SentencePiece:
                 spread += [id] * (len(piece) if id == unknown else 1)
             rows.append([model.bos_id(), *(spread or [unknown])[: self.keep], model.eos_id()])
         return rows
+
+
+class M2M100:
+    """M2M-100's tokenizer: tokens of a SentencePiece model, whose ids are in a dictionary.
+
+    A text begins with the token of its language, by default "__en__".
+    """
+
+    def __init__(self, folder, max_length, prefix):
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor(
+            model_file=str(folder / "sentencepiece.model")
+        )
+        dictionary = json.loads((folder / "dictionary.json").read_text(encoding="utf8"))
+        self.ids, self.special = dictionary["ids"], dictionary["special"]
+        self.languages = {self.special[token] for token in dictionary["languages"]}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.specials = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.prefix, self.keep = prefix, max_length - 2
+
+    def __call__(self, texts):
+        """A list of ids for each text."""
+        return [self.framed(self.split(self.prefix + readable(text))) for text in texts]
+
+    def split(self, text):
+        """The ids of a text, in which special tokens may be written."""
+        ids = []
+        for part in filter(None, self.specials.split(text)):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                unknown = self.special["<unk>"]
+                ids += [self.ids.get(x, unknown) for x in self.model.encode(part, out_type=str)]
+        return ids
+
+    def framed(self, ids):
+        """The first ids, after that of the language and before that of "</s>"."""
+        if not ids or ids[0] not in self.languages:
+            ids = [self.special["__en__"], *ids]
+        return [*ids[: 1 + self.keep], self.special["</s>"]]
 
 
 def readable(text):
