@@ -9,7 +9,7 @@ import pytest
 from configs import flickr8k, siglip2, xlmr
 from tests.runs import run_main
 from tests.test_partition import GOLDEN
-from xlir import compile, cost, partition
+from xlir import compile, cost, hlo, partition
 
 
 def test_shardings_prints_the_table(command):
@@ -69,8 +69,11 @@ REPORT = compile.Report(
     temporaries=10 * 2**30,
     chip=cost.CHIPS["v5e"],
     flops=19.7e12,
-    hbm_bytes=81.9e9,
-    collectives={"all-gather": cost.Collective(3, 2e9)},
+    traffic=[
+        hlo.Traffic(57.33e9, 12, "fusion.8", "f32[128,12,197,197]", "jit(step)/body/jvp()/sub"),
+        hlo.Traffic(24.57e9, 1, "copy.1", "bf16[8,128]", ""),
+    ],
+    collectives={"all-gather": hlo.Collective(3, 2e9)},
 )
 
 
@@ -88,6 +91,8 @@ def test_the_report_names_what_takes_the_time():
     times = re.findall(r"(\d+\.\d) ms", text)
     assert times == ["100.0", "100.0", "10.0"]
     assert "a step takes 0.100 s if everything overlaps, 0.210 s if nothing does" in text
+    assert "that is at most 100% of the arithmetic peak rate" in text
+    assert re.search(r"fusion.8 +57.33 +12 f32\[128,12,197,197\] jvp\(\)/sub", text)
 
 
 @pytest.mark.parametrize(

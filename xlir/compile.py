@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from xlir import cost, initial, losses, partition, train_step
+from xlir import cost, hlo, initial, losses, partition, train_step
 from xlir.embed import Parameters, split
 from xlir.models import towers
 
@@ -37,6 +37,8 @@ LIBTPU = {
 }
 # Share of a chip's memory that must stay free, for memory use that the compiler does not count.
 SPARE = 0.1
+# Number of instructions that the report lists.
+HEAVIEST = 10
 
 
 def abstract(
@@ -159,7 +161,7 @@ class Report:
       arguments, temporaries: bytes of memory; the new state reuses the memory of the old state.
       chip: the chip's memory and peak rates.
       flops: floating point operations of the step on one chip.
-      hbm_bytes: an estimate of the bytes that the chip moves from and to its memory.
+      traffic: an estimate of what each instruction moves from and to the chip's memory.
       collectives: by kind, how many collectives run, and the bytes that the chip receives.
     """
 
@@ -171,8 +173,8 @@ class Report:
     temporaries: int
     chip: cost.Chip
     flops: float
-    hbm_bytes: float
-    collectives: dict[str, cost.Collective]
+    traffic: list[hlo.Traffic]
+    collectives: dict[str, hlo.Collective]
 
     @property
     def needed(self) -> int:
@@ -187,7 +189,8 @@ class Report:
     def __str__(self) -> str:
         """The report as text."""
         received = sum(each.bytes for each in self.collectives.values())
-        times = cost.estimate(self.flops, self.hbm_bytes, received, self.chip)
+        moved = sum(each.bytes for each in self.traffic)
+        times = cost.estimate(self.flops, moved, received, self.chip)
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         spare = 1 - self.needed / self.chip.hbm
         lines = [
@@ -201,7 +204,7 @@ class Report:
             "",
             "work per chip and step                    time at peak rate",
             _rate("arithmetic", self.flops / 1e12, "TFLOP", times.compute),
-            _rate("memory traffic", self.hbm_bytes / 1e9, "GB", times.memory),
+            _rate("memory traffic", moved / 1e9, "GB", times.memory),
             _rate("data received", received / 1e9, "GB", times.network),
         ]
         lines += [
@@ -212,6 +215,10 @@ class Report:
         lines += [
             f"  a step takes {times.overlapped:.3f} s if everything overlaps, {times.serial:.3f} s "
             f"if nothing does: {slow:,.0f} to {fast:,.0f} examples/s at most",
+            f"  that is at most {times.compute / times.overlapped:.0%} of the arithmetic peak rate",
+            "",
+            "largest memory traffic          GB    runs",
+            *map(_traffic, self.traffic[:HEAVIEST]),
             "",
             f"the step {'fits' if self.fits else 'does not fit'}: {100 * spare:.0f}% of the memory "
             f"{'is' if spare > 0 else 'would be'} free, {100 * SPARE:.0f}% must be free",
@@ -221,6 +228,11 @@ class Report:
 
 def _rate(what: str, amount: float, unit: str, seconds: float) -> str:
     return f"  {what:<18}{amount:10.2f} {unit:<6} {1e3 * seconds:12.1f} ms"
+
+
+def _traffic(each: hlo.Traffic) -> str:
+    source = "/".join(each.source.split("/")[-2:])
+    return f"  {each.name[:24]:<24}{each.bytes / 1e9:8.2f} {each.runs:7,} {each.shape} {source}"
 
 
 def compile_for(config: ConfigDict, topology: str) -> Report:
@@ -253,7 +265,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
             raise
         fault = str(error).splitlines()[0]
         raise ValueError(f"the step does not fit a chip of {topology}: {fault}") from None
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Report(
         topology=topology,
         chips=len(devices),
@@ -265,8 +277,8 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         temporaries=memory.temp_size_in_bytes,
         chip=cost.CHIPS[generation],
         flops=cost.flops(traced.jaxpr) / len(devices),
-        hbm_bytes=cost.hbm_bytes(hlo),
-        collectives=cost.collectives(hlo),
+        traffic=hlo.traffic(text),
+        collectives=hlo.collectives(text),
     )
 
 
