@@ -42,7 +42,8 @@ def decode(
 
     The EXIF orientation is applied, transparent pixels are blended with white, the first frame of
     an animation is taken, and colour profiles are ignored. The pixels equal those of transformers'
-    image processors with Pillow, except for large JPEGs (`DRAFT_FACTOR`).
+    image processors with Pillow, except for large JPEGs (`DRAFT_FACTOR`). DINOv3 has no processor
+    with Pillow: see `preprocessing.PROCESSORS`.
 
     Args:
       data: a file's bytes, in one of `photo_limits.FORMATS`.

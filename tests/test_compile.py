@@ -141,5 +141,16 @@ def test_topologies_have_a_device_a_chip(topology):
     assert jax.devices()[0].platform == "cpu"
 
 
+def test_an_average_keeps_the_towers_of_the_start():
+    config = xlmr.get_config("tiny")
+    assert "start of the average" not in compile.sharding_table(config, 8)
+    config.average = 0.5
+    table = compile.sharding_table(config, 8)
+    (kept,) = re.findall(r"start of the average +\d+ arrays +([\d,]+) ", table)
+    _, (params, _), _ = compile.abstract(config)
+    towers = jax.tree.leaves([params["text_tower"], params["image_tower"]])
+    assert int(kept.replace(",", "")) == 4 * sum(x.size for x in towers)
+
+
 def test_a_frozen_run_needs_no_checkpoint_to_be_described():
     assert "text_head" in compile.sharding_table(flickr8k.get_config(), 1)

@@ -79,6 +79,17 @@ def test_english_only_has_no_macro_and_is_judged_by_english():
     assert results_files.headline(results) == "R@10 en 100.0"
 
 
+def test_the_headline_names_each_language(three_languages):
+    line = results_files.headline(three_languages)
+    found = {
+        language: 100 * result["text_to_image"]["R@10"]
+        for language, result in three_languages["languages"].items()
+    }
+    mean = (found["de"] + found["fr"]) / 2
+    expected = f"en {found['en']:.1f}, other languages {mean:.1f} "
+    assert line == f"R@10 {expected}(de {found['de']:.1f}, fr {found['fr']:.1f})"
+
+
 def test_score_is_zero_shot_recall_at_10(three_languages):
     expected = three_languages["zero_shot_macro"]["text_to_image"]["R@10"]
     assert results_files.score(three_languages) == expected < 1

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from xlir import cost, hlo, initial, losses, partition, train_step
-from xlir.embed import Parameters, split
+from xlir.embed import Parameters, split, start_of
 from xlir.models import towers
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def sharding_table(config: ConfigDict, devices: int) -> str:
         "optimizer state": list(_laid_out(state.optimizer, mesh)),
         "moving average": list(_laid_out(state.ema, mesh)),
     }
+    if config.average:
+        parts["start of the average"] = list(_laid_out(start_of(config, params), mesh))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     rows = [("parameter", "shape", "layout", "bytes a device")]
     for part in ("trained", "frozen"):
@@ -146,7 +148,7 @@ class LaidOut:
         return ",".join(axis or "-" for axis in spec) if any(spec) else "whole"
 
 
-def _laid_out(tree: PyTree, mesh: AbstractMesh) -> Iterator[LaidOut]:
+def _laid_out(tree: PyTree, mesh: Mesh | AbstractMesh) -> Iterator[LaidOut]:
     shardings = jax.tree.leaves(partition.shardings(tree, mesh))
     for (path, x), sharding in zip(jax.tree.leaves_with_path(tree), shardings, strict=True):
         yield LaidOut(partition.path_name(path), x.shape, jnp.dtype(x.dtype), sharding)
@@ -159,6 +161,7 @@ class Report:
     Attributes:
       topology, chips, mesh, batch_size: what was compiled.
       arguments, temporaries: bytes of memory; the new state reuses the memory of the old state.
+        The arguments include the towers' initial parameters that `config.average` keeps.
       chip: the chip's memory and peak rates.
       flops: floating point operations of the step on one chip.
       traffic: an estimate of what each instruction moves from and to the chip's memory.
@@ -266,6 +269,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         fault = str(error).splitlines()[0]
         raise ValueError(f"the step does not fit a chip of {topology}: {fault}") from None
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    kept = start_of(config, abstract(config)[1].trained)
     return Report(
         topology=topology,
         chips=len(devices),
@@ -273,7 +277,8 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         batch_size=config.data.batch_size,
         arguments=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        - memory.alias_size_in_bytes
+        + sum(x.bytes_a_device for x in _laid_out(kept, mesh)),
         temporaries=memory.temp_size_in_bytes,
         chip=cost.CHIPS[generation],
         flops=cost.flops(traced.jaxpr) / len(devices),

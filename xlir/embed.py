@@ -72,6 +72,11 @@ def averaged(params: PyTree, start: PyTree, weight: float) -> PyTree:
     return params | _interpolated(*towers, weight)
 
 
+def start_of(config: ConfigDict, params: PyTree) -> PyTree:
+    """The part of the initial trained parameters that a run keeps for `averaged`."""
+    return {name: params[name] for name in towers_of(params)} if config.average else {}
+
+
 def towers_of(params: PyTree) -> list[str]:
     """The names of the towers in a tree of trained parameters."""
     return [f"{side}_tower" for side in SIDES if f"{side}_tower" in params]

@@ -86,13 +86,18 @@ def table(results: dict) -> str:
 
 
 def headline(results: dict) -> str:
-    """The results in a few words: text-to-image R@10 of English and of the zero-shot mean."""
+    """Text-to-image R@10 of English, of the mean of the other languages, and of each of them."""
     parts = []
     if "en" in results["languages"]:
         parts.append(f"en {100 * results['languages']['en']['text_to_image']['R@10']:.1f}")
     if results["zero_shot_macro"]:
         macro = results["zero_shot_macro"]["text_to_image"]["R@10"]
-        parts.append(f"other languages {100 * macro:.1f}")
+        each = ", ".join(
+            f"{language} {100 * result['text_to_image']['R@10']:.1f}"
+            for language, result in results["languages"].items()
+            if language != "en"
+        )
+        parts.append(f"other languages {100 * macro:.1f} ({each})")
     return "R@10 " + ", ".join(parts)
 
 

@@ -22,7 +22,7 @@ from xlir import data, decoding, evaluate, initial, losses, partition, results, 
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
-from xlir.embed import Embedder, Inputs, Parameters, averaged, towers_of
+from xlir.embed import Embedder, Inputs, Parameters, averaged, start_of
 from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
@@ -183,7 +183,7 @@ def _prepare(
     log.info("trained parameters:\n%s", overview)
     frozen = encoder.parameters.frozen
     # A resumed run reads them from its folder, which holds the towers as they were at the start.
-    start = {name: params[name] for name in towers_of(params)} if config.average else {}
+    start = start_of(config, params)
     return Run(config, mesh, frozen, start, layout, step, batches, validation), params
 
 

@@ -429,6 +429,7 @@ def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
         ("transformers", "BERT", "ViT's pooler", "text pooling is 'pooler', not 'mean'"),
         ("transformers", "BERT", "ViT's pooler", "text head is a matrix .* not 'mlp'"),
         ("transformers", "BERT's pooler", "ResNet", "has no image tower 'resnet'"),
+        ("transformers", "XLM-R with a prefix", "ViT", "text.prefix is 'query: '"),
         ("sentence-transformers", "open_clip", "open_clip", "processors round odd margins"),
         ("sentence-transformers", "SigLIP", "SigLIP", "has no text tower 'siglip_text_model'"),
         ("transformers", "MetaCLIP 2", "SigLIP", "text tower 'metaclip_2_text_model' in such"),

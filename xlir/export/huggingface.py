@@ -69,6 +69,8 @@ def unfit_for_transformers(encoder: Encoder) -> str:
         known = dual_encoders.of_towers(encoder)
         if reasons and known is not None:
             reasons = dual_encoders.unfit(encoder, known)
+    if prefix := getattr(encoder.tokenizer, "prefix", ""):
+        reasons.append(f"the format puts nothing before texts, and text.prefix is {prefix!r}")
     return "; ".join(reasons + _unfit_preprocessing(encoder))
 
 
