@@ -9,7 +9,7 @@ import pytest
 from configs import flickr8k, siglip2, xlmr
 from tests.runs import run_main
 from tests.test_partition import GOLDEN
-from xlir import compile, cost, hlo, partition
+from xlir import compile, cost, fit, hlo, partition
 
 
 def test_shardings_prints_the_table(command):
@@ -93,6 +93,49 @@ def test_the_report_names_what_takes_the_time():
     assert "a step takes 0.100 s if everything overlaps, 0.210 s if nothing does" in text
     assert "that is at most 100% of the arithmetic peak rate" in text
     assert re.search(r"fusion.8 +57.33 +12 f32\[128,12,197,197\] jvp\(\)/sub", text)
+
+
+def compiled(memory):
+    """A `compile_for` whose steps need memory[microbatches, remat] GiB, or are given up."""
+
+    def compile_for(config, topology):
+        assert config.text.remat == config.image.remat
+        needed = memory.get((config.data.microbatches, config.text.remat))
+        if needed is None:
+            raise compile.OutOfMemoryError("too large")
+        flops = (3 + config.text.remat + (config.data.microbatches > 1)) * 1e12
+        return dataclasses.replace(REPORT, temporaries=needed * 2**30, flops=flops, traffic=[])
+
+    return compile_for
+
+
+@pytest.mark.parametrize(
+    ("memory", "tried", "chosen"),
+    [
+        ({(1, False): 9}, [(1, False)], (1, False)),
+        # With equal arithmetic the first is taken, unless another moves fewer bytes.
+        ({(1, True): 9, (2, False): 9}, [(1, False), (1, True), (2, False)], (1, True)),
+        (
+            {(1, True): 12, (4, False): 9},
+            [(1, False), (1, True), (2, False), (4, False)],
+            (4, False),
+        ),
+        ({(8, True): 9}, None, (8, True)),
+        ({}, None, None),
+    ],
+)
+def test_fit_finds_the_fastest_step_that_fits(memory, tried, chosen, monkeypatch):
+    monkeypatch.setattr(compile, "compile_for", compiled(memory))
+    trials = fit.fit(xlmr.get_config("tiny"), "v5e:2x4")
+    if tried:
+        assert [(trial.microbatches, trial.remat) for trial in trials] == tried
+    best = fit.best(trials)
+    assert (best and (best.microbatches, best.remat)) == chosen
+    text = fit.table(trials)
+    assert text.count("<- the fastest that fits") == bool(chosen)
+    if chosen:
+        microbatches, remat = chosen
+        assert f"--config.data.microbatches={microbatches} --config.text.remat={remat}" in text
 
 
 @pytest.mark.parametrize(

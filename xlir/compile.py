@@ -154,6 +154,10 @@ def _laid_out(tree: PyTree, mesh: Mesh | AbstractMesh) -> Iterator[LaidOut]:
         yield LaidOut(partition.path_name(path), x.shape, jnp.dtype(x.dtype), sharding)
 
 
+class OutOfMemoryError(ValueError):
+    """The compiler found no way to fit a step into a chip's memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a training step costs on each chip of a topology.
@@ -189,13 +193,30 @@ class Report:
         """Whether a tenth of the chip's memory stays free."""
         return self.needed <= (1 - SPARE) * self.chip.hbm
 
+    @property
+    def spare(self) -> float:
+        """The share of the chip's memory that stays free; negative if it is too small."""
+        return 1 - self.needed / self.chip.hbm
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Bytes that the chip moves from and to its memory."""
+        return float(sum(each.bytes for each in self.traffic))
+
+    @property
+    def received(self) -> float:
+        """Bytes that the chip receives from others."""
+        return float(sum(each.bytes for each in self.collectives.values()))
+
+    @property
+    def times(self) -> cost.Estimate:
+        """Seconds of a step at the chip's peak rates."""
+        return cost.estimate(self.flops, self.hbm_bytes, self.received, self.chip)
+
     def __str__(self) -> str:
         """The report as text."""
-        received = sum(each.bytes for each in self.collectives.values())
-        moved = sum(each.bytes for each in self.traffic)
-        times = cost.estimate(self.flops, moved, received, self.chip)
+        times, spare = self.times, self.spare
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        spare = 1 - self.needed / self.chip.hbm
         lines = [
             f"{self.topology}: {self.chips} chips, mesh {axes}; batch {self.batch_size:,}, "
             f"{self.batch_size // self.chips:,} per chip",
@@ -207,8 +228,8 @@ class Report:
             "",
             "work per chip and step                    time at peak rate",
             _rate("arithmetic", self.flops / 1e12, "TFLOP", times.compute),
-            _rate("memory traffic", moved / 1e9, "GB", times.memory),
-            _rate("data received", received / 1e9, "GB", times.network),
+            _rate("memory traffic", self.hbm_bytes / 1e9, "GB", times.memory),
+            _rate("data received", self.received / 1e9, "GB", times.network),
         ]
         lines += [
             f"    {kind:<20}{each.bytes / 1e9:6.2f} GB     in {each.count:,.0f} messages"
@@ -247,8 +268,9 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
       topology: generation and shape, such as v5e:16x16.
 
     Raises:
-      ValueError: the topology is unknown, the configuration does not fit it, libtpu is not
-        installed, or the step takes so much memory that the compiler gives up.
+      ValueError: the topology is unknown, the configuration does not fit it, or libtpu is not
+        installed.
+      OutOfMemoryError: the step takes so much memory that the compiler gives up.
     """
     generation = topology.partition(":")[0]
     if generation not in cost.CHIPS:
@@ -267,7 +289,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fault = str(error).splitlines()[0]
-        raise ValueError(f"the step does not fit a chip of {topology}: {fault}") from None
+        raise OutOfMemoryError(f"the step does not fit a chip of {topology}: {fault}") from None
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kept = start_of(config, abstract(config)[1].trained)
     return Report(

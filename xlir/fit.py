@@ -1,0 +1,126 @@
+"""Chooses microbatches and rematerialisation: the fastest step that fits a TPU's memory."""
+
+import dataclasses
+import logging
+import time
+
+from ml_collections import ConfigDict
+
+from xlir import compile
+
+log = logging.getLogger(__name__)
+
+# The largest number of microbatches to try.
+MOST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A step that was compiled; `report` is None if the compiler gave up for lack of memory."""
+
+    microbatches: int
+    remat: bool
+    report: compile.Report | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether enough of a chip's memory stays free."""
+        return self.report is not None and self.report.fits
+
+    @property
+    def seconds(self) -> float:
+        """The shortest time that a step can take."""
+        return self.report.times.overlapped if self.report else float("inf")
+
+
+def fit(config: ConfigDict, topology: str) -> list[Trial]:
+    """Compiles steps that take ever less memory, until some fit.
+
+    The towers run forward once or, with microbatches or rematerialisation, twice, or with both
+    three times. The fewest runs that fit are the fastest, and with the same number of runs, the
+    memory traffic decides.
+
+    Args:
+      config: its microbatches and rematerialisation are ignored.
+      topology: see `compile.compile_for`.
+
+    Returns:
+      What was tried, in that order.
+
+    Raises:
+      ValueError: as `compile.compile_for`.
+    """
+    trials: list[Trial] = []
+    started = time.monotonic()
+    rounds = _rounds(config)
+    most = sum(len(steps) for steps in rounds)
+    for steps in rounds:
+        for microbatches, remat in steps:
+            if any(x.fits and x.remat == remat and x.microbatches > 1 for x in trials):
+                continue  # More microbatches only take longer.
+            left = ""
+            if trials:
+                each = (time.monotonic() - started) / len(trials) / 60
+                left = f"; at most {each * (most - len(trials)):.0f} minutes are left"
+            what = _describe(microbatches, remat)
+            log.info("trial %d of at most %d: %s%s", len(trials) + 1, most, what, left)
+            trials.append(_try(config, topology, microbatches, remat))
+        if any(trial.fits for trial in trials):
+            break
+    return trials
+
+
+def best(trials: list[Trial]) -> Trial | None:
+    """The fastest step that fits; None if no step does."""
+    return min((x for x in trials if x.fits), key=lambda x: x.seconds, default=None)
+
+
+def table(trials: list[Trial]) -> str:
+    """What was tried, as text."""
+    lines = ["microbatches  remat  needed, GiB   free  a step, s  of peak"]
+    chosen = best(trials)
+    for trial in trials:
+        cells = f"{trial.microbatches:12}  {'on' if trial.remat else 'off':>5}"
+        if trial.report is None:
+            lines.append(f"{cells}  the compiler gives up for lack of memory")
+            continue
+        report, times = trial.report, trial.report.times
+        mark = "  <- the fastest that fits" if trial is chosen else ""
+        lines.append(
+            f"{cells}  {report.needed / compile.GIB:11.2f}  {report.spare:5.0%}"
+            f"  {times.overlapped:9.3f}  {times.compute / times.overlapped:7.0%}{mark}"
+        )
+    if chosen:
+        flags = [f"--config.data.microbatches={chosen.microbatches}"]
+        flags += [f"--config.{side}.remat={chosen.remat}" for side in ("text", "image")]
+        lines += ["", " ".join(flags)]
+    return "\n".join(lines)
+
+
+def _rounds(config: ConfigDict) -> list[list[tuple[int, bool]]]:
+    """Microbatches and rematerialisation to try, by how often the towers run forward."""
+    several, size = [], 2
+    while size <= MOST and config.data.batch_size % size == 0:
+        several.append(size)
+        size *= 2
+    return [
+        [(1, False)],
+        [(1, True), *((size, False) for size in several)],
+        [(size, True) for size in several],
+    ]
+
+
+def _describe(microbatches: int, remat: bool) -> str:
+    parts = f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"
+    return f"{parts}, {'with' if remat else 'without'} rematerialisation"
+
+
+def _try(config: ConfigDict, topology: str, microbatches: int, remat: bool) -> Trial:
+    config = config.copy_and_resolve_references()
+    config.data.microbatches = microbatches
+    config.text.remat = config.image.remat = remat
+    try:
+        report = compile.compile_for(config, topology)
+    except compile.OutOfMemoryError:
+        report = None
+    return Trial(microbatches, remat, report)
