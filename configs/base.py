@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
 
     config.data = _data()
     # Test sets to evaluate on at the end of a run: each has a name that you choose, and the fields
-    # of `test_set` below. Photos of "folder" test sets are left out of training, photos of "split"
-    # test sets are not; XTD10's photos are always left out. Empty: evaluate on the split "test".
+    # of `test_set` below. Their photos are left out of training, except those of "split" test sets;
+    # XTD10's photos are always left out. Empty: evaluate on the split "test".
     config.evals = ConfigDict()
 
     config.text = _text()
@@ -101,14 +101,16 @@ def test_set(type: str = "folder", **fields) -> ConfigDict:
     In a configuration: `config.evals.mine = base.test_set("folder", captions="my_test")`.
     """
     config = ConfigDict()
-    # Kind of test set (input_pipeline/test_sets): "folder" (a folder in XTD10's layout), "xtd10"
-    # (XTD10, checked against the published files), or "split" (a split of the data set).
+    # Kind of test set (input_pipeline/test_sets): "folder" (a folder in XTD10's layout), "split" (a
+    # split of the data set), or a published set, checked against what was published, such as
+    # "xtd10" or "crossmodal3600" (docs/test_sets.md lists them).
     config.type = type
-    # folder, xtd10: folder of the captions, relative to data.dir; for xtd10 a clone of XTD10's
-    # repository (empty: the folder xtd10 in data.dir).
+    # All but split: folder of the captions, relative to data.dir; for a published set, the
+    # publisher's files (empty: the folder in data.dir that has the type's name).
     config.captions = ""
-    # folder, xtd10: folder that holds the photos, at any depth, relative to data.dir. Empty:
-    # data.dir itself; for xtd10, the photos of the prepared data set.
+    # All but split: folder that holds the photos, at any depth, relative to data.dir. Empty: for
+    # folder, data.dir itself; for xtd10, the photos of the prepared data set; for other published
+    # sets, the folder of the captions.
     config.images = ""
     # split: name of the split.
     config.split = "test"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import base
 from input_pipeline import datasets, test_sets
-from input_pipeline.test_sets import line_aligned, split, xtd10
+from input_pipeline.test_sets import captioned_photos, split, xtd10
 from input_pipeline.test_sets.retrieval_set import Options
 from tests.datasets.test_coco import CocoCaptions
 from xlir import data
@@ -188,10 +188,10 @@ def test_xtd10s_photos_from_a_folder(coco_folder, photos, shared):
 
 @pytest.mark.parametrize(("count", "names"), [(1, "0"), (3, "0, 1, 2"), (4, "0, 1, 2, ...")])
 def test_photos_that_the_run_lacks_are_named(count, names, photos):
-    captions = line_aligned.LineAligned("mine", list(map(str, range(count))), {})
+    captions = captioned_photos.CaptionedPhotos("mine", list(map(str, range(count))), {}, {})
     run = data.run_data(config_of(photos, "captions"))
     with pytest.raises(FileNotFoundError, match=re.escape(f"prepared shapes ({names}): name")):
-        line_aligned.with_photos_of_run(captions, Options("mine"), run)
+        captioned_photos.with_photos_of_run(captions, Options("mine"), run)
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.runs import run_main
-from xlir import evaluate, figures
+from xlir import comparison, evaluate, figures
 from xlir import results as results_files
 from xlir.data import RetrievalSet
 
@@ -153,6 +153,40 @@ def test_folds_are_searched_alone_and_averaged():
     assert results_files.table(results)
 
 
+def test_intervals_and_comparison_go_by_photo(three_languages):
+    images = np.eye(12, dtype=np.float32)
+    german = np.roll(images, 1, axis=0)
+    german[:3] = images[:3]
+    data = retrieval_set("en", "de", "fr")
+    texts = {"en": images, "de": german, "fr": np.roll(images, 1, axis=0)}
+    ranked = evaluate.rankings(data, texts, images)
+    found = evaluate.detailed(data.name, ranked, 12, 7, [1, 5, 10, 11])
+    for language, result in three_languages["languages"].items():
+        for direction in results_files.DIRECTIONS:
+            details = found["languages"][language][direction]
+            assert details.items() >= result[direction].items()
+            assert set(details) - {"median_rank", "intervals"} == set(details["intervals"])
+    low, high = found["languages"]["de"]["text_to_image"]["intervals"]["R@1"]
+    assert 0 <= low < 0.25 < high < 0.6
+    macro = found["zero_shot_macro"]["text_to_image"]
+    assert macro["R@1"] == pytest.approx(0.125)
+    # The macro average halves the German result, and its interval, because all French ones are 0.
+    assert macro["intervals"]["R@1"] == pytest.approx([low / 2, high / 2])
+    assert "R@11 ±" not in results_files.table(three_languages)
+    assert "25.0" in results_files.table(found)
+
+    worse = evaluate.rankings(data, texts | {"de": texts["fr"]}, images)
+    differences = comparison.compare(ranked, worse, 12, [1, 10])
+    assert list(differences) == ["en", "de", "fr", "zero-shot"]
+    one = differences["de"]["text_to_image"]["R@1"]
+    assert (one["first"], one["second"], one["mean"]) == (0.25, 0, 0.25)
+    # Only three photos differ: all agree in a quarter of the exchanges, half of them as observed.
+    assert one["p"] == pytest.approx(0.25, abs=0.03)
+    assert differences["en"]["image_to_text"]["mrr"]["p"] == 1
+    assert differences["zero-shot"]["text_to_image"]["R@1"]["mean"] == pytest.approx(0.125)
+    assert " 25.0 -   0.0 = +25.0" in comparison.table(differences, "a", "b", "R@1")
+
+
 def test_table_has_a_row_for_each_language(three_languages):
     lines = results_files.table(three_languages).splitlines()
     assert "hand-made, step 7, 12 images" in lines[0]
@@ -242,3 +276,38 @@ def test_eval_of_another_test_set(workdir, photos, odd_test_set, cache):
     assert "odd texts" not in second.stderr
     assert sorted(os.listdir(cache / "features")) == before
     assert second.stdout == first.stdout
+
+
+def test_eval_writes_predictions_a_comparison_and_clip_benchmarks_layout(
+    workdir, photos, odd_test_set, tmp_path
+):
+    arguments = [f"--workdir={workdir}", f"--test_set={odd_test_set}", "--k=2,3"]
+    arguments += [f"--images={photos / 'images'}", f"--predictions={tmp_path / 'best.jsonl'}"]
+    done = run_main("eval", *arguments, f"--against={workdir}", "--layout=clip_benchmark")
+    (file,) = (workdir / "results").glob("odd-[0-9]*[0-9].json")
+    results = json.loads(file.read_text())
+    recall = results["languages"]["ja"]["text_to_image"]
+    assert {"R@2", "nDCG@3", "MAP@10", "MRR@5", "precision@1", "recall@3", "mean_rank"} <= set(
+        recall
+    )
+
+    lines = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 12
+    japanese = [
+        line for line in lines if (line["language"], line["direction"]) == ("ja", "text_to_image")
+    ]
+    # No two photos are equal, so the first right answer is at the query's rank.
+    hits = [any(answer["right"] for answer in line["best"][:3]) for line in japanese]
+    assert np.mean(hits) == pytest.approx(recall["R@3"])
+    assert {len(line["best"]) for line in lines} == {10}
+    assert japanese[0]["best"][0]["answer"].endswith(".jpg")
+    assert [line["rank"] <= 3 for line in japanese] == hits
+
+    (against,) = (workdir / "results").glob("odd-*.against-*.json")
+    differences = json.loads(against.read_text())["languages"]
+    assert differences["ja"]["text_to_image"]["R@3"]["p"] == 1
+    assert "with 95% intervals" in done.stdout
+    (layout,) = (workdir / "results").glob("odd-*.clip_benchmark/*_ja_*.json")
+    theirs = json.loads(layout.read_text())
+    assert theirs["metrics"]["image_retrieval_recall@3"] == recall["R@3"]
+    assert (theirs["dataset"], theirs["language"]) == ("odd", "ja")

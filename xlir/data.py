@@ -17,6 +17,7 @@ from input_pipeline.cache import cache_folder
 from input_pipeline.datasets.captioned_images import CaptionedImages, PreparedSet
 from input_pipeline.datasets.texts import ParallelTexts, Texts
 from input_pipeline.test_sets import split, xtd10
+from input_pipeline.test_sets.captioned_photos import photo_key
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 log = logging.getLogger(__name__)
@@ -103,9 +104,10 @@ def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
         log.info("%d training lines with %d texts", len(texts), sum(map(len, texts.captions)))
         return texts
     names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
+    keys = set(map(photo_key, names))
 
     def is_test_photo(filename: str) -> bool:
-        return filename in names or xtd10.origin(filename) is not None
+        return photo_key(filename) in keys or xtd10.origin(filename) is not None
 
     photos = data.source(config.data.train, exclude=is_test_photo)
     log.info(
@@ -205,8 +207,9 @@ def test_sets(
     Args:
       config: the run's configuration.
       names: one test set, or several joined with commas. Each is a name of `config.evals`,
-        "xtd10", "split:NAME" for a split of the run's data set, or a folder in XTD10's layout.
-        Empty: all of `config.evals`, or the split "test" if there are none.
+        "split:NAME" for a split of the run's data set, "TYPE" or "TYPE:FOLDER" for a published set
+        (`input_pipeline.test_sets.TYPES`) and the folder of its captions, or a folder in XTD10's
+        layout. Empty: all of `config.evals`, or the split "test" if there are none.
       images: the folder of their photos, searched at any depth; empty: as the configuration says.
       drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.
@@ -268,11 +271,12 @@ def _named(config: ConfigDict, name: str) -> tuple[Entry, Options]:
     """A test set that a user names."""
     if name in config.evals:
         return _configured(config, name)
-    if name.startswith("split:"):
+    type, _, place = name.partition(":")
+    if type == "split":
         _check_has_photos(config, name)
-        return test_set_types.find("split"), Options(name, split=name.removeprefix("split:"))
-    if name == "xtd10":
-        return test_set_types.find("xtd10"), Options(name)
+        return test_set_types.find("split"), Options(name, split=place)
+    if type in test_set_types.TYPES and (place or type != "folder"):
+        return test_set_types.find(type), Options(type, captions=place)
     return test_set_types.find("folder"), Options("NAME", captions=name)
 
 

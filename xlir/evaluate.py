@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -10,11 +11,39 @@ from jaxtyping import Float
 
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from input_pipeline.tokenizers import languages
-from xlir import figures, metrics, results
+from xlir import (
+    clip_benchmark,
+    comparison,
+    figures,
+    metrics,
+    predictions,
+    results,
+    significance,
+)
 from xlir.embed import SIDES, Inputs, Parameters
 from xlir.encoder import Encoder
 from xlir.results import DIRECTIONS
+from xlir.retrieval_metrics import Ranked
 from xlir.workdir import results_folder
+
+Rankings = dict[str, dict[str, Ranked]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What `report` does besides evaluating.
+
+    Attributes:
+      at: values of k in metrics such as R@k, besides 1, 5 and 10.
+      predictions: a file to which the best answers to each query are written as JSON lines.
+      against: the folder of another run, which is compared with this one.
+      clip_benchmark: also write the results in CLIP_benchmark's layout.
+    """
+
+    at: Iterable[int] = ()
+    predictions: TextIO | None = None
+    against: pathlib.Path | None = None
+    clip_benchmark: bool = False
 
 
 class Evaluator:
@@ -96,19 +125,31 @@ def retrieval(
     Raises:
       ValueError: an embedding is not finite.
     """
-    image_ids = np.arange(len(images))
-    languages = {}
+    return summary(data.name, rankings(data, texts, images), len(images), step)
+
+
+def rankings(data: RetrievalSet, texts: dict[str, np.ndarray], images: np.ndarray) -> Rankings:
+    """Language -> direction -> ranks of the positives; arguments and errors as for `retrieval`."""
+    image_ids, found = np.arange(len(images)), {}
     for language, text in texts.items():
         text_ids = data.image_of[language]
         # Images without a caption in this language are candidates, but not queries.
-        asking = np.isin(image_ids, text_ids)
-        forward = metrics.retrieval_ranks(text, images, text_ids, image_ids)
-        backward = metrics.retrieval_ranks(images[asking], text, image_ids[asking], text_ids)
-        languages[language] = {
-            "queries": len(text),
-            "text_to_image": metrics.summarize(forward),
-            "image_to_text": metrics.summarize(backward),
-        }
+        asking = np.flatnonzero(np.isin(image_ids, text_ids))
+        forward = metrics.positive_ranks(text, images, text_ids, image_ids)
+        backward = metrics.positive_ranks(images[asking], text, asking, text_ids)
+        found[language] = dict(
+            zip(DIRECTIONS, (Ranked(forward, text_ids), Ranked(backward, asking)), strict=True)
+        )
+    return found
+
+
+def summary(name: str, ranked: Rankings, images: int, step: int) -> dict:
+    """The results of `retrieval`, from the ranks; `images` is the number of images."""
+    languages = {
+        language: {"queries": len(directions["text_to_image"].photo)}
+        | {name: metrics.summarize(one.ranks.best()) for name, one in directions.items()}
+        for language, directions in ranked.items()
+    }
     zero_shot = [result for language, result in languages.items() if language != "en"]
     macro = None
     if zero_shot:
@@ -120,12 +161,41 @@ def retrieval(
             for direction in DIRECTIONS
         }
     return {
-        "dataset": data.name,
+        "dataset": name,
         "step": step,
-        "images": len(images),
+        "images": images,
         "zero_shot_macro": macro,
         "languages": languages,
     }
+
+
+def detailed(name: str, ranked: Rankings, images: int, step: int, at: Sequence[int]) -> dict:
+    """The results of `retrieval` with the metrics of `retrieval_metrics` and their intervals.
+
+    `intervals` has the 95% bootstrap interval of each metric except the median rank.
+
+    Args:
+      name, ranked, images, step: as for `summary`.
+      at: the values of k.
+    """
+    found = summary(name, ranked, images, step)
+    zero_shot = {direction: [] for direction in DIRECTIONS}
+    for language, directions in ranked.items():
+        for direction, one in directions.items():
+            by_photo = one.by_photo(images, at)
+            result = found["languages"][language][direction]
+            result |= {metric: values.mean() for metric, values in by_photo.items()}
+            result["intervals"] = significance.intervals(by_photo)
+            if language != "en":
+                zero_shot[direction].append(by_photo)
+    for direction, result in (found["zero_shot_macro"] or {}).items():
+        means = {
+            f"R@{k}": significance.macro([language[f"R@{k}"] for language in zero_shot[direction]])
+            for k in at
+        }
+        result |= {metric: values.mean() for metric, values in means.items()}
+        result["intervals"] = significance.intervals(means)
+    return found
 
 
 def folded_retrieval(
@@ -150,7 +220,11 @@ def folded_retrieval(
 
 
 def report(
-    encoder: Encoder, data: RetrievalSet, workdir: pathlib.Path, cache: pathlib.Path
+    encoder: Encoder,
+    data: RetrievalSet,
+    workdir: pathlib.Path,
+    cache: pathlib.Path,
+    extras: Extras = Extras(),
 ) -> None:
     """Evaluates on a set and shows the results: a file, a table in the terminal, two figures.
 
@@ -160,9 +234,14 @@ def report(
     # Checked before evaluating, because the run's folder may be read-only.
     folder = results_folder(workdir)
     texts, images = Evaluator(encoder, data, cache).embeddings(encoder.parameters)
+    theirs = None
+    if extras.against:
+        other = Encoder.load(extras.against, mesh=encoder.mesh)
+        theirs = Evaluator(other, data, cache).embeddings(other.parameters)
     if jax.process_index():
         return
-    found = retrieval(data, texts, images, encoder.step)
+    ranked, at = rankings(data, texts, images), sorted({*metrics.AT, *extras.at})
+    found = detailed(data.name, ranked, len(images), encoder.step, at)
     print(f"\n{results.table(found)}")
     if folder:
         file = results.write(found, folder)
@@ -171,7 +250,17 @@ def report(
         figures.plot_queries(data.captions, data.image_of, texts, images, data.images, queries)
         print(f"\nwritten: {file}\n         {recall}\n         {queries}")
     if data.folds:
-        found = folded_retrieval(data, texts, images, encoder.step)
-        print(f"\n{results.table(found)}")
+        folds = folded_retrieval(data, texts, images, encoder.step)
+        print(f"\n{results.table(folds)}")
         if folder:
-            print(f"\nwritten: {results.write(found, folder)}")
+            print(f"\nwritten: {results.write(folds, folder)}")
+    if folder and extras.clip_benchmark:
+        print(f"\nwritten: {clip_benchmark.write(found, folder, workdir.name)}")
+    if extras.predictions:
+        predictions.write(extras.predictions, data, texts, images, ranked)
+    if theirs:
+        name = extras.against.name
+        differences = comparison.compare(ranked, rankings(data, *theirs), len(images), at)
+        print(f"\n{comparison.table(differences, workdir.name, name)}")
+        if folder:
+            print(f"\nwritten: {results.write_comparison(differences, found, name, folder)}")

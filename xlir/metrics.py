@@ -1,12 +1,14 @@
 """Metrics as pure functions: Recall@K, median rank, MRR for retrieval; mAP and F1@k for tagging.
 
+`retrieval_metrics` has further metrics of retrieval, from the ranks of all positives.
+
 Tied candidates count as if they were in random order: every metric is the expectation over all
 orders of the ties. An encoder that maps everything to one point therefore scores at chance level:
 its Recall@K is K / candidates if each query has one positive. If only strictly better candidates
 counted, its Recall@K would be 1.
 
 Functions that take scores treat only exactly equal scores as tied, so scores may have any scale.
-Cosines of equal inputs differ by rounding errors, which `rounded` removes. `retrieval_ranks` calls
+Cosines of equal inputs differ by rounding errors, which `rounded` removes. `positive_ranks` calls
 `rounded` itself; callers of the other functions must apply it to cosines first.
 """
 
@@ -22,6 +24,8 @@ from jaxtyping import Bool, Float, Int
 DECIMALS = 6
 # Queries scored at once: bounds the score matrix to CHUNK x candidates.
 CHUNK = 512
+# The numbers K of Recall@K that every result has.
+AT = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Ranks:
 
     def recall_at(self, k: int) -> float:
         """The expected share of queries that have a positive among the first k."""
-        return float(np.mean(self._expectation(lambda rank: rank <= k)))
+        return float(np.mean(self.expectation(lambda rank: rank <= k)))
 
     def expected_rank(self) -> Float[np.ndarray, " queries"]:
         """The expected rank of each query's first positive; 1 is best.
@@ -57,9 +61,9 @@ class Ranks:
 
     def mean_reciprocal_rank(self) -> float:
         """The mean of the expected 1 / rank."""
-        return float(np.mean(self._expectation(lambda rank: 1 / rank)))
+        return float(np.mean(self.expectation(lambda rank: 1 / rank)))
 
-    def _expectation(
+    def expectation(
         self, value: Callable[[Int[np.ndarray, " ranks"]], np.ndarray]
     ) -> Float[np.ndarray, " queries"]:
         """The expectation, for each query, of a function of the rank of its first positive."""
@@ -88,12 +92,40 @@ def _first_positive(tied: int, positives: int) -> Float[np.ndarray, " places"]:
     return none_before * here
 
 
-def retrieval_ranks(
+@dataclasses.dataclass(frozen=True)
+class PositiveRanks:
+    """Where all positives of each query are ranked; tied candidates are in random order.
+
+    Queries may have different numbers of positives: rows are filled up on the right.
+
+    Attributes:
+      better: for each positive, the number of candidates that score higher.
+      tied: number of candidates with the positive's score, including itself.
+      before: number of the query's positives that score higher.
+      same: number of the query's positives with the positive's score, including itself.
+      real: False for the places that fill up a row; the other fields have no meaning there.
+    """
+
+    better: Int[np.ndarray, "queries positives"]
+    tied: Int[np.ndarray, "queries positives"]
+    before: Int[np.ndarray, "queries positives"]
+    same: Int[np.ndarray, "queries positives"]
+    real: Bool[np.ndarray, "queries positives"]
+
+    def best(self) -> Ranks:
+        """The rank of each query's best positive."""
+        place = np.argmin(np.where(self.real, self.before, np.iinfo(np.int64).max), axis=1)
+        rows = np.arange(len(place))
+        better, tied, same = (x[rows, place] for x in (self.better, self.tied, self.same))
+        return Ranks(better, tied - same, same)
+
+
+def positive_ranks(
     queries: Float[np.ndarray, "queries dim"],
     candidates: Float[np.ndarray, "candidates dim"],
     query_ids: Int[np.ndarray, " queries"],
     candidate_ids: Int[np.ndarray, " candidates"],
-) -> Ranks:
+) -> PositiveRanks:
     """Ranks candidates by cosine similarity, without sorting.
 
     Args:
@@ -101,22 +133,66 @@ def retrieval_ranks(
       candidates: embeddings of any nonzero length.
       query_ids: the photo of each query.
       candidate_ids: the photo of each candidate. All candidates with the query's photo are
-        positives, and the best of them counts.
+        positives.
 
     Raises:
       ValueError: an embedding is not finite or has length zero, or a query has no positive.
     """
     queries, candidates = _unit(queries, "query"), _unit(candidates, "candidate")
+    places = _positives(query_ids, candidate_ids)
     chunks = []
     for start in range(0, len(queries), CHUNK):
-        cosines = queries[start : start + CHUNK] @ candidates.T
-        positive = query_ids[start : start + CHUNK, None] == candidate_ids[None, :]
-        if not positive.any(axis=1).all():
-            row = start + int(np.argmin(positive.any(axis=1)))
-            raise ValueError(f"query {row} (photo {query_ids[row]}) has no matching candidate")
-        ranks = best_ranks(rounded(cosines, axis=1), positive)
-        chunks.append((ranks.better, ranks.tied, ranks.positives))
-    return Ranks(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+        rows = slice(start, start + CHUNK)
+        scores = rounded(queries[rows] @ candidates.T, axis=1)
+        chunks.append(_counts(scores, places[rows]))
+    fields = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    return PositiveRanks(*fields, real=places >= 0)
+
+
+def retrieval_ranks(
+    queries: Float[np.ndarray, "queries dim"],
+    candidates: Float[np.ndarray, "candidates dim"],
+    query_ids: Int[np.ndarray, " queries"],
+    candidate_ids: Int[np.ndarray, " candidates"],
+) -> Ranks:
+    """The rank of each query's best positive; arguments and errors as for `positive_ranks`."""
+    return positive_ranks(queries, candidates, query_ids, candidate_ids).best()
+
+
+def summarize(ranks: Ranks) -> dict[str, float]:
+    """Recall at 1, 5 and 10 (0 to 1), median rank and mean reciprocal rank."""
+    recalls = {f"R@{k}": ranks.recall_at(k) for k in AT}
+    return recalls | {"median_rank": ranks.median_rank(), "mrr": ranks.mean_reciprocal_rank()}
+
+
+def _positives(
+    query_ids: Int[np.ndarray, " queries"], candidate_ids: Int[np.ndarray, " candidates"]
+) -> Int[np.ndarray, "queries positives"]:
+    """The rows of each query's positives among the candidates, filled up with -1."""
+    order = np.argsort(candidate_ids, kind="stable")
+    ids = candidate_ids[order]
+    first, end = (np.searchsorted(ids, query_ids, side=side) for side in ("left", "right"))
+    if not (end > first).all():
+        row = int(np.argmin(end > first))
+        raise ValueError(f"query {row} (photo {query_ids[row]}) has no matching candidate")
+    place = first[:, None] + np.arange(np.max(end - first))
+    return np.where(place < end[:, None], order[np.minimum(place, len(order) - 1)], -1)
+
+
+def _counts(
+    scores: Float[np.ndarray, "queries candidates"],
+    places: Int[np.ndarray, "queries positives"],
+) -> tuple[Int[np.ndarray, "queries positives"], ...]:
+    """The fields `better`, `tied`, `before` and `same` of `PositiveRanks`."""
+    own = np.take_along_axis(scores, np.maximum(places, 0), axis=1)
+    # Minus infinity is neither higher than a score, nor equal to one.
+    own = np.where(places >= 0, own, -np.inf)
+    counts = []
+    for column in own.T:
+        column = column[:, None]
+        compared = (scores > column, scores == column, own > column, own == column)
+        counts.append([np.count_nonzero(array, axis=1) for array in compared])
+    return tuple(np.stack(parts, axis=1) for parts in zip(*counts, strict=True))
 
 
 def rounded(
@@ -219,12 +295,6 @@ def tagging(
         f"micro_F1@{k}": float(2 * right.sum() / (told.sum() + count.sum())),
         f"macro_F1@{k}": float(np.mean(2 * right[used] / (told[used] + count[used]))),
     } | {f"hit@{at}": ranks.recall_at(at) for at in hits}
-
-
-def summarize(ranks: Ranks, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall at each K (0 to 1), median rank and mean reciprocal rank."""
-    recalls = {f"R@{k}": ranks.recall_at(k) for k in at}
-    return recalls | {"median_rank": ranks.median_rank(), "mrr": ranks.mean_reciprocal_rank()}
 
 
 def _unit(embeddings: np.ndarray, kind: str) -> np.ndarray:

@@ -24,6 +24,19 @@ def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
     return file
 
 
+def write_comparison(
+    differences: dict, results: dict, other: str, folder: pathlib.Path
+) -> pathlib.Path:
+    """Writes a comparison with the run named `other` into a folder and returns its path.
+
+    `differences` is the result of `comparison.compare`, and `results` are those of this run.
+    """
+    file = folder / f"{results['dataset']}-{results['step']}.against-{other}.json"
+    head = {"dataset": results["dataset"], "step": results["step"], "against": other}
+    files.write_whole(file, json.dumps(head | {"languages": differences}, indent=1))
+    return file
+
+
 def read(workdir: pathlib.Path, step: int) -> list[dict]:
     """A run's retrieval results at a step, sorted by file name.
 
@@ -62,20 +75,32 @@ def score(results: dict) -> float:
 
 
 def table(results: dict) -> str:
-    """The results as a table for the terminal, recalls in percent."""
+    """The results as a table for the terminal, recalls in percent.
+
+    Behind the last recall is half the width of its 95% interval, if there is one.
+    """
     head = f"{results['dataset']}, step {results['step']}, {results['images']} images"
-    columns = "R@1   R@5  R@10"
+    some = next(iter(results["languages"].values()))["text_to_image"]
+    names = [name for name in some if name.startswith("R@")]
+    names.sort(key=lambda name: int(name.removeprefix("R@")))
+    columns = "  ".join(f"{name:>4}" for name in names)
+    width = len(columns) + (6 if "intervals" in some else 0)
+
+    def cells(result: dict) -> str:
+        text = "  ".join(f"{100 * result[name]:>{max(4, len(name))}.1f}" for name in names)
+        if "intervals" in result:
+            low, high = result["intervals"][names[-1]]
+            text += f" ±{50 * (high - low):.1f}"
+        return text
+
     lines = [
-        f"{head:<38}  text to image          image to text",
-        f"{'':<10}{'queries':>8}{'median rank':>14}      {columns:<20}   {columns}",
+        f"{head:<36}  {'text to image':<{width}}      image to text",
+        f"{'':<10}{'queries':>8}{'median rank':>14}      {columns:<{width}}      {columns}",
     ]
 
     def row(name: str, queries: object, median: object, result: dict) -> str:
-        cells = "       ".join(
-            "  ".join(f"{100 * result[direction][k]:4.1f}" for k in ("R@1", "R@5", "R@10"))
-            for direction in DIRECTIONS
-        )
-        return f"{name:<10}{queries:>8}{median:>14}      {cells}"
+        both = [cells(result[direction]) for direction in DIRECTIONS]
+        return f"{name:<10}{queries:>8}{median:>14}      {both[0]:<{width}}      {both[1]}"
 
     for language, result in results["languages"].items():
         median = f"{result['text_to_image']['median_rank']:.0f}"

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Collection
 
-from input_pipeline.test_sets import line_aligned, xtd10
+from input_pipeline.test_sets import captioned_photos, line_aligned, xtd10
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 
@@ -21,7 +21,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
     images = options.images or run.folder
     if not images:
         raise FileNotFoundError("name the folder of the test set's photos with --images=DIR")
-    return line_aligned.with_photos_of_folder(captions, images)
+    return captioned_photos.with_photos_of_folder(captions, images)
 
 
 def photos(options: Options, run: RunData) -> Collection[str]:
@@ -30,4 +30,4 @@ def photos(options: Options, run: RunData) -> Collection[str]:
     return () if xtd10.is_xtd10(folder) else line_aligned.read(folder).filenames
 
 
-ENTRY = Entry(read, photos)
+ENTRIES = {"folder": Entry(read, photos)}

@@ -18,6 +18,7 @@ class RetrievalSet:
       captions: language -> captions.
       image_of: language -> the row of each caption's image.
       fingerprint: identifies the images' content, for the feature cache.
+      filenames: the names of the images' files; empty if they have none.
       folds: (name, number), or None. The set is also split, in order, into this number of equal
         parts. Each part is searched separately, and the mean results are saved under this name.
     """
@@ -27,6 +28,7 @@ class RetrievalSet:
     captions: dict[str, list[str]]
     image_of: dict[str, np.ndarray]
     fingerprint: str
+    filenames: Sequence[str] = ()
     folds: tuple[str, int] | None = None
 
 
@@ -83,6 +85,8 @@ class Entry:
         none is missing.
       download: downloads missing captions; None: this type is never downloaded.
       terms: licence of the test set; empty: depends on the user's files.
+      authors: who wrote the captions; empty: depends on the user's files.
+      origin: where the files come from; empty: depends on the user.
     """
 
     read: Callable[[Options, RunData], RetrievalSet]
@@ -90,3 +94,5 @@ class Entry:
     missing: Callable[[Options, RunData], str] = nothing_missing
     download: Callable[[Options, RunData], None] | None = None
     terms: str = ""
+    authors: str = ""
+    origin: str = ""

@@ -27,7 +27,9 @@ def read(options: Options, run: RunData) -> RetrievalSet:
         translated = data.translations(options.split)
         rows = np.arange(len(source))
         image_of = dict.fromkeys(translated, rows)
-        return RetrievalSet(name, source.images, translated, image_of, source.fingerprint)
+        return RetrievalSet(
+            name, source.images, translated, image_of, source.fingerprint, source.filenames
+        )
     if name == "coco-test" and len(source) == COCO_TEST:
         captions = [texts[:COCO_CAPTIONS] for texts in captions]
         name = "coco-test-5k"
@@ -39,6 +41,7 @@ def read(options: Options, run: RunData) -> RetrievalSet:
         captions={"en": [caption for texts in captions for caption in texts]},
         image_of={"en": np.repeat(np.arange(len(source)), [len(texts) for texts in captions])},
         fingerprint=source.fingerprint,
+        filenames=source.filenames,
         folds=folds,
     )
 
@@ -59,4 +62,4 @@ def of_texts(name: str, source: Texts) -> RetrievalSet:
     )
 
 
-ENTRY = Entry(read)
+ENTRIES = {"split": Entry(read)}

@@ -18,8 +18,9 @@ import urllib.request
 
 from input_pipeline import files
 from input_pipeline.cache import cache_folder
-from input_pipeline.lines import english_first, read_lines
-from input_pipeline.test_sets import line_aligned
+from input_pipeline.lines import read_lines
+from input_pipeline.test_sets import captioned_photos, line_aligned
+from input_pipeline.test_sets.captioned_photos import CaptionedPhotos
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,7 @@ JUNK = {"de": (148, 241, 262, 727, 768, 939)}
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.jpg")
 
 
-def read_captions(
-    folder: str | os.PathLike, *, drop_junk: bool = False
-) -> line_aligned.LineAligned:
+def read_captions(folder: str | os.PathLike, *, drop_junk: bool = False) -> CaptionedPhotos:
     """Reads XTD10: 1,000 photos, 11 languages. Shows its licence the first time on a machine.
 
     Args:
@@ -107,14 +106,18 @@ def read_captions(
         code = line_aligned.CAPTIONS_FILE.fullmatch(name)[1]
         lines[line_aligned.ALIASES.get(code, code)] = read_lines(file)
     _show_licence(folder)
-    dropped = {}
-    if drop_junk:
-        dropped = {language: tuple(n - 1 for n in numbers) for language, numbers in JUNK.items()}
-        for language, rows in dropped.items():
-            lines[language] = [c for row, c in enumerate(lines[language]) if row not in rows]
+    junk = JUNK if drop_junk else {}
+    pairs = {
+        language: [
+            (photo, caption)
+            for line, (photo, caption) in enumerate(zip(names, of_one, strict=True), start=1)
+            if line not in junk.get(language, ())
+        ]
+        for language, of_one in lines.items()
+    }
     # Results with and without these captions have different names.
     name = "xtd10-without-junk" if drop_junk else "xtd10"
-    return line_aligned.LineAligned(name, names, english_first(lines), dropped)
+    return captioned_photos.from_pairs(name, pairs, names)
 
 
 def download(folder: str | os.PathLike) -> None:
@@ -213,8 +216,8 @@ def read(options: Options, run: RunData) -> RetrievalSet:
             *(len(lines), language, what),
         )
     if options.images:
-        return line_aligned.with_photos_of_folder(captions, options.images)
-    return line_aligned.with_photos_of_run(captions, options, run)
+        return captioned_photos.with_photos_of_folder(captions, options.images)
+    return captioned_photos.with_photos_of_run(captions, options, run)
 
 
 def _missing(options: Options, run: RunData) -> str:
@@ -235,4 +238,13 @@ def _folder(options: Options, run: RunData) -> pathlib.Path:
 
 
 # No `photos`: training leaves out XTD10's photos in any case, recognized by `origin`.
-ENTRY = Entry(read, missing=_missing, download=_download, terms=TERMS)
+ENTRIES = {
+    "xtd10": Entry(
+        read,
+        missing=_missing,
+        download=_download,
+        terms=TERMS,
+        authors="written and translated by people",
+        origin=URL,
+    )
+}

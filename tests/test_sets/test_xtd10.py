@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from input_pipeline.test_sets import line_aligned, xtd10
-from input_pipeline.test_sets.line_aligned import find_photos
+from input_pipeline.test_sets.captioned_photos import find_photos
 from input_pipeline.test_sets.xtd10 import is_xtd10
 
 
@@ -220,9 +220,7 @@ def test_xtd10_is_checked_and_has_eleven_languages(clone, shared, cache):
     assert test_set.name == "xtd10"
     assert test_set == line_aligned.read(shared / "xtd10")
     assert is_xtd10(clone)
-    assert all(
-        test_set.rows(language).tolist() == list(range(1000)) for language in test_set.captions
-    )
+    assert all(test_set.image_of[language] == list(range(1000)) for language in test_set.captions)
 
 
 def test_junk_lines_are_dropped_in_german_only(clone, cache):
@@ -231,7 +229,7 @@ def test_junk_lines_are_dropped_in_german_only(clone, cache):
     assert {code: len(texts) for code, texts in clean.captions.items()} == {
         code: 994 if code == "de" else 1000 for code in whole.captions
     }
-    rows = clean.rows("de").tolist()
+    rows = clean.image_of["de"]
     assert [whole.captions["de"][row] for row in rows] == clean.captions["de"]
     dropped = [whole.captions["de"][row] for row in range(1000) if row not in rows]
     untranslated = "Could not translate"

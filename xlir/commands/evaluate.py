@@ -7,20 +7,26 @@ Examples:
   python -m xlir.main eval --workdir=runs/flickr8k
   python -m xlir.main eval --workdir=runs/flickr8k --test_set=PATH/multilingual_test \\
       --images=PATH/images
+  python -m xlir.main eval --workdir=runs/flickr8k --against=runs/baseline \\
+      --predictions=best.jsonl
   python -m xlir.main eval --workdir=runs/flickr8k --task=tagging --test_set=split:val
 """
 
+import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
+from input_pipeline import files
 from xlir.commands import processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
 # Task -> flags that only the other task has.
-FOREIGN = {"retrieval": ("vocabulary",), "tagging": ("images", "drop_junk")}
+RETRIEVAL = ("images", "drop_junk", "k", "predictions", "against", "layout")
+FOREIGN = {"retrieval": ("vocabulary",), "tagging": RETRIEVAL}
 
 
 def define(flags: Flags) -> None:
@@ -36,6 +42,17 @@ def define(flags: Flags) -> None:
         "run's data set.",
         default="",
     )
+    flags.strings("k", "More values of k for metrics such as R@k, besides 1, 5 and 10.", default="")
+    flags.string("predictions", "File for the ten best answers to each query, as JSON lines.")
+    flags.string(
+        "against", "Folder of another run: its results are compared with this run's, by photo."
+    )
+    flags.choice(
+        "layout",
+        "Also write the results as other programs do: one JSON file for each language, as "
+        "CLIP_benchmark.",
+        ("clip_benchmark",),
+    )
     processes.define(flags)
 
 
@@ -45,7 +62,12 @@ def run(values: FlagValues) -> None:
         if values[name].value:
             raise UsageError(f"--{name} is not a flag of --task={values.task}")
     splits = _splits(values.test_set) if values.task == "tagging" else []
+    at = [_whole(k) for k in values.k]
+    if values.predictions:
+        files.check_writable(pathlib.Path(values.predictions))
     processes.start_jax(values)
+    import jax
+
     from xlir import data, evaluate, partition
     from xlir.encoder import Encoder
     from xlir.workdir import read_config
@@ -56,10 +78,25 @@ def run(values: FlagValues) -> None:
     if values.task == "tagging":
         _evaluate_tagging(encoder, workdir, values.vocabulary, splits)
         return
-    for test_set in data.test_sets(
+    test_sets = data.test_sets(
         encoder.config, values.test_set, values.images, drop_junk=values.drop_junk
-    ):
-        evaluate.report(encoder, test_set, workdir, data.feature_cache())
+    )
+    with contextlib.ExitStack() as stack:
+        extras = evaluate.Extras(at, clip_benchmark=values.layout == "clip_benchmark")
+        if values.against:
+            extras = dataclasses.replace(extras, against=pathlib.Path(values.against))
+        if values.predictions and not jax.process_index():
+            file = stack.enter_context(open(values.predictions, "w", encoding="utf8"))
+            extras = dataclasses.replace(extras, predictions=file)
+        for test_set in test_sets:
+            evaluate.report(encoder, test_set, workdir, data.feature_cache(), extras)
+
+
+def _whole(k: str) -> int:
+    """A value of --k."""
+    if not (k.isascii() and k.isdigit() and int(k)):
+        raise UsageError(f"--k={k}: k must be a whole number, at least 1")
+    return int(k)
 
 
 def _splits(test_set: str) -> list[str]:

@@ -81,8 +81,9 @@ class Flags:
         """The flags --test_set and --images; `several`: --test_set may name more than one set."""
         self.string(
             "test_set",
-            "A test set: a name in the run's config.evals, a folder in XTD10's layout, 'xtd10', or "
-            "'split:NAME' (a split of the run's data set). "
+            "A test set: a name in the run's config.evals, a folder in XTD10's layout, "
+            "'TYPE:FOLDER' (a published set and the folder of its captions; docs/test_sets.md "
+            "lists the types), or 'split:NAME' (a split of the run's data set). "
             + (
                 "Join several with commas. Default: all of config.evals."
                 if several
@@ -93,8 +94,8 @@ class Flags:
         self.string(
             "images",
             "Folder of the test set's photos. Default: the folder that config.evals names. If it "
-            "names none: for XTD10, the photos of the run's data set; for other test sets, the "
-            "run's data.dir.",
+            "names none: for XTD10, the photos of the run's data set; for other published sets, "
+            "the folder of the captions; for other folders, the run's data.dir.",
             default="",
         )
 
