@@ -126,7 +126,10 @@ def compiled(memory):
 )
 def test_fit_finds_the_fastest_step_that_fits(memory, tried, chosen, monkeypatch):
     monkeypatch.setattr(compile, "compile_for", compiled(memory))
-    trials = fit.fit(xlmr.get_config("tiny"), "v5e:2x4")
+    monkeypatch.setattr(compile, "devices", lambda topology: [None] * 8)
+    config = xlmr.get_config("tiny")
+    config.data.batch_size = 128
+    trials = fit.fit(config, "v5e:2x4")
     if tried:
         assert [(trial.microbatches, trial.remat) for trial in trials] == tried
     best = fit.best(trials)
@@ -136,6 +139,15 @@ def test_fit_finds_the_fastest_step_that_fits(memory, tried, chosen, monkeypatch
     if chosen:
         microbatches, remat = chosen
         assert f"--config.data.microbatches={microbatches} --config.text.remat={remat}" in text
+
+
+def test_fit_tries_only_microbatches_that_every_chip_can_have(monkeypatch):
+    monkeypatch.setattr(compile, "compile_for", compiled({}))
+    monkeypatch.setattr(compile, "devices", lambda topology: [None] * 8)
+    config = xlmr.get_config("tiny")
+    config.data.batch_size = 48
+    trials = fit.fit(config, "v5e:2x4")
+    assert {trial.microbatches for trial in trials} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def test_what_does_not_fit_a_tpu_is_exit_code_1(command):
 @pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:2x4"])
 def test_topologies_have_a_device_a_chip(topology):
     pytest.importorskip("libtpu")
-    devices = compile._devices(topology)
+    devices = compile.devices(topology)
     assert len(devices) == 8
     partition.create_mesh({"data": 2, "fsdp": 4}, devices)
     assert jax.devices()[0].platform == "cpu"

@@ -272,17 +272,11 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         installed.
       OutOfMemoryError: the step takes so much memory that the compiler gives up.
     """
-    generation = topology.partition(":")[0]
-    if generation not in cost.CHIPS:
-        raise ValueError(
-            f"--topology={topology}: the known generations are {', '.join(cost.CHIPS)}, as in "
-            "--topology=v5e:4x4"
-        )
-    devices = _devices(topology)
+    chips = devices(topology)
     config = _as_on_tpu(initial.resolve(config))
-    mesh = partition.create_mesh(config.mesh, devices)
+    mesh = partition.create_mesh(config.mesh, chips)
     traced = trace(config, mesh)
-    log.info("compiling a step for %d chips; this takes several minutes", len(devices))
+    log.info("compiling a step for %d chips; this takes several minutes", len(chips))
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -294,7 +288,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
     kept = start_of(config, abstract(config)[1].trained)
     return Report(
         topology=topology,
-        chips=len(devices),
+        chips=len(chips),
         mesh=dict(mesh.shape),
         batch_size=config.data.batch_size,
         arguments=memory.argument_size_in_bytes
@@ -302,21 +296,31 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         - memory.alias_size_in_bytes
         + sum(x.bytes_a_device for x in _laid_out(kept, mesh)),
         temporaries=memory.temp_size_in_bytes,
-        chip=cost.CHIPS[generation],
-        flops=cost.flops(traced.jaxpr) / len(devices),
+        chip=cost.CHIPS[topology.partition(":")[0]],
+        flops=cost.flops(traced.jaxpr) / len(chips),
         traffic=hlo.traffic(text),
         collectives=hlo.collectives(text),
     )
 
 
-def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology. This machine need not have them."""
+def devices(topology: str) -> list[jax.Device]:
+    """The devices of a topology, one for each chip. This machine need not have them.
+
+    Raises:
+      ValueError: the topology is unknown, or libtpu is not installed.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in cost.CHIPS:
+        raise ValueError(
+            f"--topology={topology}: the known generations are {', '.join(cost.CHIPS)}, as in "
+            "--topology=v5e:4x4"
+        )
     # Without these variables, libtpu looks for a TPU on this machine, queries the cloud's metadata
     # server, keeps other processes from using the TPU, and prints errors if there is none.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     # One device per chip, not one per core.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options

@@ -52,7 +52,7 @@ def fit(config: ConfigDict, topology: str) -> list[Trial]:
     """
     trials: list[Trial] = []
     started = time.monotonic()
-    rounds = _rounds(config)
+    rounds = _rounds(config.data.batch_size // len(compile.devices(topology)))
     most = sum(len(steps) for steps in rounds)
     for steps in rounds:
         for microbatches, remat in steps:
@@ -97,10 +97,14 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
-def _rounds(config: ConfigDict) -> list[list[tuple[int, bool]]]:
-    """Microbatches and rematerialisation to try, by how often the towers run forward."""
+def _rounds(pairs: int) -> list[list[tuple[int, bool]]]:
+    """Microbatches and rematerialisation to try, by how often the towers run forward.
+
+    Args:
+      pairs: the number of pairs of a batch that each device has.
+    """
     several, size = [], 2
-    while size <= MOST and config.data.batch_size % size == 0:
+    while size <= MOST and pairs % size == 0:
         several.append(size)
         size *= 2
     return [
