@@ -31,12 +31,20 @@ def expected(tmp_path, monkeypatch) -> dict:
     return json.loads(pathlib.Path("expected.json").read_text())
 
 
+def earlier_fields(results: dict, earlier: dict) -> dict:
+    """The fields of results that the earlier version had; it had fewer metrics."""
+    return {
+        name: earlier_fields(results[name], old) if isinstance(old, dict) else results[name]
+        for name, old in earlier.items()
+    }
+
+
 def test_an_earlier_run_evaluates_to_the_same_digits(expected):
     encoder = Encoder.load("run")
     (test_set,) = data.test_sets(encoder.config)
     evaluate.report(encoder, test_set, pathlib.Path("run"), data.feature_cache())
     results = json.loads(pathlib.Path("run/results/multilingual_test-4.json").read_text())
-    assert results == expected["best"]
+    assert earlier_fields(results, expected["best"]) == expected["best"]
     for language, captions in test_set.captions.items():
         embeddings = expected["text_embeddings"][language]
         np.testing.assert_allclose(encoder.encode_text(captions), embeddings, atol=1e-5)
@@ -48,7 +56,8 @@ def test_an_earlier_run_resumes_to_the_same_curve(expected):
     curve = [(each["step"], each["loss"]) for each in metrics_of(workdir) if "loss" in each]
     np.testing.assert_allclose(curve, expected["loss"], rtol=1e-5)
     (results,) = workdir.glob("results/*.json")
-    assert json.loads(results.read_text()) == expected["final"][results.name]
+    final = expected["final"][results.name]
+    assert earlier_fields(json.loads(results.read_text()), final) == final
 
 
 def test_features_that_an_earlier_version_kept_are_found(expected):
