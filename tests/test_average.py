@@ -16,6 +16,8 @@ AVERAGE = 0.25
 def config(toy_config) -> ConfigDict:
     chosen = toy_config.copy_and_resolve_references().unlock()
     chosen.average = AVERAGE
+    # The runs are packed too, because they have to resume bit for bit.
+    chosen.text.pack = True
     return chosen
 
 

@@ -90,6 +90,7 @@ ACCEPTED = {
     **{f"text.{name}": values for name, values in TOWER.items()},
     "text.max_length": set(),  # the minimum is 3
     "text.prefix": TEXTS,
+    "text.pack": {"True"},
     "text.trim_vocab": TEXTS,
     **{f"image.{name}": values for name, values in TOWER.items()},
     "image.size": {"0"},  # otherwise the minimum is 16

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from input_pipeline import packing
 from xlir import cost, hlo, initial, losses, partition, train_step
 from xlir.embed import Parameters, split, start_of
 from xlir.models import towers
@@ -42,9 +43,13 @@ HEAVIEST = 10
 
 
 def abstract(
-    config: ConfigDict,
+    config: ConfigDict, devices: int = 1
 ) -> tuple[nnx.GraphDef, Parameters, dict[str, jax.ShapeDtypeStruct]]:
-    """The structure of a model, and the shapes of its parameters and of a global batch."""
+    """The structure of a model, and the shapes of its parameters and of a global batch.
+
+    The shape of packed texts (`config.text.pack`) depends on the number of devices, and on the
+    captions, which are not read here: it is that of captions with as many tokens as COCO's.
+    """
     specs = towers.describe_published(config, initial.specs(config))
     model = towers.abstract_model(config, specs)
     graph, parameters = split(config, model)
@@ -56,7 +61,9 @@ def abstract(
             batch[f"{side}_features"] = ((size, tower.dim), jnp.float32)
     if losses.has_teacher(config.loss):
         batch["teacher"] = ((size, config.embedding_dim), jnp.float32)
-    if not config.text.frozen:
+    if config.text.pack:
+        batch |= _packed(config, devices)
+    elif not config.text.frozen:
         batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
         batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)
     if not config.image.frozen:
@@ -65,10 +72,26 @@ def abstract(
     return graph, parameters, shapes
 
 
+def _packed(config: ConfigDict, devices: int) -> dict[str, tuple]:
+    """Shapes and dtypes of the packed texts of a global batch."""
+    groups = devices * config.data.microbatches
+    group, length = config.data.batch_size // groups, packing.row_length(config.text.max_length)
+    rows = packing.typical_rows(group, length)
+    log.info(
+        "text.pack: %d captions with about %.0f tokens each share %d rows of %d tokens",
+        *(group, packing.COCO_TOKENS[0], rows, length),
+    )
+    return {
+        "text_ids": ((groups, rows, length), jnp.int32),
+        "text_positions": ((groups, rows, length), jnp.int32),
+        "text_starts": ((groups, group), jnp.int32),
+    }
+
+
 def trace(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
     """The training step of a configuration on a mesh, to be lowered and compiled."""
-    graph, (params, frozen), batch = abstract(config)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
+    graph, (params, frozen), batch = abstract(config, mesh.size)
     state, step = train_step.compile_step(config, graph, params, mesh)
     frozen = partition.with_shardings(frozen, partition.shardings(frozen, mesh))
     rows = partition.batch_sharding(mesh)

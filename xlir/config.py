@@ -231,6 +231,7 @@ FIELDS: dict[str, Any] = {
     | {
         # Every tokenizer adds two special tokens.
         "max_length": Whole(3, WIDEST),
+        "pack": Flag(),
         "prefix": Text(),
         "trim_vocab": Text(),
     },

@@ -26,8 +26,13 @@ def conflicts(config: Mapping) -> Iterator[str]:
     if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
         yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
     yield from _distillation_conflicts(config)
-    if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"]):
-        yield "config.text.prefix and trim_vocab do not apply to mUSE"
+    if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"] or text["pack"]):
+        yield "config.text.prefix, trim_vocab and pack do not apply to mUSE"
+    if text["frozen"] and text["pack"]:
+        yield (
+            "config.text.pack needs a trained tower, --config.text.frozen=False: the outputs of a "
+            "frozen tower are computed only once"
+        )
     if image["frozen"] and (image["min_area"] or image["mirror"]):
         yield (
             "config.image.min_area and mirror need a trained tower, --config.image.frozen=False: "

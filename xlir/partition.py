@@ -304,14 +304,15 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """This process's rows of a batch -> the global batch, sharded by rows.
 
     Args:
-      batch: arrays of the rows that `local_rows` names.
+      batch: arrays of the rows that `local_rows` names. Their numbers of rows may differ.
       mesh: the mesh to shard the batch over.
     """
     sharding = batch_sharding(mesh)
-    size = len(next(iter(batch.values()))) * mesh.size // len(mesh.local_devices)
-    rows = local_rows(size, mesh)
 
     def lay(array: np.ndarray) -> jax.Array:
+        size = len(array) * mesh.size // len(mesh.local_devices)
+        rows = local_rows(size, mesh)
+
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             first = np.searchsorted(rows, start)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from input_pipeline import loader, tokenizers
 from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.datasets.texts import Texts
+from input_pipeline.packing import Packing
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
 from xlir import data, decoding, evaluate, initial, losses, partition, results, train_step
 from xlir import workdir as run_folder
@@ -172,9 +174,11 @@ def _prepare(
     inputs = Inputs("training", captions, photos.images, photos.fingerprint)
     features = encoder.frozen_features(inputs, cache, losses.sides(config.loss))
     params = _centered(config, encoder.parameters.trained, features, mesh)
+    sampler = loader.Sampler(config.seed, list(map(len, photos.captions)), config.data.batch_size)
+    packing = _packing(embedder, captions, sampler) if config.text.pack else None
     batches = loader.Batches(
-        loader.Sampler(config.seed, list(map(len, photos.captions)), config.data.batch_size),
-        batch_reader(photos, captions, embedder, features, lessons),
+        sampler,
+        batch_reader(photos, captions, embedder, features, lessons, packing),
         config.steps,
         partition.local_rows(config.data.batch_size, mesh),
     )
@@ -198,12 +202,26 @@ def _centered(
     return params
 
 
+def _packing(embedder: Embedder, captions: list[str], sampler: loader.Sampler) -> Packing:
+    """Packs captions in a group for each device and microbatch."""
+    config, devices = embedder.config, embedder.mesh.size
+    length, microbatches = config.text.max_length, config.data.microbatches
+    tokenize = functools.partial(embedder.tokenizer, max_length=length)
+    group = config.data.batch_size // devices // microbatches
+    packing = Packing(tokenize, captions, length, sampler, group, microbatches)
+    log.info(
+        "text.pack: %d captions share %d rows of %d tokens", group, packing.rows, packing.length
+    )
+    return packing
+
+
 def batch_reader(
     photos: CaptionedImages | Texts,
     captions: list[str],
     embedder: Embedder,
     features: dict[str, np.ndarray],
     lessons: Lessons | None = None,
+    packing: Packing | None = None,
 ) -> loader.Read:
     """The function that reads the rows of a batch: features of frozen towers, raw input of others.
 
@@ -216,6 +234,7 @@ def batch_reader(
       features: side -> outputs of a frozen tower for all inputs of that side. The raw inputs of
         these sides are not read.
       lessons: a teacher's embeddings of all captions, or None.
+      packing: packs the texts of a batch; None: each text has a row of its own.
     """
     raw = [side for side in losses.sides(embedder.config.loss) if side not in features]
     length, seed = embedder.config.text.max_length, embedder.config.seed
@@ -234,7 +253,9 @@ def batch_reader(
         batch = {f"{side}_features": array[rows[side]] for side, array in features.items()}
         if lessons:
             batch["teacher"] = lessons[caption_rows]
-        if "text" in raw:
+        if "text" in raw and packing:
+            batch |= packing(step, places)
+        elif "text" in raw:
             ids = embedder.tokenizer([captions[row] for row in caption_rows], max_length=length)
             batch["text_ids"], batch["text_mask"] = tokenizers.pad(ids, length)
         if "image" in raw:

@@ -31,11 +31,11 @@ WEIGHTS_FILE = "weights.safetensors"
 SPEC_FILE = "tower.json"
 
 # Fields that may change when a run resumes, for example on another machine or with less memory: the
-# trained model does not depend on them. (Another number of microbatches changes
+# trained model does not depend on them. (Packing, or another number of microbatches, changes
 # only the masks that dropout draws.)
 FREE = re.compile(
     r"config\.(teacher|mesh\..*|evals\..*|profile\..*|log_every|save_every|data\.(prefetch|microbatches)|loss\.chunk"
-    r"|.*\.remat)"
+    r"|text\.pack|.*\.remat)"
 )
 
 

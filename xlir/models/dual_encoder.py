@@ -25,8 +25,8 @@ class DualEncoder(nnx.Module):
     """Maps texts and images into one embedding space.
 
     If the batch holds precomputed tower outputs (`text_features`, `image_features`), only the head
-    is applied to them. Otherwise the raw input (`text_ids` and `text_mask`, or `image`) goes
-    through tower and head.
+    is applied to them. Otherwise the raw input goes through tower and head: `image`, and
+    `text_ids` with `text_mask`, or with `text_positions` and `text_starts` if texts share rows.
 
     Args:
       config: see configs/base.py.
@@ -57,6 +57,9 @@ class DualEncoder(nnx.Module):
         """Text embeddings; dropout is on if `rngs` is given."""
         if "text_features" in batch:
             features = batch["text_features"]
+        elif "text_starts" in batch:
+            packed = (batch[f"text_{name}"] for name in ("ids", "positions", "starts"))
+            features = self.text_tower.encode_packed(*packed, rngs=rngs)
         else:
             features = self.text_tower(batch["text_ids"], batch["text_mask"], rngs=rngs)
         return self._finish(self.text_head(features, rngs=rngs))

@@ -1,6 +1,7 @@
 """The text tower around the layers: maps token ids to one pooled vector."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -134,13 +135,66 @@ class TextTransformer(nnx.Module):
         Raises:
           ValueError: the texts are longer than the position table.
         """
-        length = text_ids.shape[1]
+        self._check_length(text_ids.shape[1])
+        x = self._encode(text_ids, text_mask, None, rngs)
+        if self.pooling == "mean":
+            mask = text_mask[..., None]
+            x = jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        else:
+            x = _tokens(x, self._pooled_token(text_ids, text_mask)[:, None])[:, 0]
+        return self._finish(x)
+
+    def encode_packed(
+        self,
+        text_ids: Int32[Array, "groups rows length"],
+        text_positions: Int32[Array, "groups rows length"],
+        text_starts: Int32[Array, "groups texts"],
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "batch dim"]:
+        """Encodes texts that share rows (`input_pipeline.packing`), group after group.
+
+        The result is that of the texts in rows of their own; only dropout draws other masks. A
+        token attends to the tokens of its own text. A group's tokens stay on its device.
+
+        Args:
+          text_ids: token ids. A row may be longer than the position table.
+          text_positions: a token's position in its text; 0 at the padding, which is thereby a text
+            of its own for every token.
+          text_starts: the first token of each text, counted through the rows of its group.
+          rngs: turns dropout on.
+        """
+        groups, rows, length = text_ids.shape
+        ids, positions = (x.reshape(groups * rows, length) for x in (text_ids, text_positions))
+        numbers = jnp.cumsum(positions == 0, axis=1)  # of a token's text in its row
+        same = numbers[:, :, None] == numbers[:, None]
+        x = self._encode(ids, same, positions, rngs)
+        if self.pooling == "mean":
+            # The mean over its text, at every token.
+            count = jnp.sum(same, axis=2)[..., None]
+            mean = functools.partial(jnp.einsum, "rqk,rkw->rqw", precision="highest")
+            x, tokens = mean(same.astype(x.dtype), x) / count, text_starts
+        else:
+            tokens = text_starts + self._pooled_packed(text_ids, text_positions, text_starts)
+        x = _tokens(x.reshape(groups, rows * length, -1), tokens)
+        return self._finish(split_rows(x.reshape(-1, x.shape[-1])))
+
+    def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(
                 f"texts have {length} tokens, but this tower takes at most {self.max_length}"
             )
+
+    def _encode(
+        self,
+        text_ids: Int32[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | Bool[Array, "batch length length"],
+        positions: Int32[Array, "batch length"] | None,
+        rngs: nnx.Rngs | None,
+    ) -> Float[Array, "batch length width"]:
+        """The tokens' final states. `positions` is None if each row is one text."""
         x = split_rows(self.embedding[...][text_ids]) * self.embedding_scale
-        x = x if self.rope_thetas else x + self._positions(text_ids)
+        x = x if self.rope_thetas else x + self._positions(text_ids, positions)
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         key = None if rngs is None else rngs.dropout()
         if key is not None:
@@ -148,14 +202,16 @@ class TextTransformer(nnx.Module):
             x = dropout(x.reshape(-1, x.shape[-1]), self.dropout, embedding_key).reshape(x.shape)
         rotary = None
         if self.rope_thetas:
-            rotary = position_angles(length, self.head_width // 2, self.rope_thetas)
-        x = self.layers(x, text_mask, rotary=rotary, key=key)
-        x = self._pool(x if self.norm is None else self.norm(x), text_ids, text_mask)
-        for layer in self.dense or ():
-            x = layer(x)
-        return x
+            rotary = position_angles(text_ids.shape[1], self.head_width // 2, self.rope_thetas)
+            rotary = rotary if positions is None else jnp.asarray(rotary)[:, positions]
+        x = self.layers(x, mask, rotary=rotary, key=key)
+        return x if self.norm is None else self.norm(x)
 
-    def _positions(self, text_ids: Int32[Array, "batch length"]) -> Float[Array, "... length dim"]:
+    def _positions(
+        self,
+        text_ids: Int32[Array, "batch length"],
+        positions: Int32[Array, "batch length"] | None,
+    ) -> Float[Array, "... length dim"]:
         """Position embeddings of the tokens. RoBERTa counts only tokens that are not padding."""
         length = text_ids.shape[1]
         if self.position is None:
@@ -164,29 +220,52 @@ class TextTransformer(nnx.Module):
         else:
             table = self.position[...]
         if self.pad_id is None:
-            return table[:length]
+            return table[:length] if positions is None else split_rows(table[positions])
         counted = text_ids != self.pad_id
-        rows = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, self.max_length)
+        rows = jnp.cumsum(counted, axis=1) - 1
+        if positions is not None:
+            starts = jnp.arange(length) - positions
+            rows -= jnp.take_along_axis(rows + 1 - counted, starts, axis=1)
+        rows = jnp.where(counted, rows, self.max_length)
         return split_rows(table.at[rows].get(mode="fill", fill_value=0))
 
-    def _pool(
-        self,
-        x: Float[Array, "batch length width"],
-        text_ids: Int32[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"],
-    ) -> Float[Array, "batch dim"]:
-        if self.pooling == "mean":
-            mask = text_mask[..., None]
-            return jnp.sum(x, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    def _pooled_token(
+        self, text_ids: Int32[Array, "batch length"], text_mask: Bool[Array, "batch length"]
+    ) -> Int32[Array, " batch"]:
+        """The token of each text that becomes its features, unless they are the mean."""
         if self.pooling == "eos":
             score = text_ids if self.eos_id is None else text_ids == self.eos_id
-            x = _rows(x, jnp.argmax(jnp.where(text_mask, score, -1), axis=1))
-        elif self.pooling == "last":
-            x = _rows(x, jnp.maximum(jnp.sum(text_mask, axis=1) - 1, 0))
-        else:
-            x = x[:, 0]
+            return jnp.argmax(jnp.where(text_mask, score, -1), axis=1)
+        if self.pooling == "last":
+            return jnp.maximum(jnp.sum(text_mask, axis=1) - 1, 0)
+        return jnp.zeros(len(text_ids), jnp.int32)
+
+    def _pooled_packed(
+        self,
+        text_ids: Int32[Array, "groups rows length"],
+        text_positions: Int32[Array, "groups rows length"],
+        text_starts: Int32[Array, "groups texts"],
+    ) -> Int32[Array, "groups texts"]:
+        """`_pooled_token` of packed texts: their ids, but no activations, are unpacked."""
+        offsets = jnp.arange(text_ids.shape[2])
+        places = (text_starts[..., None] + offsets).reshape(len(text_starts), -1)
+
+        def unpacked(x: Array) -> Array:
+            x = x.reshape(len(x), -1)
+            # Beyond the last row there is no token; the position -1 is then in no text.
+            x = x.at[jnp.arange(len(x))[:, None], places].get(mode="fill", fill_value=-1)
+            return x.reshape(-1, len(offsets))
+
+        tokens = self._pooled_token(unpacked(text_ids), unpacked(text_positions) == offsets)
+        return tokens.reshape(text_starts.shape)
+
+    def _finish(self, x: Float[Array, "batch width"]) -> Float[Array, "batch dim"]:
+        """The layers after the pooling."""
         x = x if self.head is None else self.head(x)
-        return x if self.pooler is None else jnp.tanh(self.pooler(x))
+        x = x if self.pooler is None else jnp.tanh(self.pooler(x))
+        for layer in self.dense or ():
+            x = layer(x)
+        return x
 
 
 def sinusoids(first: int, count: int, width: int) -> Float[np.ndarray, "count width"]:
@@ -224,11 +303,11 @@ def position_angles(
     return np.arange(length, dtype=np.float32)[:, None] * frequencies[:, None]
 
 
-def _rows(
-    x: Float[Array, "batch length width"], tokens: Int32[Array, " batch"]
-) -> Float[Array, "batch width"]:
-    """One token of each text, by its index."""
-    return jnp.take_along_axis(x, tokens[:, None, None], axis=1)[:, 0]
+def _tokens(
+    x: Float[Array, "batch length width"], tokens: Int32[Array, "batch texts"]
+) -> Float[Array, "batch texts width"]:
+    """Some tokens of each row, by their indices."""
+    return jnp.take_along_axis(x, tokens[..., None], axis=1)
 
 
 class Dense(Linear):

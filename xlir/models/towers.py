@@ -176,9 +176,13 @@ def abstract_model(
       specs: specs of both towers; default: `describe_published(config)`.
 
     Raises:
-      ValueError, FileNotFoundError: as `describe_text`, or the towers' widths do not match.
+      ValueError, FileNotFoundError: as `describe_text`, or the towers' widths do not match, or
+        texts can't be packed for the text tower.
     """
     described = describe_published(config) if specs is None else specs
+    # Where the text side continues that of config.init, no earlier check knows its tower.
+    if config.text.pack and described["text"].family.packages:
+        raise ValueError(f"config.text.pack does not apply to {described['text'].family.name}")
 
     def make() -> dual_encoder.DualEncoder:
         rngs = nnx.Rngs(0)

@@ -137,18 +137,20 @@ class Layers(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | Bool[Array, "batch length length"] | None = None,
         *,
-        rotary: Float[Array | np.ndarray, "kinds length angles"] | None = None,
+        rotary: Float[Array | np.ndarray, "kinds *rows length angles"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Applies the layers.
 
         Args:
           x: one sequence of tokens per row.
-          mask: False for tokens that no token attends to, such as padding.
+          mask: False for tokens that no token attends to, such as padding. With three axes, the
+            second one is the token that attends: rows of several texts need that.
           rotary: the angles of each token's `rotated` queries and keys; None for no rotation. If
             some layers are local, there are two kinds: for the other layers, and for local ones.
+            Without a batch axis, the angles are the same in all rows.
           key: random key for dropout; None turns dropout off.
         """
         batch, length, width = x.shape
@@ -179,12 +181,14 @@ class Layers(nnx.Module):
         return x.reshape(batch, length, width)
 
     def _masks(
-        self, mask: Bool[Array, "batch length"] | None, length: int
+        self,
+        mask: Bool[Array, "batch length"] | Bool[Array, "batch length length"] | None,
+        length: int,
     ) -> tuple[Bool[Array, "#batch #length length"] | None, ...]:
         """Which tokens each token attends to: in layers that are not local, and in local ones."""
         config, position = self.config, jnp.arange(length)
         distance = position[:, None] - position
-        seen = None if mask is None else mask[:, None]
+        seen = mask[:, None] if mask is not None and mask.ndim == 2 else mask
         seen = _both(seen, (distance >= 0)[None]) if config.causal else seen
         if not config.local or length <= config.window + 1:
             return seen, seen
@@ -216,7 +220,7 @@ class Layer(nnx.Module):
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
         mask: Bool[Array, "#batch #length length"] | None,
-        angles: Float[Array, "length angles"] | None,
+        angles: Float[Array, "*rows length angles"] | None,
         first: Bool[Array, ""] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
@@ -283,7 +287,7 @@ class Attention(nnx.Module):
         x: Float[Array, "tokens width"],
         size: tuple[int, int],
         mask: Bool[Array, "#batch #length length"] | None,
-        angles: Float[Array, "length angles"] | None,
+        angles: Float[Array, "*rows length angles"] | None,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "tokens width"]:
         """Attends within each sequence of a flattened batch; the arguments are a `Layer`'s."""
@@ -307,13 +311,13 @@ class Attention(nnx.Module):
 
 
 def rotated(
-    x: Float[Array, "batch length heads dim"], angles: Float[Array, "length angles"]
+    x: Float[Array, "batch length heads dim"], angles: Float[Array, "*rows length angles"]
 ) -> Float[Array, "batch length heads dim"]:
     """Rotary positions: Su et al. 2021 (https://arxiv.org/abs/2104.09864).
 
     Dimensions i and i + dim / 2 form a pair, which is rotated by the token's angle i, in radians.
     """
-    cosines, sines = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cosines, sines = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x, 2, axis=-1)
     turned = (first * cosines - second * sines, second * cosines + first * sines)
     return jnp.concatenate(turned, axis=-1)
