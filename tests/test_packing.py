@@ -4,18 +4,22 @@
 are packed: they resume bit for bit.
 """
 
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import xlmr
 from input_pipeline import loader, packing, tokenizers
 from tests.test_gradients import assert_equal, functions, value_and_gradient
 from xlir import compile, gradients, partition
 from xlir.encoder import Encoder
+from xlir.models import towers
 
 BATCH, DEVICES, MICROBATCHES = 32, 8, 2
 LONGEST = 24
@@ -140,6 +144,27 @@ def test_a_step_learns_the_same_on_eight_devices_in_microbatches():
         batch = partition.global_batch(together, mesh)
         found = split(many.parameters.trained, batch, key)
     assert_equal(*jax.device_get((found, expected)))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos"])
+def test_no_token_leaves_its_device(pooling):
+    """The compiled tower has no collective; the parameters are on every device here."""
+    mesh = partition.create_mesh({"data": DEVICES, "fsdp": 1})
+    tower = towers.abstract_model(xlmr.get_config("tiny")).text_tower
+    tower.pooling = pooling
+    graph, params = nnx.split(tower)
+    whole, rows = partition.replicated(mesh), partition.batch_sharding(mesh)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+    shapes = ((DEVICES, 3, 32), (DEVICES, 3, 32), (DEVICES, 5))
+    batch = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in shapes]
+
+    @functools.partial(jax.jit, out_shardings=rows)
+    def encode(params, *batch):
+        return nnx.merge(graph, params).encode_packed(*batch)
+
+    with jax.set_mesh(mesh):
+        program = encode.lower(params, *batch).compile().as_text()
+    assert not re.findall("all-gather|all-reduce|all-to-all|collective-permute", program)
 
 
 def test_a_plan_for_a_tpu_has_the_shapes_of_training():

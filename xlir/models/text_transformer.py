@@ -253,7 +253,7 @@ class TextTransformer(nnx.Module):
         def unpacked(x: Array) -> Array:
             x = x.reshape(len(x), -1)
             # Beyond the last row there is no token; the position -1 is then in no text.
-            x = x.at[jnp.arange(len(x))[:, None], places].get(mode="fill", fill_value=-1)
+            x = jnp.take_along_axis(x, places, axis=1, mode="fill", fill_value=-1)
             return x.reshape(-1, len(offsets))
 
         tokens = self._pooled_token(unpacked(text_ids), unpacked(text_positions) == offsets)
