@@ -76,14 +76,10 @@ def _packed(config: ConfigDict, devices: int) -> dict[str, tuple]:
     """Shapes and dtypes of the packed texts of a global batch."""
     groups = devices * config.data.microbatches
     group, length = config.data.batch_size // groups, packing.row_length(config.text.max_length)
-    rows = packing.typical_rows(group, length)
-    log.info(
-        "text.pack: %d captions with about %.0f tokens each share %d rows of %d tokens",
-        *(group, packing.COCO_TOKENS[0], rows, length),
-    )
+    shape = (groups, packing.typical_rows(group, length), length)
     return {
-        "text_ids": ((groups, rows, length), jnp.int32),
-        "text_positions": ((groups, rows, length), jnp.int32),
+        "text_ids": (shape, jnp.int32),
+        "text_positions": (shape, jnp.int32),
         "text_starts": ((groups, group), jnp.int32),
     }
 
@@ -92,6 +88,12 @@ def trace(config: ConfigDict, mesh: Mesh) -> jax.stages.Traced:
     """The training step of a configuration on a mesh, to be lowered and compiled."""
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     graph, (params, frozen), batch = abstract(config, mesh.size)
+    if config.text.pack:
+        log.info(
+            "text.pack: %d captions with about %.0f tokens each share %d rows of %d tokens",
+            *(batch["text_starts"].shape[1], packing.COCO_TOKENS[0]),
+            *batch["text_ids"].shape[1:],
+        )
     state, step = train_step.compile_step(config, graph, params, mesh)
     frozen = partition.with_shardings(frozen, partition.shardings(frozen, mesh))
     rows = partition.batch_sharding(mesh)
