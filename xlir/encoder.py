@@ -22,7 +22,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from input_pipeline import cache, files, tokenizers
-from xlir import embed, initial, partition
+from xlir import embed, initial, partition, programs
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -141,6 +141,8 @@ class Encoder:
     ) -> "Encoder":
         """A trained encoder.
 
+        Programs compiled after this call are kept on disk (`programs.keep_on_disk`).
+
         Args:
           workdir: the folder of a training run. Nothing else is needed, not even a network.
           checkpoint: "best" (by validation) or "latest". If that checkpoint is damaged, the next
@@ -165,7 +167,9 @@ class Encoder:
         config = run_folder.read_config(workdir)
         if dtype:
             config.head_dtype = config.text.dtype = config.image.dtype = dtype
-        untrained = cls.open(workdir, mesh, config)
+        programs.keep_on_disk()
+        with files.checking(workdir):
+            described = cls._open(workdir, mesh, config, initialize=False)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             if not checkpoints.steps():
                 raise FileNotFoundError(f"{workdir} holds no checkpoint yet: train first")
@@ -173,11 +177,11 @@ class Encoder:
             if weights == "ema" and not averaged:
                 raise ValueError(f"{workdir} keeps no moving average (config.optimizer.ema is 0)")
             item = "ema" if averaged and weights != "raw" else "params"
-            targets = {item: untrained.parameters.trained}
+            targets = {item: described.parameters.trained}
             step, items = checkpoints.restore(targets, best=checkpoint == "best")
-        start, trained = untrained.parameters.trained, items[item]
+        start, trained = described.parameters.trained, items[item]
         trained = trained if weights else embed.averaged(trained, start, config.average)
-        return cls(untrained.embedder, Parameters(trained, untrained.parameters.frozen), step)
+        return cls(described.embedder, Parameters(trained, described.parameters.frozen), step)
 
     @classmethod
     def open(
@@ -197,22 +201,30 @@ class Encoder:
         """
         config = run_folder.read_config(workdir) if config is None else config
         with files.checking(workdir):
-            return cls._open(workdir, mesh, config)
+            return cls._open(workdir, mesh, config, initialize=True)
 
     @classmethod
-    def _open(cls, workdir: pathlib.Path, mesh: Mesh | None, config: ConfigDict) -> "Encoder":
-        specs, loaded = {}, {}
+    def _open(
+        cls, workdir: pathlib.Path, mesh: Mesh | None, config: ConfigDict, *, initialize: bool
+    ) -> "Encoder":
+        """As `open`; without `initialize`, parameters outside of the towers are only shapes."""
+        folders = {side: run_folder.tower_folder(workdir, side) for side in SIDES}
+        specs = {
+            side: towers.read_spec(side, folder / run_folder.SPEC_FILE)
+            for side, folder in folders.items()
+        }
+        # Only shapes, because the saved weights replace random initial ones anyway.
+        model = towers.abstract_model(config, specs)
         with partition.on_host():
-            for side in SIDES:
-                folder = run_folder.tower_folder(workdir, side)
-                specs[side] = towers.read_spec(side, folder / run_folder.SPEC_FILE)
-                create = functools.partial(towers.create, specs[side], config[side])
-                # Only shapes, because the saved weights replace random initial ones anyway.
-                loaded[side] = nnx.eval_shape(lambda create=create: create(rngs=nnx.Rngs(0)))
-                pretrained.load(loaded[side], folder / run_folder.WEIGHTS_FILE)
-            rngs = nnx.Rngs(config.seed)
-            model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)
-        folder = run_folder.tower_folder(workdir, "text")
+            for side, folder in folders.items():
+                tower = getattr(model, f"{side}_tower")
+                pretrained.load(tower, folder / run_folder.WEIGHTS_FILE)
+            if initialize:
+                rngs = nnx.Rngs(config.seed)
+                model = dual_encoder.DualEncoder(
+                    config, model.text_tower, model.image_tower, rngs=rngs
+                )
+        folder = folders["text"]
         tokenizer = tokenizers.load_tokenizer(folder)
         fields = specs["text"].family.tokenizer_fields(specs["text"].config)
         rows = fields.get("vocab_size", tokenizer.vocab_size)

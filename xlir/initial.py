@@ -4,6 +4,7 @@ A side whose `tower` is empty continues the other run's side: its tower, its hea
 its tokenizer. If both sides do, the temperature and the bias continue too.
 """
 
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -78,7 +79,7 @@ def tower(options: ConfigDict, spec: TowerSpec, weights: Mapping[str, np.ndarray
       spec: the other run's spec.
       weights: the other run's weights of the tower, by dotted path.
     """
-    module = nnx.eval_shape(lambda: towers.create(spec, options, rngs=nnx.Rngs(0)))
+    module = pretrained.abstract(functools.partial(towers.create, spec, options))
     pretrained.merge(module, weights)
     return module
 

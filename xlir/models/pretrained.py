@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import huggingface_hub
@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jaxtyping import Array, Key
 
 from xlir.models.parameter_names import weights_of_today
 from xlir.models.torch_pickle import read_torch_pickle
@@ -200,10 +201,30 @@ def flatten(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     }
 
 
+def abstract(create: Callable[..., nnx.Module]) -> nnx.Module:
+    """A module with shapes in place of weights, which `merge` can set.
+
+    Args:
+      create: returns the module; it is called with `rngs`.
+    """
+    return nnx.eval_shape(lambda: create(rngs=_OneKey()))
+
+
+class _OneKey(nnx.Rngs):
+    """Returns the same key for all weights: random numbers do not matter for shapes.
+
+    `nnx.Rngs` counts its keys; to trace this takes a quarter of a second for a tower.
+    """
+
+    def params(self) -> Key[Array, ""]:
+        """A key."""
+        return jax.random.key(0)
+
+
 def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
     """Sets all of a module's weights, in place, by their names in `flatten`.
 
-    The module may be abstract (`nnx.eval_shape`), to avoid initialising weights needlessly.
+    The module may be `abstract`, to avoid initialising weights needlessly.
 
     Raises:
       ValueError: a tensor is unused, a weight is missing, or a shape or dtype differs.
@@ -225,8 +246,10 @@ def merge(module: nnx.Module, weights: Mapping[str, np.ndarray]) -> None:
             f"weights do not fit {type(module).__name__}: "
             + "; ".join(f"{what} {_listed(names)}" for what, names in problems.items() if names)
         )
-    for name, variable in ours.items():
-        variable.set_value(jnp.asarray(weights[name]))
+    # In one call, because a call for each of a tower's arrays takes half a second.
+    arrays = jax.device_put([weights[name] for name in ours])
+    for variable, array in zip(ours.values(), arrays, strict=True):
+        variable.set_value(array)
     nnx.update(module, state)
 
 

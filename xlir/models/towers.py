@@ -163,7 +163,7 @@ def create(spec: TowerSpec, options: ConfigDict, *, rngs: nnx.Rngs) -> nnx.Modul
 def width(spec: TowerSpec) -> int:
     """The number of features that a tower gives for a text or an image."""
     make = functools.partial(spec.family.create, spec, dtype=np.float32, remat=False)
-    return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))).dim
+    return pretrained.abstract(make).dim
 
 
 def abstract_model(
@@ -184,14 +184,13 @@ def abstract_model(
     if config.text.pack and described["text"].family.packages:
         raise ValueError(f"config.text.pack does not apply to {described['text'].family.name}")
 
-    def make() -> dual_encoder.DualEncoder:
-        rngs = nnx.Rngs(0)
+    def make(rngs: nnx.Rngs) -> dual_encoder.DualEncoder:
         text, image = (
             create(described[side], config[side], rngs=rngs) for side in ("text", "image")
         )
         return dual_encoder.DualEncoder(config, text, image, rngs=rngs)
 
-    return nnx.eval_shape(make)
+    return pretrained.abstract(make)
 
 
 def load(
@@ -216,7 +215,7 @@ def load(
         return make(rngs=nnx.Rngs(0))
     folder = pretrained.checkpoint_folder(options.tower)
     try:
-        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        module = pretrained.abstract(make)
         # Many checkpoints are published in half precision.
         weights = pretrained.in_float32(pretrained.read_checkpoint(folder))
         weights = family.rename(weights, spec.config, spec.pooling)
@@ -368,5 +367,5 @@ def _modules(
 def _bytes(side: str, architecture: Mapping, options: ConfigDict) -> int:
     """Size of a tower's weights in float32."""
     spec = _of_architecture(side, architecture, options)
-    tower = nnx.eval_shape(lambda: create(spec, options, rngs=nnx.Rngs(0)))
+    tower = pretrained.abstract(functools.partial(create, spec, options))
     return sum(4 * array.size for array in pretrained.flatten(tower).values())
