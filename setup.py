@@ -90,6 +90,7 @@ setup(
         "input_pipeline.test_sets": ["xtd10_names.txt"],
         "input_pipeline.vocabularies": ["*.tsv"],
         "xlir.export": ["examples/*.py"],
+        "xlir.report": ["page/*"],
         "xlir.search": ["page/*"],
     },
     install_requires=REQUIREMENTS,

@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 from tests import runs
 from tests.runs import REPOSITORY
 
+CHROMIUM = "/usr/bin/chromium"
 # The name of this process, if it is a worker of pytest-xdist.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 
@@ -238,6 +239,41 @@ def toy_run(toy_config, session_folder) -> pathlib.Path:
 def one_device(photos, session_folder) -> runs.Run:
     """A run on one device, to compare other runs with; tests must not change it."""
     return runs.whole_run(session_folder / "one-device", runs.flags_of(photos))
+
+
+# Not for a whole session: while it is open, asyncio can't start another event loop.
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; needs `pip install playwright axe-playwright-python`."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.skip(f"needs Chromium as {CHROMIUM}")
+    with playwright.sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-background-networking"]
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def harm():
+    """The serious barriers that axe finds on a page: rules, and the elements that break them.
+
+    Chromium runs axe outside the page's own scripts, so the page's policy need not allow it.
+    """
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright",
+        reason="needs axe: pip install axe-playwright-python",
+    )
+
+    def found(page) -> list[str]:
+        return [
+            f"{one['id']} ({one['impact']}): {[node['html'] for node in one['nodes']]}"
+            for one in axe.Axe().run(page).response["violations"]
+            if one["impact"] in ("serious", "critical")
+        ]
+
+    return found
 
 
 @pytest.fixture

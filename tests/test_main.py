@@ -32,7 +32,7 @@ sys.modules["xlir.train"] = types.SimpleNamespace(train=lambda config, workdir, 
 """
 QUICKSTART = "--config=configs/quickstart.py"
 TAG = ["--workdir=x", "--vocabulary=coco", "a.jpg"]
-TESTING = ["eval", "export"]  # the verbs with --test_set
+TESTING = ["eval", "report", "export"]  # the verbs with --test_set
 PROCESS = ["--coordinator=localhost:1"]
 
 
@@ -102,7 +102,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         (["prepare"], ["prepare needs --config"]),
         (
             ["prepare", QUICKSTART, "--workdir=x"],
-            ["--workdir is a flag of train, eval, tag, index, export and"],
+            ["--workdir is a flag of train, eval, tag, index, report, export and"],
         ),
         (
             [QUICKSTART, "--config.text.frozen", "prepare"],
@@ -120,7 +120,7 @@ def test_help_of_a_verb_has_its_examples_and_its_own_flags_alone(verb, command):
         ),
         (
             ["prepare", QUICKSTART, "--images=x"],
-            ["--images is a flag of eval and export, not of prepare"],
+            ["--images is a flag of eval, report and export, not of prepare"],
         ),
         (["eval"], ["eval needs --workdir"]),
         (["import", "--workdir=x"], ["import needs --text"]),
@@ -178,7 +178,7 @@ def test_words_after_the_verb_may_be_verbs():
 
 def test_help_says_how_many_test_sets_a_verb_takes():
     told = {verb: commands.declared_flags(verb).values["test_set"].help for verb in TESTING}
-    assert [verb for verb, text in told.items() if "Join several" in text] == ["eval"]
+    assert [verb for verb, text in told.items() if "Join several" in text] == ["eval", "report"]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_what_a_run_leaves_behind(workdir):
         "text_tower/sentencepiece.model",
         "image_tower/weights.safetensors",
         "data.json",
+        "machine.json",
+        "report.html",
         "SHA256SUMS",
     } <= files
     kinds = {name.split(".", 1)[-1] for name in files if name.startswith("results/")}

@@ -46,6 +46,21 @@ class Extras:
     clip_benchmark: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """An encoder's embeddings of a test set.
+
+    Attributes:
+      data: the test set.
+      texts: language -> embeddings of its captions, of unit length.
+      images: embeddings of the images, of unit length.
+    """
+
+    data: RetrievalSet
+    texts: dict[str, Float[np.ndarray, "_ dim"]]
+    images: Float[np.ndarray, "images dim"]
+
+
 class Evaluator:
     """Evaluates a dual encoder on one set, with the parameters passed to each call.
 
@@ -219,27 +234,32 @@ def folded_retrieval(
     return results.mean(folds)
 
 
+def embedded(encoder: Encoder, data: RetrievalSet, cache: pathlib.Path) -> Embedded:
+    """A test set with its embeddings; `cache` is the folder of the feature cache."""
+    return Embedded(data, *Evaluator(encoder, data, cache).embeddings(encoder.parameters))
+
+
 def report(
     encoder: Encoder,
     data: RetrievalSet,
     workdir: pathlib.Path,
     cache: pathlib.Path,
     extras: Extras = Extras(),
-) -> None:
+) -> Embedded:
     """Evaluates on a set and shows the results: a file, a table in the terminal, two figures.
 
     If the set has folds, a second file and table hold their mean. With several processes, all
-    compute embeddings, and the first one writes.
+    compute embeddings, and the first one writes. Returns the embeddings.
     """
     # Checked before evaluating, because the run's folder may be read-only.
     folder = results_folder(workdir)
-    texts, images = Evaluator(encoder, data, cache).embeddings(encoder.parameters)
-    theirs = None
+    ours, theirs = embedded(encoder, data, cache), None
     if extras.against:
         other = Encoder.load(extras.against, mesh=encoder.mesh)
         theirs = Evaluator(other, data, cache).embeddings(other.parameters)
     if jax.process_index():
-        return
+        return ours
+    texts, images = ours.texts, ours.images
     ranked, at = rankings(data, texts, images), sorted({*metrics.AT, *extras.at})
     found = detailed(data.name, ranked, len(images), encoder.step, at)
     print(f"\n{results.table(found)}")
@@ -264,3 +284,4 @@ def report(
         print(f"\n{comparison.table(differences, workdir.name, name)}")
         if folder:
             print(f"\nwritten: {results.write_comparison(differences, found, name, folder)}")
+    return ours

@@ -37,8 +37,14 @@ def write_comparison(
     return file
 
 
-def read(workdir: pathlib.Path, step: int) -> list[dict]:
-    """A run's retrieval results at a step, sorted by file name.
+def read(workdir: pathlib.Path, step: int, metric: str = DIRECTIONS[0]) -> list[dict]:
+    """A run's results at a step, sorted by file name.
+
+    Args:
+      workdir: the run's folder.
+      step: the training step.
+      metric: what the results of each language have: "text_to_image" selects the results of
+        retrieval, "predicted_tags" those of tagging.
 
     Raises:
       ValueError: a file is damaged.
@@ -46,12 +52,12 @@ def read(workdir: pathlib.Path, step: int) -> list[dict]:
     folder = workdir / "results"
     found = sorted(folder.glob(f"*-{step}.json"))
     files.check_sums(folder, [file.name for file in found])
-    return [content for content in map(read_json, found) if _is_retrieval(content)]
+    return [content for content in map(read_json, found) if _has(content, metric)]
 
 
-def _is_retrieval(content: dict) -> bool:
+def _has(content: dict, metric: str) -> bool:
     languages = content.get("languages")
-    return bool(languages) and all(DIRECTIONS[0] in result for result in languages.values())
+    return bool(languages) and all(metric in result for result in languages.values())
 
 
 def mean(results: list) -> object:

@@ -96,7 +96,7 @@ def interval(means: Float[np.ndarray, " resamples"]) -> list[float]:
     return [float(end) for end in np.nanquantile(means, [outside, 1 - outside])]
 
 
-def intervals(metrics: Mapping[str, ByPhoto]) -> dict[str, list[float]]:
+def intervals(metrics: Mapping[Any, ByPhoto]) -> dict[Any, list[float]]:
     """The 95% interval of each metric."""
     means = resampled_means(list(metrics.values()))
     return {name: interval(column) for name, column in zip(metrics, means.T, strict=True)}

@@ -20,7 +20,7 @@ from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.datasets.texts import Texts
 from input_pipeline.packing import Packing
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
-from xlir import data, decoding, evaluate, initial, losses, partition, results, train_step
+from xlir import data, decoding, evaluate, initial, losses, machine, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -29,6 +29,7 @@ from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
 from xlir.profiling import Profile
+from xlir.report import writer
 from xlir.teacher import Lessons, Teacher, check_teacher
 from xlir.termination import Termination
 from xlir.train_step import TrainState, TrainStep
@@ -90,10 +91,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, accept_changed_data: boo
 
 
 def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
-    """Evaluates the best checkpoint on the test sets of `config`; writes results and figures."""
+    """Evaluates the best checkpoint on the test sets of `config`; writes results and a report."""
     encoder = Encoder.load(workdir, mesh=mesh)
-    for test_set in data.own_test_sets(config):
+    found = [
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
+        for test_set in data.own_test_sets(config)
+    ]
+    if jax.process_index() == 0:
+        writer.write_at_end(writer.Run(workdir, config, encoder.step, found))
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool) -> Mesh:
@@ -139,7 +144,10 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
             contextlib.closing(MetricLog(written, int(state.step))) as metric_log,
             Profile(config.profile.steps, workdir) as profile,
         ):
+            trains = int(state.step) < config.steps
             _loop(run, state, checkpoints, metric_log, termination, profile)
+            if trains:
+                machine.record(workdir)
     return mesh
 
 

@@ -7,25 +7,12 @@ import urllib.parse
 
 import pytest
 
-# Needs `pip install playwright axe-playwright-python`, and Chromium.
-CHROMIUM = "/usr/bin/chromium"
 # As in page.js.
 CUTOFF = 0.05
 
 for package in ("fastapi", "lancedb", "prometheus_client", "python_multipart", "uvicorn"):
     pytest.importorskip(package)
 playwright = pytest.importorskip("playwright.sync_api")
-if not os.access(CHROMIUM, os.X_OK):
-    pytest.skip(f"needs Chromium as {CHROMIUM}", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        flags = ["--no-sandbox", "--disable-background-networking"]
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
 
 
 @contextlib.contextmanager
@@ -340,27 +327,6 @@ def test_no_width_needs_scrolling_sideways(browser, served, width, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-
-
-@pytest.fixture
-def harm():
-    """The serious barriers that axe finds on a page: rules, and the elements that break them.
-
-    Chromium runs axe outside the page's own scripts, so the page's policy need not allow it.
-    """
-    axe = pytest.importorskip(
-        "axe_playwright_python.sync_playwright",
-        reason="needs axe: pip install axe-playwright-python",
-    )
-
-    def found(page) -> list[str]:
-        return [
-            f"{one['id']} ({one['impact']}): {[node['html'] for node in one['nodes']]}"
-            for one in axe.Axe().run(page).response["violations"]
-            if one["impact"] in ("serious", "critical")
-        ]
-
-    return found
 
 
 def test_axe_finds_text_without_contrast_and_fields_without_labels(page, harm):

@@ -33,6 +33,7 @@ VERBS = {
     "index": "index",
     "search": "search",
     "serve": "serve",
+    "report": "report",
     "export": "export",
     "import": "import_model",
     "shardings": "shardings",
