@@ -73,17 +73,22 @@ def _data() -> ConfigDict:
     """The training data and its batches."""
     data = ConfigDict()
     # "emoji" (from PyPI packages), "captions" (a Karpathy JSON and its photos), "coco" (COCO 2014
-    # with Karpathy's JSON), "coco_captions" (TFDS's data set, prepared as ArrayRecord), or "texts"
-    # (line-aligned texts without photos, only for the loss "distill").
+    # with Karpathy's JSON), "coco_captions" (TFDS's data set, prepared as ArrayRecord), "shards"
+    # (any number of photos, which `prepare` has written as shards), or "texts" (line-aligned texts
+    # without photos, only for the loss "distill").
     data.name = ""
     # Folder of the data set. "captions", "coco": it holds dataset_*.json and the photos, in folders
     # or in the downloaded zip archives. "coco_captions": TFDS's data_dir. "texts": it holds
-    # files named SPLIT.LANGUAGE, such as train.en and train.de. "emoji" needs none.
+    # files named SPLIT.LANGUAGE, such as train.en and train.de. "shards": it holds a folder of
+    # shards for each split. "emoji" needs none.
     data.dir = ""
     # Path of the Karpathy JSON; empty: the only dataset_*.json in data.dir.
     data.annotations = ""
     # Names of splits. Join several with a plus: "train+restval".
     data.train = "train"
+    # "shards": the share of each split of data.train in every batch, in any unit: (0.2, 0.8) for
+    # "coco+cc12m". (): each photo is used once an epoch, whichever split it is from.
+    data.weights = ()
     data.validation = "val"
     # Pairs in a global batch.
     data.batch_size = 512

@@ -4,8 +4,12 @@ The loader has no other state: a checkpoint stores the step, and any number of p
 with the same global batches. Photos are shuffled in every epoch. A photo's captions are used in
 turn, one per epoch, beginning with a random one, so that each is used equally often. A batch that
 spans two epochs may hold a photo twice; the losses mask such pairs by `image_id`.
+
+`Sampler` holds the order of an epoch in memory. `Mixture` computes it place by place, for any
+number of photos, and mixes several sources in given shares.
 """
 
+import fractions
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,9 +17,13 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from input_pipeline.permutation import permuted, scrambled
+
 Batch = dict[str, np.ndarray]
-# (image rows, caption rows, step, positions in the global batch) -> the arrays of a batch.
+# (image rows, caption rows or turns, step, positions in the global batch) -> a batch's arrays.
 Read = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Batch]
+# Of the share of a source in a mixture.
+LARGEST_DENOMINATOR = 10**9
 
 
 class Sampler:
@@ -61,6 +69,71 @@ class Sampler:
         return generator.permutation(len(self._counts))
 
 
+class Mixture:
+    """Chooses the photos of each global batch, and the turns of their captions.
+
+    The shares of the sources are exact: among the first n pairs of a run, the number of pairs from
+    a source differs from its share of n by less than one if there are two sources, and by less
+    than the number of sources in any case.
+
+    Args:
+      seed: the run's seed.
+      sizes: number of photos of each source. Rows are numbered source by source.
+      weights: the share of each source, in any unit; empty: each photo is used once an epoch,
+        whichever source it is from.
+      batch_size: pairs in a global batch.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float | int], batch_size: int):
+        self._seed, self._batch_size = seed, batch_size
+        self._sizes = list(sizes) if weights else [sum(sizes)]
+        self._first = np.cumsum(self._sizes) - self._sizes
+        # Weights are taken as they are written: 0.1 is a tenth, and not the nearest binary number.
+        exact = [fractions.Fraction(str(weight)) for weight in weights or (1,)]
+        # The share of each source among the pairs that are not of an earlier source.
+        self._shares = [
+            (exact[k] / sum(exact[k:])).limit_denominator(LARGEST_DENOMINATOR)
+            for k in range(len(exact))
+        ]
+
+    def __call__(self, step: int) -> tuple[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]]:
+        """The image rows of global batch `step`, and the turn of each.
+
+        Of the n captions of a photo, turn t uses the one numbered t modulo n.
+        """
+        left = np.arange(self._batch_size)
+        position = step * self._batch_size + left
+        rows = np.empty(self._batch_size, np.int64)
+        turns = np.empty(self._batch_size, np.int64)
+        for source, share in enumerate(self._shares):
+            before = _floor(position, share)
+            own = _floor(position + 1, share) > before
+            chosen = left[own]
+            rows[chosen], turns[chosen] = self._of_source(source, before[own])
+            left, position = left[~own], (position - before)[~own]
+        return rows, turns
+
+    def _of_source(self, source: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and the turns at some positions of a source's endless sequence."""
+        size = self._sizes[source]
+        epoch, place = np.divmod(position, size)
+        row = np.empty(len(place), np.int64)
+        for e in np.unique(epoch):
+            # The seed and the epoch are separate parts of the key: grain's shuffle adds them, so
+            # that the next seed would begin with the second epoch of this one.
+            key = (self._seed, int(e) * len(self._sizes) + source)
+            row[epoch == e] = permuted(place[epoch == e], size, key)
+        row += self._first[source]
+        start = scrambled(row.astype(np.uint64) ^ scrambled(np.uint64([self._seed])))
+        return row, (start >> np.uint64(32)).astype(np.int64) + epoch
+
+
+def _floor(position: np.ndarray, share: fractions.Fraction) -> np.ndarray:
+    """The whole part of position * share, without overflow."""
+    whole, rest = np.divmod(position, share.denominator)
+    return whole * share.numerator + rest * share.numerator // share.denominator
+
+
 class Batches(grain.sources.RandomAccessDataSource):
     """One process's share of the global batches, by step.
 
@@ -71,7 +144,9 @@ class Batches(grain.sources.RandomAccessDataSource):
       places: the positions in a batch that this process reads (`partition.local_rows`).
     """
 
-    def __init__(self, sampler: Sampler, read: Read, steps: int, places: Int[np.ndarray, " rows"]):
+    def __init__(
+        self, sampler: Sampler | Mixture, read: Read, steps: int, places: Int[np.ndarray, " rows"]
+    ):
         self._sampler, self._read, self._steps, self._places = sampler, read, steps, places
 
     def __len__(self) -> int:

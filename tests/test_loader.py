@@ -68,3 +68,58 @@ def test_reading_starts_at_any_step_and_keeps_the_order():
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="no photos"):
         loader.Sampler(0, np.array([], int), 4)
+
+
+def test_a_mixture_of_one_source_uses_each_photo_once_an_epoch():
+    mixture = loader.Mixture(0, [4, 3], (), batch_size=5)
+    rows, turns = map(np.concatenate, zip(*map(mixture, range(7 * 20)), strict=True))
+    epochs = rows.reshape(-1, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 90
+    # Of three captions, each has its turn once in three epochs.
+    for row in range(7):
+        np.testing.assert_array_equal(np.diff(turns[rows == row]), 1)
+    assert len({turns[rows == row][0] % 97 for row in range(7)}) > 3
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.2, 0.8), (1, 1), (3, 1, 2), (0.1, 0.7, 0.05, 0.15), (1 / 3, 2 / 3), (1e-4, 1)]
+)
+def test_the_shares_of_a_mixture_are_exact(weights):
+    sizes = [5, 70, 9, 30][: len(weights)]
+    mixture = loader.Mixture(1, sizes, weights, batch_size=16)
+    rows = np.concatenate([mixture(step)[0] for step in range(400)])
+    source = np.searchsorted(np.cumsum(sizes), rows, side="right")
+    shares = np.array(weights) / sum(weights)
+    so_far = np.cumsum(source[:, None] == np.arange(len(sizes)), axis=0)
+    expected = np.arange(1, len(rows) + 1)[:, None] * shares
+    assert abs(so_far - expected).max() < max(1, len(sizes) - 1)
+    # Each source has its own epochs, whatever its share.
+    for number, (first, size) in enumerate(zip(np.cumsum(sizes) - sizes, sizes, strict=True)):
+        own = rows[source == number] - first
+        for epoch in own[: len(own) // size * size].reshape(-1, size):
+            assert sorted(epoch) == list(range(size))
+
+
+def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next():
+    orders = [loader.Mixture(seed, [50], (), batch_size=100)(0)[0] for seed in range(3)]
+    assert (orders[0][50:] != orders[1][:50]).any()
+    assert (orders[1][50:] != orders[2][:50]).any()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_mixture_is_the_same_on_any_number_of_processes_and_when_resumed(processes):
+    def mixture():
+        return loader.Mixture(5, [40, 300], (1, 2), batch_size=12)
+
+    whole = loader.Batches(mixture(), read, 30, np.arange(12))
+    straight = list(loader.iterate(whole, first_step=0, prefetch=2))
+    parts = [
+        loader.Batches(mixture(), read, 30, places)
+        for places in np.arange(12).reshape(processes, -1)
+    ]
+    for first in (0, 1, 13, 29):
+        resumed = [loader.iterate(part, first_step=first, prefetch=2) for part in parts]
+        for expected, *shares in zip(straight[first:], *resumed, strict=True):
+            for key, rows in expected.items():
+                np.testing.assert_array_equal(np.concatenate([s[key] for s in shares]), rows)

@@ -14,7 +14,7 @@ from configs import base
 from input_pipeline.datasets import captions
 from input_pipeline.datasets.captioned_images import CaptionedImages
 from tests.runs import checkpoint_of, ending_at, metrics_of, run_main
-from xlir import partition, train, train_step
+from xlir import batches, partition, train, train_step
 from xlir.checkpoint import Checkpoints
 from xlir.embed import Parameters
 from xlir.encoder import Encoder
@@ -366,7 +366,7 @@ def test_photos_are_told_apart_whatever_their_ids(photos, without_heads):
     training.image_ids[:6] = 5, 2**32 + 5, 2**32 - 1, -1, 5, 2**63 - 1
     ids = training.image_ids
     cached = {side: np.zeros((len(ids), 4), np.float32) for side in ("text", "image")}
-    read = train.batch_reader(training, [""] * len(ids), encoder.embedder, cached)
+    read = batches.of_rows(training, [""] * len(ids), encoder.embedder, cached)
     rows = np.array([3, 0, 1, 2, 4, 5, 0, 9])
     image_id = read(rows, rows, 1, rows)["image_id"]
     assert image_id.dtype == np.int32

@@ -138,6 +138,18 @@ class Divisor:
         return f"it must be an integer of at least 1 that divides {self.whole:,}"
 
 
+class Weights:
+    """Any number of numbers above 0."""
+
+    _each = Real(0, HEAVIEST, open_below=True)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, (tuple, list)) and all(weight in self._each for weight in value)
+
+    def __str__(self) -> str:
+        return "it must be numbers above 0, such as (0.2, 0.8), or () for none"
+
+
 class Group:
     """Fields by name."""
 
@@ -213,6 +225,7 @@ FIELDS: dict[str, Any] = {
         "dir": Text(),
         "annotations": Text(),
         "train": Text(may_be_empty=False),
+        "weights": Weights(),
         "validation": Text(may_be_empty=False),
         "batch_size": Whole(1, 2**24),
         "microbatches": Whole(1, 2**24),

@@ -26,6 +26,7 @@ def conflicts(config: Mapping) -> Iterator[str]:
     if loss["name"] == "m3l" and not loss["image_weight"] + loss["text_weight"]:
         yield "config.loss.image_weight and text_weight are both 0: m3l has nothing to learn from"
     yield from _distillation_conflicts(config)
+    yield from _shards_conflicts(config)
     if text["tower"] == "muse" and (text["prefix"] or text["trim_vocab"] or text["pack"]):
         yield "config.text.prefix, trim_vocab and pack do not apply to mUSE"
     if text["frozen"] and text["pack"]:
@@ -63,6 +64,37 @@ def _init_conflicts(config: Mapping) -> Iterator[str]:
         yield (
             "config.text.trim_vocab must be empty where the text side continues that of "
             "config.init, whose vocabulary can't be trimmed"
+        )
+
+
+def _shards_conflicts(config: Mapping) -> Iterator[str]:
+    """Messages about fields that need a data set in memory, or that only shards have."""
+    data = config["data"]
+    weights, splits = data["weights"], data["train"].split("+")
+    if data["name"] not in datasets.STREAMED:
+        if weights:
+            yield f"config.data.weights is {weights}; it must be () unless config.data.name=shards"
+        return
+    if weights and len(weights) != len(splits):
+        yield (
+            f"config.data.weights has {len(weights)} numbers; it must have one for each of the "
+            f"{len(splits)} splits of config.data.train={data['train']}"
+        )
+    for side in ("text", "image"):
+        if config[side]["head"] == "center":
+            yield (
+                f"config.{side}.head is 'center', which needs the tower's outputs for all training "
+                f"data; with config.data.name={data['name']} they are not kept: choose another head"
+            )
+    if config["text"]["pack"]:
+        yield (
+            f"config.text.pack must be False with config.data.name={data['name']}: the lengths of "
+            "all captions would have to be kept"
+        )
+    if config["teacher"]:
+        yield (
+            f"config.teacher must be empty with config.data.name={data['name']}: the teacher's "
+            "embeddings of all captions would have to be kept"
         )
 
 

@@ -15,12 +15,15 @@ from input_pipeline import datasets
 from input_pipeline import test_sets as test_set_types
 from input_pipeline.cache import cache_folder
 from input_pipeline.datasets.captioned_images import CaptionedImages, PreparedSet
+from input_pipeline.datasets.shards import ShardedPhotos, ShardedSet
 from input_pipeline.datasets.texts import ParallelTexts, Texts
 from input_pipeline.test_sets import split, xtd10
 from input_pipeline.test_sets.captioned_photos import photo_key
 from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
 
 log = logging.getLogger(__name__)
+
+TrainingData = CaptionedImages | ShardedPhotos | Texts
 
 
 def feature_cache() -> pathlib.Path:
@@ -71,6 +74,12 @@ def prepare(config: ConfigDict) -> str:
         return "\n".join(
             lines + [f"  {name:<10}{len(data.source(name)):>9,} lines" for name in data.splits]
         )
+    if isinstance(data, ShardedSet):
+        for name in data.splits:
+            photos = data.source(name)
+            counts = f"{len(photos):>13,} photos{photos.caption_count:>15,} captions"
+            lines.append(f"  {name:<10}{counts}")
+        return "\n".join(lines)
     for name in data.splits:
         photos = data.source(name)
         of_xtd10 = sum(map(bool, map(xtd10.origin, photos.filenames)))
@@ -86,10 +95,11 @@ def has_photos(config: ConfigDict) -> bool:
     return config.data.name not in datasets.WITHOUT_PHOTOS
 
 
-def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
+def training_photos(config: ConfigDict) -> TrainingData:
     """The training photos, without photos of the run's test sets; or the training texts.
 
-    Photos of XTD10 are left out too, whether or not XTD10 is a test set of the run.
+    Photos of XTD10 are left out too, whether or not XTD10 is a test set of the run. From shards,
+    `prepare` has left them out.
 
     Raises:
       ValueError: the data set or a split is unknown, or a test photo would be trained on.
@@ -103,6 +113,8 @@ def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
         texts = data.source(config.data.train)
         log.info("%d training lines with %d texts", len(texts), sum(map(len, texts.captions)))
         return texts
+    if isinstance(data, ShardedSet):
+        return _sharded_photos(config, data)
     names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
     keys = set(map(photo_key, names))
 
@@ -125,12 +137,47 @@ def training_photos(config: ConfigDict) -> CaptionedImages | Texts:
     return photos
 
 
+def _sharded_photos(config: ConfigDict, data: ShardedSet) -> ShardedPhotos:
+    """The training photos of shards.
+
+    Raises:
+      ValueError: they may hold photos of a test set.
+    """
+    photos = data.source(config.data.train)
+    log.info("%d training photos with %d captions", len(photos), photos.caption_count)
+    for entry, options in _own(config):
+        if not entry.photos(options, run_data(config)):
+            continue
+        test_set = entry.read(options, run_data(config))
+        if not all(test_set.fingerprint in kept_out for kept_out in photos.kept_out):
+            raise ValueError(
+                f"{data.folder} may hold photos of the test set {options.name!r}: prepare the "
+                f"splits {config.data.train} with --config (and this test set in config.evals), "
+                "which leaves these photos out"
+            )
+    return photos
+
+
+def count_captions(photos: TrainingData) -> int:
+    """The number of captions of the training data."""
+    if isinstance(photos, ShardedPhotos):
+        return photos.caption_count
+    return sum(map(len, photos.captions))
+
+
+def captions_of(photos: TrainingData) -> Iterator[str]:
+    """All captions of the training data, photo by photo."""
+    if isinstance(photos, ShardedPhotos):
+        return photos.texts()
+    return (caption for of_one_photo in photos.captions for caption in of_one_photo)
+
+
 def for_teacher(photos: CaptionedImages | Texts) -> list[str]:
     """The text that a teacher reads for each training text: the caption, or its English line."""
     if isinstance(photos, Texts):
         pairs = zip(photos.english, photos.captions, strict=True)
         return [english for english, texts in pairs for _ in texts]
-    return [caption for of_one_photo in photos.captions for caption in of_one_photo]
+    return list(captions_of(photos))
 
 
 def check_batch_size(config: ConfigDict, captions: int) -> None:
@@ -151,7 +198,7 @@ def validation_set(config: ConfigDict) -> RetrievalSet:
     return split.read(Options("validation", split=config.data.validation), run_data(config))
 
 
-def split_photos(config: ConfigDict, name: str) -> CaptionedImages:
+def split_photos(config: ConfigDict, name: str) -> CaptionedImages | ShardedPhotos:
     """The photos of a split of the run's data set, with their English captions.
 
     Raises:
@@ -167,7 +214,7 @@ def _check_has_photos(config: ConfigDict, name: str) -> None:
         raise ValueError(f"{name} has no photos: the run was trained on texts only")
 
 
-def prepared_set(config: ConfigDict) -> PreparedSet | ParallelTexts:
+def prepared_set(config: ConfigDict) -> PreparedSet | ParallelTexts | ShardedSet:
     """The run's data set; opened once per process, because COCO's JSON takes seconds to read.
 
     Raises:
@@ -189,7 +236,7 @@ def prepared_set(config: ConfigDict) -> PreparedSet | ParallelTexts:
 @functools.cache
 def open_data_set(
     name: str, folder: str, annotations: str, cache: pathlib.Path
-) -> PreparedSet | ParallelTexts:
+) -> PreparedSet | ParallelTexts | ShardedSet:
     """A data set by its name and folder; opened once per process and cache folder."""
     return datasets.find(name).open(folder, annotations)
 

@@ -82,10 +82,14 @@ class Progress:
       first: the step that the loop starts from.
       last: the last step.
       examples: number of examples per step.
+
+    Attributes:
+      counts: numbers that callers count from step to step, such as that of broken records.
     """
 
     def __init__(self, first: int, last: int, examples: int):
         self._last, self._examples = last, examples
+        self.counts: dict[str, int] = {}
         self._mark(first)
 
     def _mark(self, step: int) -> None:

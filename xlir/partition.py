@@ -265,6 +265,13 @@ def agree_minimum(value: int) -> int:
     return int(multihost_utils.process_allgather(np.int64(value)).min())
 
 
+def total(value: int) -> int:
+    """The sum of the values that the processes pass. All processes must call this."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int64(value)).sum())
+
+
 def on_host() -> contextlib.AbstractContextManager:
     """A context in which new arrays are in the host's memory, which fits larger models."""
     try:

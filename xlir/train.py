@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import pathlib
@@ -15,22 +14,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from input_pipeline import loader, tokenizers
-from input_pipeline.datasets.captioned_images import CaptionedImages
-from input_pipeline.datasets.texts import Texts
-from input_pipeline.packing import Packing
+from input_pipeline import loader
 from input_pipeline.test_sets.retrieval_set import RetrievalSet
-from xlir import data, decoding, evaluate, initial, losses, machine, partition, results, train_step
+from xlir import batches, data, evaluate, initial, machine, partition, results, train_step
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
-from xlir.embed import Embedder, Inputs, Parameters, averaged, start_of
+from xlir.embed import Parameters, averaged, start_of
 from xlir.encoder import Encoder
 from xlir.metric_log import MetricLog, Progress
 from xlir.models import towers
 from xlir.profiling import Profile
 from xlir.report import writer
-from xlir.teacher import Lessons, Teacher, check_teacher
+from xlir.teacher import Teacher, check_teacher
 from xlir.termination import Termination
 from xlir.train_step import TrainState, TrainStep
 
@@ -109,11 +105,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
     mesh = partition.create_mesh(config.mesh)
     partition.check_batch_size(config.data.batch_size, mesh, config.data.microbatches)
     photos, validation_set = data.training_photos(config), data.validation_set(config)
-    captions = [caption for of_one_photo in photos.captions for caption in of_one_photo]
-    data.check_batch_size(config, len(captions))
+    captions = data.count_captions(photos)
+    data.check_batch_size(config, captions)
     learned_from = {
         "photos": len(photos),
-        "captions": len(captions),
+        "captions": captions,
         "fingerprint": photos.fingerprint,
         "validation": validation_set.fingerprint,
     }
@@ -125,8 +121,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path, accept_changed_data: bool)
         run_folder.check_data(workdir, learned_from, accept_changes=accept_changed_data)
         encoder = Encoder.open(workdir, mesh, config)
     else:
-        encoder = Encoder.create(config, captions, mesh)
-    run, params = _prepare(encoder, photos, captions, validation_set, teacher)
+        encoder = Encoder.create(config, data.captions_of(photos), mesh)
+    run, params = _prepare(encoder, photos, validation_set, teacher)
     # Saved only now, so that a failed start does not tie the folder to its configuration.
     if starts:
         run_folder.check_data(workdir, learned_from, accept_changes=True)
@@ -165,8 +161,7 @@ def _check_start(config: ConfigDict, workdir: pathlib.Path, starts: bool) -> Non
 
 def _prepare(
     encoder: Encoder,
-    photos: CaptionedImages | Texts,
-    captions: list[str],
+    photos: data.TrainingData,
     validation_set: RetrievalSet,
     teacher: Teacher | None,
 ) -> tuple[Run, PyTree]:
@@ -179,24 +174,18 @@ def _prepare(
         english = validation_set.images
         images = teacher.embed(english)[np.arange(len(english))]
     validation = evaluate.Evaluator(encoder, validation_set, cache, images)
-    inputs = Inputs("training", captions, photos.images, photos.fingerprint)
-    features = encoder.frozen_features(inputs, cache, losses.sides(config.loss))
+    sampler = batches.sampler(config, photos)
+    read, features = batches.reader(encoder, photos, sampler, lessons)
     params = _centered(config, encoder.parameters.trained, features, mesh)
-    sampler = loader.Sampler(config.seed, list(map(len, photos.captions)), config.data.batch_size)
-    packing = _packing(embedder, captions, sampler) if config.text.pack else None
-    batches = loader.Batches(
-        sampler,
-        batch_reader(photos, captions, embedder, features, lessons, packing),
-        config.steps,
-        partition.local_rows(config.data.batch_size, mesh),
-    )
+    places = partition.local_rows(config.data.batch_size, mesh)
     layout, step = train_step.compile_step(config, embedder.graph, params, mesh)
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)
     log.info("trained parameters:\n%s", overview)
     frozen = encoder.parameters.frozen
     # A resumed run reads them from its folder, which holds the towers as they were at the start.
     start = start_of(config, params)
-    return Run(config, mesh, frozen, start, layout, step, batches, validation), params
+    share = loader.Batches(sampler, read, config.steps, places)
+    return Run(config, mesh, frozen, start, layout, step, share, validation), params
 
 
 def _centered(
@@ -208,71 +197,6 @@ def _centered(
             mean = np.mean(array, axis=0, dtype=np.float64).astype(np.float32)
             params = params | {f"{side}_head": partition.shard({"mean": mean}, mesh)}
     return params
-
-
-def _packing(embedder: Embedder, captions: list[str], sampler: loader.Sampler) -> Packing:
-    """Packs captions in a group for each device and microbatch."""
-    config, devices = embedder.config, embedder.mesh.size
-    length, microbatches = config.text.max_length, config.data.microbatches
-    tokenize = functools.partial(embedder.tokenizer, max_length=length)
-    group = config.data.batch_size // devices // microbatches
-    packing = Packing(tokenize, captions, length, sampler, group, microbatches)
-    log.info(
-        "text.pack: %d captions share %d rows of %d tokens", group, packing.rows, packing.length
-    )
-    return packing
-
-
-def batch_reader(
-    photos: CaptionedImages | Texts,
-    captions: list[str],
-    embedder: Embedder,
-    features: dict[str, np.ndarray],
-    lessons: Lessons | None = None,
-    packing: Packing | None = None,
-) -> loader.Read:
-    """The function that reads the rows of a batch: features of frozen towers, raw input of others.
-
-    Photos are read only if the loss takes images.
-
-    Args:
-      photos: the training photos, or the training texts.
-      captions: all captions, photo by photo.
-      embedder: provides the tokenizer and the preprocessing.
-      features: side -> outputs of a frozen tower for all inputs of that side. The raw inputs of
-        these sides are not read.
-      lessons: a teacher's embeddings of all captions, or None.
-      packing: packs the texts of a batch; None: each text has a row of its own.
-    """
-    raw = [side for side in losses.sides(embedder.config.loss) if side not in features]
-    length, seed = embedder.config.text.max_length, embedder.config.seed
-    # Photo ids may have 64 bits, and ids in a batch have 32: number the photos from 0.
-    _, image_id = np.unique(photos.image_ids, return_inverse=True)
-    image_id = image_id.astype(np.int32)
-
-    def decode(item: tuple[int, list[int]]) -> decoding.Pixels:
-        row, key = item
-        return embedder.decode(photos.images[row], f"image {row}", np.random.default_rng(key))
-
-    def read(
-        image_rows: np.ndarray, caption_rows: np.ndarray, step: int, places: np.ndarray
-    ) -> loader.Batch:
-        rows = {"text": caption_rows, "image": image_rows}
-        batch = {f"{side}_features": array[rows[side]] for side, array in features.items()}
-        if lessons:
-            batch["teacher"] = lessons[caption_rows]
-        if "text" in raw and packing:
-            batch |= packing(step, places)
-        elif "text" in raw:
-            ids = embedder.tokenizer([captions[row] for row in caption_rows], max_length=length)
-            batch["text_ids"], batch["text_mask"] = tokenizers.pad(ids, length)
-        if "image" in raw:
-            keys = [[seed, step, place] for place in places.tolist()]
-            items = zip(image_rows.tolist(), keys, strict=True)
-            batch["image"] = np.stack(list(decoding.decode_all(decode, items, len(keys))))
-        return batch | {"image_id": image_id[image_rows]}
-
-    return read
 
 
 def _first_state(run: Run, params: PyTree, checkpoints: Checkpoints) -> TrainState:
@@ -300,7 +224,7 @@ def _loop(
     stream = loader.iterate(run.batches, first_step=first, prefetch=config.data.prefetch)
     for step in range(first + 1, config.steps + 1):
         with progress.timed("data"):
-            batch = partition.global_batch(next(stream), run.mesh)
+            batch = partition.global_batch(batches.without_counts(next(stream), progress), run.mesh)
         profile.before(step)
         before = metrics
         state, metrics = run.step(state, run.frozen, batch)
@@ -312,7 +236,7 @@ def _loop(
         saves = validates or (config.save_every > 0 and step % config.save_every == 0)
         if validates or step % config.log_every == 0:
             values = _finite(step, metrics)
-            speed = progress.lap(step)
+            speed = progress.lap(step) | batches.total_counts(progress)
             log.info(
                 "step %*d/%d  loss %.4f  %s examples/s  %s left",
                 *(len(str(config.steps)), step, config.steps, values["loss"]),

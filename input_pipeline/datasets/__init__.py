@@ -9,9 +9,11 @@ import importlib
 from input_pipeline.datasets.source import DataSet
 
 # `find` imports a module only when its data set is used, because importing TFDS is slow.
-NAMES = ("emoji", "captions", "coco", "coco_captions", "texts")
+NAMES = ("emoji", "captions", "coco", "coco_captions", "texts", "shards")
 # Data sets without photos.
 WITHOUT_PHOTOS = ("texts",)
+# Data sets whose captions are read with their photos, so that none are held in memory.
+STREAMED = ("shards",)
 
 
 def find(name: str) -> DataSet:

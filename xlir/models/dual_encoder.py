@@ -42,6 +42,7 @@ class DualEncoder(nnx.Module):
         self, config: ConfigDict, text_tower: nnx.Module, image_tower: nnx.Module, *, rngs: nnx.Rngs
     ):
         self.normalize = config.normalize
+        self.text_frozen, self.image_frozen = config.text.frozen, config.image.frozen
         self.text_tower = text_tower
         self.image_tower = image_tower
         self.text_head = _head("text", config, text_tower.dim, rngs)
@@ -54,24 +55,26 @@ class DualEncoder(nnx.Module):
     def encode_text(
         self, batch: Batch, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch dim"]:
-        """Text embeddings; dropout is on if `rngs` is given."""
+        """Text embeddings; dropout is on if `rngs` is given, except in a frozen tower."""
         if "text_features" in batch:
             features = batch["text_features"]
         elif "text_starts" in batch:
             packed = (batch[f"text_{name}"] for name in ("ids", "positions", "starts"))
             features = self.text_tower.encode_packed(*packed, rngs=rngs)
         else:
-            features = self.text_tower(batch["text_ids"], batch["text_mask"], rngs=rngs)
+            own = None if self.text_frozen else rngs
+            features = self.text_tower(batch["text_ids"], batch["text_mask"], rngs=own)
         return self._finish(self.text_head(features, rngs=rngs))
 
     def encode_image(
         self, batch: Batch, *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch dim"]:
-        """Image embeddings; dropout is on if `rngs` is given."""
+        """Image embeddings; dropout is on if `rngs` is given, except in a frozen tower."""
         if "image_features" in batch:
             features = batch["image_features"]
         else:
-            features = self.image_tower(batch["image"], rngs=rngs)
+            own = None if self.image_frozen else rngs
+            features = self.image_tower(batch["image"], rngs=own)
         return self._finish(self.image_head(features, rngs=rngs))
 
     @property
