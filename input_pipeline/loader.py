@@ -84,7 +84,9 @@ class Mixture:
       batch_size: pairs in a global batch.
     """
 
-    def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float | int], batch_size: int):
+    def __init__(
+        self, seed: int, sizes: Sequence[int], weights: Sequence[float | int], batch_size: int
+    ):
         self._seed, self._batch_size = seed, batch_size
         self._sizes = list(sizes) if weights else [sum(sizes)]
         self._first = np.cumsum(self._sizes) - self._sizes

@@ -115,8 +115,7 @@ def training_photos(config: ConfigDict) -> TrainingData:
         return texts
     if isinstance(data, ShardedSet):
         return _sharded_photos(config, data)
-    names = {name for entry, options in _own(config) for name in entry.photos(options, run)}
-    keys = set(map(photo_key, names))
+    keys = set(map(photo_key, test_photo_names(config)))
 
     def is_test_photo(filename: str) -> bool:
         return photo_key(filename) in keys or xtd10.origin(filename) is not None
@@ -135,6 +134,12 @@ def training_photos(config: ConfigDict) -> TrainingData:
     if any(map(is_test_photo, photos.filenames)):
         raise ValueError("photos of the test set are left in the training split")
     return photos
+
+
+def test_photo_names(config: ConfigDict) -> set[str]:
+    """The names of the files to keep out of training, because the run's test sets have them."""
+    run = run_data(config)
+    return {name for entry, options in _own(config) for name in entry.photos(options, run)}
 
 
 def _sharded_photos(config: ConfigDict, data: ShardedSet) -> ShardedPhotos:
@@ -265,9 +270,9 @@ def test_sets(
       FileNotFoundError: a folder, one of its files, or a photo is missing.
       ValueError: the folder's files contradict each other.
     """
-    if not names and not (config.evals or has_photos(config)):
+    if not names and not config.evals and (reason := _no_default(config)):
         raise ValueError(
-            f"there is no test set: the data set {config.data.name!r} has no photos. Name one with "
+            f"there is no test set: the data set {config.data.name!r} {reason}. Name one with "
             "--test_set=FOLDER --images=FOLDER"
         )
     chosen = [_named(config, name) for name in listed(names)] if names else _own(config)
@@ -282,18 +287,28 @@ def test_sets(
 
 
 def own_test_sets(config: ConfigDict) -> list[RetrievalSet]:
-    """The test sets to evaluate at the end of a run; none for texts without `config.evals`."""
+    """The test sets to evaluate at the end of a run: `config.evals`, or the default."""
     return [entry.read(options, run_data(config)) for entry, options in _own(config)]
 
 
 def _own(config: ConfigDict) -> Iterator[tuple[Entry, Options]]:
-    """The test sets of `config.evals`, or the data set's split "test"."""
+    """The test sets of `config.evals`, or the data set's split "test".
+
+    Texts and shards, which need not have such a split, have no test set by default.
+    """
     evals = config.evals
-    if not evals and has_photos(config):
+    if not evals and not _no_default(config):
         yield _named(config, "split:test")
     # Multilingual sets first, because an export is checked on the first set.
     for name in sorted(evals, key=lambda name: (evals[name].get("type") == "split", name)):
         yield _configured(config, name)
+
+
+def _no_default(config: ConfigDict) -> str:
+    """Why the data set's split "test" is not the default test set; empty if it is."""
+    if not has_photos(config):
+        return "has no photos"
+    return "need not have a test split" if config.data.name in datasets.STREAMED else ""
 
 
 def _configured(config: ConfigDict, name: str) -> tuple[Entry, Options]:

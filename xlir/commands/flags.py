@@ -63,15 +63,16 @@ class Flags:
         """A flag with any number; None if it is not given."""
         self._declare(absl.flags.DEFINE_float, name, None, text)
 
-    def config(self) -> None:
-        """The required flag --config, with --config.FIELD for each field."""
+    def config(self, *, needed: bool = True) -> None:
+        """The flag --config, with --config.FIELD for each field."""
         text = (
             "Configuration file: configs/NAME.py or configs/NAME.py:VARIANT. "
             "--config.FIELD=VALUE overrides a field, for example --config.data.dir=PATH; "
             "configs/base.py explains all fields."
         )
         self._declare(config_flags.DEFINE_config_file, "config", None, text)
-        self._needed.append("config")
+        if needed:
+            self._needed.append("config")
 
     def workdir(self) -> None:
         """The required flag --workdir, the folder of an existing run."""
@@ -136,7 +137,7 @@ class Flags:
         for name in self._needed:
             if self.values[name].value is None:
                 raise UsageError(f"{self.verb} needs --{name}")
-        if "config" in self.values:
+        if "config" in self.values and self.values.config is not None:
             try:
                 check_config(self.values.config)
             except ValueError as error:

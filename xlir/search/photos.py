@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from PIL import Image
 
-from input_pipeline import images, photo_limits
+from input_pipeline import archives, images, photo_limits
 from input_pipeline.files import printable
-from xlir.search import archives, filters
+from xlir.search import filters
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 # Pixels of a thumbnail's longer side, and its quality as JPEG.

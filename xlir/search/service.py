@@ -24,7 +24,8 @@ from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from xlir.search import api, archives, filters
+from input_pipeline import archives
+from xlir.search import api, filters
 from xlir.search.batching import (
     Batcher,
     Full,
