@@ -57,16 +57,16 @@ def run(values: FlagValues, *words: str) -> None:
         print(data.prepare(values.config))
         return
     sources = [pathlib.Path(path) for word in words for path in _found(word)]
-    from xlir import sharding
+    from xlir import prepare_shards
 
     print(
-        sharding.prepare(
+        prepare_shards.prepare(
             sources,
             pathlib.Path(values.to),
             config=values.config,
             keep_out=[pathlib.Path(folder) for folder in values.keep_out],
             languages=tuple(values.languages),
-            min_side=values.min_side or sharding.MIN_SIDE,
+            min_side=values.min_side or prepare_shards.MIN_SIDE,
             processes=values.processes or os.cpu_count() or 1,
         )
     )

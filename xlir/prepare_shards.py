@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from input_pipeline import kept_out, sharding
+from input_pipeline import kept_out, shard_writer
 from input_pipeline.shards import INDEX, Shards
 from xlir import data
 
-MIN_SIDE = sharding.Options.min_side
+MIN_SIDE = shard_writer.Options.min_side
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -24,7 +24,7 @@ def prepare(
     min_side: int,
     processes: int,
 ) -> str:
-    """Writes or completes a folder of shards; see `input_pipeline.sharding`.
+    """Writes or completes a folder of shards; see `input_pipeline.shard_writer`.
 
     Args:
       sources: tar archives or Parquet files.
@@ -40,7 +40,7 @@ def prepare(
 
     Raises:
       FileNotFoundError: a folder, or a test set, is missing.
-      ValueError, OSError: as `input_pipeline.sharding.prepare`.
+      ValueError, OSError: as `input_pipeline.shard_writer.prepare`.
     """
     names, photos, test_sets = set(), [], []
     if config is not None and (config := _without_splits(config)).evals:
@@ -50,10 +50,10 @@ def prepare(
             test_sets.append(test_set.fingerprint)
     for place in keep_out:
         photos += _photos_of(place)
-    options = sharding.Options(
+    options = shard_writer.Options(
         kept_out.identify(names, photos), tuple(test_sets), languages, min_side
     )
-    found = sharding.prepare(sources, folder, options, processes)
+    found = shard_writer.prepare(sources, folder, options, processes)
     lines = [f"{folder}: {found['photos']:,} photos, {found['captions']:,} captions; left out:"]
     lines += [f"  {count:>12,}  {reason}" for reason, count in found["dropped"].items()]
     return "\n".join(

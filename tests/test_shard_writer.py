@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from input_pipeline import kept_out, sharding, shards
+from input_pipeline import kept_out, shard_writer, shards
 from input_pipeline.shards import Shards
 from input_pipeline.test_sets import xtd10
 from tests.runs import run_main
@@ -48,12 +48,12 @@ def named(number, **fields):
 @pytest.fixture(autouse=True)
 def _in_threads(monkeypatch):
     """Processes take seconds to start."""
-    monkeypatch.setattr(sharding, "_pool", concurrent.futures.ThreadPoolExecutor)
+    monkeypatch.setattr(shard_writer, "_pool", concurrent.futures.ThreadPoolExecutor)
 
 
 def prepare(sources, folder, processes=1, **options):
-    options = sharding.Options(**{"kept_out": kept_out.KeptOut(), **options})
-    found = sharding.prepare(sources, folder, options, processes)
+    options = shard_writer.Options(**{"kept_out": kept_out.KeptOut(), **options})
+    found = shard_writer.prepare(sources, folder, options, processes)
     opened = Shards(folder)
     assert (found["photos"], found["captions"]) == (len(opened), opened.captions)
     return found["dropped"], [opened[row] for row in range(len(opened))]
@@ -187,7 +187,7 @@ def test_damaged_sources_give_the_pairs_before_the_damage(tmp_path, caplog):
 
 
 def test_a_store_that_fails_is_read_again_and_ends_in_one_line(tmp_path, monkeypatch):
-    (tar,), waited, read = many(tmp_path, 1), [], sharding.pairs.read
+    (tar,), waited, read = many(tmp_path, 1), [], shard_writer.pairs.read
 
     def fail(source):
         yield next(read(source))
@@ -195,8 +195,8 @@ def test_a_store_that_fails_is_read_again_and_ends_in_one_line(tmp_path, monkeyp
             raise TimeoutError(110, "Connection timed out")
         yield from list(read(source))[1:]
 
-    monkeypatch.setattr(sharding.pairs, "read", fail)
-    monkeypatch.setattr(sharding.time, "sleep", waited.append)
+    monkeypatch.setattr(shard_writer.pairs, "read", fail)
+    monkeypatch.setattr(shard_writer.time, "sleep", waited.append)
     fails = 2
     assert len(prepare([tar], tmp_path / "to")[1]) == 5
     assert waited == [2, 8]
