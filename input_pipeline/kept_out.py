@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from input_pipeline import images, near_copies, photo_limits
 from input_pipeline.test_sets import xtd10
+
+log = logging.getLogger(__name__)
 
 # A photo is reduced to this many pixels, on its longer side, before it is hashed.
 HASHED_SIZE = 256
@@ -50,10 +53,11 @@ def identify(names: Iterable[str], photos: Sequence[bytes | os.PathLike]) -> Kep
 
     Args:
       names: further names of files that must not be trained on.
-      photos: the photos, as encoded bytes or as paths, whose names count too.
+      photos: the photos, as encoded bytes or as paths, whose names count too. Near copies of
+        those that can't be decoded are not recognized.
 
     Raises:
-      ValueError, OSError: a photo can't be read or decoded.
+      ValueError, OSError: a photo can't be read.
     """
     paths = [photo for photo in photos if isinstance(photo, (str, os.PathLike))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -61,17 +65,20 @@ def identify(names: Iterable[str], photos: Sequence[bytes | os.PathLike]) -> Kep
     return KeptOut(
         names=frozenset(names) | {os.path.basename(path) for path in paths},
         digests=frozenset(digest for digest, _ in read),
-        hashes=np.array([found for _, found in read], np.uint64).reshape(-1, 4),
+        hashes=np.array([found for _, found in read if found is not None], np.uint64).reshape(
+            -1, 4
+        ),
     )
 
 
-def _identify(photo: bytes | os.PathLike) -> tuple[bytes, near_copies.Hash]:
+def _identify(photo: bytes | os.PathLike) -> tuple[bytes, near_copies.Hash | None]:
     data = photo if isinstance(photo, bytes) else photo_limits.read(photo)
+    digest = hashlib.sha256(data).digest()
     try:
-        return hashlib.sha256(data).digest(), perceptual_hash(data)
+        return digest, perceptual_hash(data)
     except images.ImageError as error:
-        name = "a test photo" if isinstance(photo, bytes) else os.fspath(photo)
-        raise ValueError(f"{name}: {error}") from error
+        log.warning("near copies of a test photo are not recognized: %s", error)
+        return digest, None
 
 
 def perceptual_hash(data: bytes) -> near_copies.Hash:

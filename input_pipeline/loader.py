@@ -9,6 +9,7 @@ spans two epochs may hold a photo twice; the losses mask such pairs by `image_id
 number of photos, and mixes several sources in given shares.
 """
 
+import concurrent.futures
 import fractions
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ Batch = dict[str, np.ndarray]
 Read = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Batch]
 # Of the share of a source in a mixture.
 LARGEST_DENOMINATOR = 10**9
+# Seconds to wait for a batch.
+PATIENCE = 1800
 
 
 class Sampler:
@@ -160,6 +163,26 @@ class Batches(grain.sources.RandomAccessDataSource):
 
 
 def iterate(batches: Batches, *, first_step: int, prefetch: int) -> Iterator[Batch]:
-    """Batches from `first_step` on, in order, read ahead by Grain's threads."""
+    """Batches from `first_step` on, in order, read ahead by Grain's threads.
+
+    Raises:
+      TimeoutError: a batch takes longer than `PATIENCE`, because a read does not return.
+    """
     options = grain.ReadOptions(num_threads=min(prefetch, 16), prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.source(batches)[first_step:].to_iter_dataset(options))
+    stream = iter(grain.MapDataset.source(batches)[first_step:].to_iter_dataset(options))
+    # Nothing can interrupt a read from a mounted store that does not answer, only leave it behind.
+    pool = concurrent.futures.ThreadPoolExecutor(1, "next batch")
+    try:
+        while True:
+            future = pool.submit(next, stream, None)
+            if future not in concurrent.futures.wait([future], PATIENCE).done:
+                raise TimeoutError(
+                    f"the next batch can't be read for {PATIENCE / 60:.0f} minutes: the disk or "
+                    "the network of the data does not answer. When it works again, run the same "
+                    "command to resume"
+                )
+            if (batch := future.result()) is None:
+                return
+            yield batch
+    finally:
+        pool.shutdown(wait=False)

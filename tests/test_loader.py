@@ -1,5 +1,7 @@
 """The data order: a function of (seed, step), the same on any number of processes."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -123,3 +125,20 @@ def test_a_mixture_is_the_same_on_any_number_of_processes_and_when_resumed(proce
         for expected, *shares in zip(straight[first:], *resumed, strict=True):
             for key, rows in expected.items():
                 np.testing.assert_array_equal(np.concatenate([s[key] for s in shares]), rows)
+
+
+def test_a_read_that_does_not_return_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 0.2)
+    answered = threading.Event()
+
+    def stuck(*arguments):
+        if arguments[2] == 3:
+            answered.wait()
+        return read(*arguments)
+
+    batches = loader.Batches(loader.Sampler(3, COUNTS, 4), stuck, 9, np.arange(4))
+    stream = loader.iterate(batches, first_step=1, prefetch=1)
+    assert [next(stream)["key"][0] for _ in range(2)] == [1000, 2000]
+    with pytest.raises(TimeoutError, match="the next batch can't be read"):
+        next(stream)
+    answered.set()

@@ -222,10 +222,10 @@ def test_the_command_line(tmp_path, photos):
     config = "--config=configs/xlmr.py:tiny", f"--config.data.dir={photos}"
     evals = "--config.evals={'mine': {'captions': 'multilingual_test'}}"
     out = run_main("prepare", *config, evals, *flags).stdout.splitlines()
-    assert out[0] == f"{tmp_path / 'to'}: 8 photos, 8 captions; left out:"
-    assert [line.split(maxsplit=1) for line in out[1:]] == [
-        ["1", "photos of test sets, by content"],
-        ["1", "the same photo as another"],
+    assert out[0] == f"{tmp_path / 'to'}: 8 photos, 8 captions"
+    assert [line.strip() for line in out[1:]] == [
+        "1 left out: photos of test sets, by content",
+        "1 left out: the same photo as another",
     ]
     assert len(Shards(tmp_path / "to").facts["kept_out"]) == 1
     for bad, message in (

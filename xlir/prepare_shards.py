@@ -17,7 +17,6 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 def prepare(
     sources: Sequence[pathlib.Path],
     folder: pathlib.Path,
-    *,
     config: ConfigDict | None,
     keep_out: Sequence[pathlib.Path],
     languages: tuple[str, ...],
@@ -54,11 +53,9 @@ def prepare(
         kept_out.identify(names, photos), tuple(test_sets), languages, min_side
     )
     found = shard_writer.prepare(sources, folder, options, processes)
-    lines = [f"{folder}: {found['photos']:,} photos, {found['captions']:,} captions; left out:"]
-    lines += [f"  {count:>12,}  {reason}" for reason, count in found["dropped"].items()]
-    return "\n".join(
-        lines if found["dropped"] else [lines[0].replace("left out:", "none left out")]
-    )
+    lines = [f"{folder}: {found['photos']:,} photos, {found['captions']:,} captions"]
+    lines += [f"  {count:>12,} left out: {reason}" for reason, count in found["dropped"].items()]
+    return "\n".join(lines)
 
 
 def _without_splits(config: ConfigDict) -> ConfigDict:
