@@ -78,6 +78,7 @@ ACCEPTED = {
     "data.dir": TEXTS,
     "data.annotations": TEXTS,
     "data.train": {"word"},
+    "data.weights": {"()"},
     "data.validation": {"word"},
     "data.batch_size": WHOLE,
     "data.microbatches": WHOLE,
