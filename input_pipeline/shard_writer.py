@@ -11,16 +11,16 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import gzip
 import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import pathlib
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -65,6 +65,7 @@ class Options:
     languages: tuple[str, ...] = ()
     min_side: int = 64
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the options."""
         own = [self.test_sets, self.languages, self.min_side]
@@ -76,8 +77,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes a folder of shards, or completes it.
 
-    Sources that were added since the last call are added to it. Sources that have changed, or were
-    prepared with other options, are prepared again.
+    Sources may be added in a later call, which names the earlier ones, too. Sources that have
+    changed, or were prepared with other options, are prepared again.
 
     Args:
       sources: tar archives or Parquet files.
@@ -89,15 +90,19 @@ def prepare(
       The numbers of photos and captions, and of pairs that were left out by reason.
 
     Raises:
-      ValueError: a source is of another kind, all pairs are left out, or another process prepares
-        the folder.
+      ValueError: a source is of another kind, or an earlier one is not named; all pairs are left
+        out; or another process prepares the folder.
       OSError: a file can't be read or written.
     """
     names = _names(sources)
     files.make_writable_folder(folder)
     busy = f"{folder} is being prepared by another process: wait until it has ended"
     with files.locked(folder / ".lock", busy):
+        _check_sources(folder, names)
         (folder / shards.INDEX).unlink(missing_ok=True)
+        for table in folder.glob(".photos-*"):
+            if options.fingerprint not in table.name:
+                table.unlink()
         parts = {}
         work = [(source, folder, name, options) for name, source in names.items()]
         with _pool(min(processes, len(work))) as pool:
@@ -127,18 +132,31 @@ def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 
 
 def _names(sources: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
-    """A name for each source: its path below the folder that all sources are in, without ending."""
-    top = os.path.commonpath([source.absolute().parent for source in sources])
+    """A name for each source: those of its folder and of its file, without ending."""
     names: dict[str, pathlib.Path] = {}
     for source in sources:
         if not pairs.is_tar(source) and source.suffix != ".parquet":
             raise ValueError(f"{source} is neither a tar archive nor a Parquet file")
-        path = source.absolute().relative_to(top)
-        name = "_".join((*path.parts[:-1], path.name.partition(".")[0]))
+        name = f"{source.absolute().parent.name}-{source.name.partition('.')[0]}"
         if name in names:
             raise ValueError(f"{source} and {names[name]} would both be named {name}: rename one")
         names[name] = source
     return names
+
+
+def _check_sources(folder: pathlib.Path, names: Collection[str]) -> None:
+    """Raises ValueError if an earlier source of the folder is not among `names`.
+
+    Photos that an earlier source keeps were left out of others, so it can't be taken away.
+    """
+    file = folder / ".sources"
+    lost = set(files.read_digested(file) or ()) - set(names)
+    if lost:
+        raise ValueError(
+            f"{folder} was prepared from {len(lost)} files that are not named now, such as "
+            f"{min(lost)} (its folder and its name): name them, too, or choose another --to"
+        )
+    files.write_digested(file, sorted(names))
 
 
 def _finish(
@@ -171,7 +189,7 @@ def _prepare_source(
 ) -> dict[str, Any]:
     """The description of a source's shards, which are written unless that was done before."""
     status = source.stat()
-    identity = [options.fingerprint(), status.st_size, status.st_mtime_ns]
+    identity = [options.fingerprint, status.st_size, status.st_mtime_ns]
     beside = folder / f"{name}.json"
     known = files.read_digested(beside)
     if known and known["identity"] == identity and _intact(folder, known["shards"]):
@@ -285,7 +303,7 @@ class _Source:
 
     def _claim(self, digests: Sequence[bytes]) -> set[bytes]:
         """The photos that this source keeps: it was the first to ask for them."""
-        table = self._folder / f".photos-{self._options.fingerprint()}.sqlite"
+        table = self._folder / f".photos-{self._options.fingerprint}.sqlite"
         with contextlib.closing(sqlite3.connect(table, timeout=PATIENCE)) as connection, connection:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS kept (photo BLOB PRIMARY KEY, source TEXT) "
