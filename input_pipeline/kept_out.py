@@ -11,6 +11,7 @@ import numpy as np
 
 from input_pipeline import images, near_copies, photo_limits
 from input_pipeline.test_sets import xtd10
+from input_pipeline.test_sets.captioned_photos import photo_key
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class KeptOut:
     XTD10's photos are always among them, but only by name.
 
     Attributes:
-      names: names of their files.
+      names: the keys (`photo_key`) of their files' names.
       digests: the SHA-256 of their files.
       hashes: their perceptual hashes.
     """
@@ -38,7 +39,7 @@ class KeptOut:
 
     def has_name(self, name: str) -> bool:
         """Whether a file of this name is one of the photos."""
-        return name in self.names or xtd10.origin(name) is not None
+        return photo_key(name) in self.names or xtd10.origin(name) is not None
 
     def fingerprint(self) -> str:
         """Identifies the photos."""
@@ -63,7 +64,7 @@ def identify(names: Iterable[str], photos: Sequence[bytes | os.PathLike]) -> Kep
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         read = list(pool.map(_identify, photos))
     return KeptOut(
-        names=frozenset(names) | {os.path.basename(path) for path in paths},
+        names=frozenset(map(photo_key, [*names, *map(os.fspath, paths)])),
         digests=frozenset(digest for digest, _ in read),
         hashes=np.array([found for _, found in read if found is not None], np.uint64).reshape(
             -1, 4
