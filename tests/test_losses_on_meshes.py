@@ -49,6 +49,7 @@ def batch(rows: int = ROWS, scale: float = 12.0):
     )
 
 
+@functools.cache
 def value_and_gradients(name: str, push_apart: float, chunk: int):
     """The compiled value and gradients with respect to text, image, scale and bias."""
     options = base.get_config().loss
