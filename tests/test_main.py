@@ -408,17 +408,9 @@ def packed_coco(shared, tmp_path):
     return folder
 
 
-def coco_flags(folder, tiny):
-    more = {"dir": folder, "name": "coco", "train": "train"}
-    data = (f"--config.data.{field}={value}" for field, value in more.items())
-    return [*tiny, *data, "--config.evals={}"]
-
-
-def test_coco_from_its_archives_trains_resumes_and_is_evaluated(
-    tiny, packed_coco, tmp_path, monkeypatch
-):
-    arguments = [*coco_flags(packed_coco, tiny), f"--workdir={tmp_path / 'run'}"]
-    arguments += ["--config.steps=20"]
+def test_coco_from_its_archives_trains_resumes_and_is_evaluated(packed_coco, tmp_path, monkeypatch):
+    arguments = ["--config=configs/xlmr.py:tiny", "--config.data.name=coco"]
+    arguments += [f"--config.data.dir={packed_coco}", f"--workdir={tmp_path / 'run'}"]
     save = Checkpoints.save
 
     def save_and_fail(self, *items):
