@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, real data if it is there, and small runs to inspect."""
 
+import gc
 import itertools
 import json
 import os
@@ -38,6 +39,12 @@ from tests.runs import REPOSITORY
 CHROMIUM = "/usr/bin/chromium"
 # The name of this process, if it is a worker of pytest-xdist.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+
+def pytest_collection_finish():
+    """Keeps the garbage collector from going through all imported modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report):
@@ -239,6 +246,14 @@ def toy_run(toy_config, session_folder) -> pathlib.Path:
 def one_device(photos, session_folder) -> runs.Run:
     """A run on one device, to compare other runs with; tests must not change it."""
     return runs.whole_run(session_folder / "one-device", runs.flags_of(photos))
+
+
+@pytest.fixture(scope="session")
+def stopped(photos, session_folder) -> runs.Run:
+    """The run of `one_device`, stopped by SIGTERM after a step; tests must not change it."""
+    return runs.run_once(
+        session_folder / "stopped", lambda to: runs.train_until_stopped(to, runs.flags_of(photos))
+    )
 
 
 # Not for a whole session: while it is open, asyncio can't start another event loop.

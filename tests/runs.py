@@ -78,6 +78,17 @@ def run_main(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
     return process
 
 
+def interrupted_copy(run: pathlib.Path, folder: pathlib.Path, step: int) -> pathlib.Path:
+    """A copy of a finished run, as if a process had ended after its checkpoint of `step`."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "results", ignore_errors=True)
+    for checkpoint in (folder / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    assert (folder / "checkpoints" / str(step)).is_dir()
+    return folder
+
+
 @contextlib.contextmanager
 def ending_at(step: int):
     """Training in this process ends with a RuntimeError before it logs this step."""
@@ -305,6 +316,17 @@ def whole_run(folder: pathlib.Path, flags: list[str], **where: int) -> Run:
         return batches_of(folder, 0, STEPS, where.get("processes", 1))
 
     return run_once(folder, train)
+
+
+def train_until_stopped(folder: pathlib.Path, flags: list[str], step: int = 6) -> list[list]:
+    """Trains a run until SIGTERM arrives between two checkpoints; returns its batches."""
+    ended = run(folder, flags, script=RECORD.format(folder=folder) + terminate(step))
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    said = f"stopped by SIGTERM after step {step}, which is saved"
+    assert ended.err.splitlines()[-1] == f"xlir: {said}; run the same command again to resume"
+    assert ended.err.count("SIGTERM") == 1
+    assert "Traceback" not in ended.err
+    return batches_of(folder, 0, step)
 
 
 def run_once(folder: pathlib.Path, train: Callable[[pathlib.Path], list[list]]) -> Run:

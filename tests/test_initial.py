@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from configs import base, xlmr
-from tests.runs import checkpoint_of, metrics_of, run_main
+from tests.runs import checkpoint_of, interrupted_copy, metrics_of, run_main
 from xlir import initial, partition, train
-from xlir.checkpoint import Checkpoints
 from xlir.encoder import Encoder
 from xlir.export import card
 
@@ -69,21 +68,12 @@ def test_a_model_card_names_the_other_run(config):
     assert "- text tower: toy: see the terms of that checkpoint" in card._terms(started, "torch")
 
 
-def test_it_resumes_without_the_other_run(config, toy_run, tmp_path, monkeypatch):
+def test_it_resumes_without_the_other_run(config, toy_run, tmp_path):
     other = shutil.copytree(toy_run, tmp_path / "other")
     config.init = str(other)
-    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    straight = tmp_path / "straight"
     train.train(config, straight)
-    save = Checkpoints.save
-
-    def save_and_die(self, step, *items):
-        save(self, step, *items)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(Checkpoints, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(config, interrupted)
+    interrupted = interrupted_copy(straight, tmp_path / "interrupted", 2)
     shutil.rmtree(other)
     train.train(config, interrupted)
     runs = [checkpoint_of(folder, 4) for folder in (straight, interrupted)]
