@@ -90,6 +90,16 @@ def test_the_headline_names_each_language(three_languages):
     assert line == f"R@10 {expected}(de {found['de']:.1f}, fr {found['fr']:.1f})"
 
 
+def test_of_many_languages_the_headline_names_the_worst_and_the_best():
+    recalls = {"en": 0.9, "ar": 0.5, "cs": 0.1, "de": 0.8, "fr": 0.4, "ja": 0.4, "ko": 0.2}
+    results = {
+        "languages": {code: {"text_to_image": {"R@10": x}} for code, x in recalls.items()},
+        "zero_shot_macro": {"text_to_image": {"R@10": 0.4}},
+    }
+    expected = "R@10 en 90.0, other languages 40.0 (cs 10.0 to de 80.0)"
+    assert results_files.headline(results) == expected
+
+
 def test_score_is_zero_shot_recall_at_10(three_languages):
     expected = three_languages["zero_shot_macro"]["text_to_image"]["R@10"]
     assert results_files.score(three_languages) == expected < 1

@@ -13,6 +13,8 @@ from input_pipeline import files
 from xlir.models.pretrained import read_json
 
 DIRECTIONS = ("text_to_image", "image_to_text")
+# The most languages besides English that `headline` names one by one.
+NAMED = 5
 
 
 def write(results: dict, folder: pathlib.Path) -> pathlib.Path:
@@ -117,18 +119,23 @@ def table(results: dict) -> str:
 
 
 def headline(results: dict) -> str:
-    """Text-to-image R@10 of English, of the mean of the other languages, and of each of them."""
-    parts = []
-    if "en" in results["languages"]:
-        parts.append(f"en {100 * results['languages']['en']['text_to_image']['R@10']:.1f}")
-    if results["zero_shot_macro"]:
-        macro = results["zero_shot_macro"]["text_to_image"]["R@10"]
-        each = ", ".join(
-            f"{language} {100 * result['text_to_image']['R@10']:.1f}"
-            for language, result in results["languages"].items()
-            if language != "en"
-        )
-        parts.append(f"other languages {100 * macro:.1f} ({each})")
+    """Text-to-image R@10 of English, of the mean of the other languages, and of each of them.
+
+    Of more than `NAMED` other languages, only the worst and the best are named.
+    """
+    found = {
+        language: 100 * result["text_to_image"]["R@10"]
+        for language, result in results["languages"].items()
+    }
+    parts = [f"en {found.pop('en'):.1f}"] if "en" in found else []
+    if found:
+        macro = 100 * results["zero_shot_macro"]["text_to_image"]["R@10"]
+        if len(found) <= NAMED:
+            each = ", ".join(f"{language} {value:.1f}" for language, value in found.items())
+        else:
+            worst, best = (end(found, key=found.get) for end in (min, max))
+            each = f"{worst} {found[worst]:.1f} to {best} {found[best]:.1f}"
+        parts.append(f"other languages {macro:.1f} ({each})")
     return "R@10 " + ", ".join(parts)
 
 
