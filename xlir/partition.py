@@ -297,6 +297,24 @@ def split_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def gathered(x: Array) -> Array:
+    """Keeps the whole of a parameter, or of its gradient, on every device, under `jax.set_mesh`.
+
+    Without this constraint, the compiler may compute a matrix product one shard at a time while it
+    passes the shards around, and reads the activations again for each shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+
+def platform() -> str:
+    """The devices that run what is traced now: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def local_rows(size: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
     """The rows of a global batch that this process's devices hold, in ascending order.
 

@@ -74,7 +74,7 @@ class TextTransformer(nnx.Module):
         layer and tanh over the first token), "eos" (the token that `config.eos_id` describes, or
         the first token if there is none), or "last" (the last token, and `config.head_dim`).
       dense: layers after the pooling, as `sentence_modules.read` describes them.
-      dtype: dtype of the operands of matrix products; everything else is float32.
+      dtype: the dtype of the layers (see `Layers`); results are float32.
       remat: see `Layers`.
       rngs: keys for the initial parameters.
 

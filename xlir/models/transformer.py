@@ -22,7 +22,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from xlir.config import MOST_DROPPED, WIDEST, Real, Whole
-from xlir.models.layers import LayerNorm, Linear, RMSNorm, dropout
+from xlir.models import short_attention
+from xlir.models.layers import LayerNorm, Linear, RMSNorm, dropout, kept_dtype
 from xlir.partition import split_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -120,7 +121,8 @@ class Layers(nnx.Module):
 
     Args:
       config: the number of layers and their shape.
-      dtype: dtype of the operands of matrix products; everything else is float32.
+      dtype: dtype of the operands of matrix products and, except on CPUs, of what is kept between
+        them (`kept_dtype`); norms, softmax and sums are float32.
       remat: keep only each layer's input for the backward pass, and recompute the rest.
     """
 
@@ -131,7 +133,7 @@ class Layers(nnx.Module):
             return Layer(config, dtype=dtype, rngs=rngs)
 
         self.stacked = stacked(rngs)
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.remat = remat
 
     def __call__(
@@ -158,6 +160,10 @@ class Layers(nnx.Module):
         config = self.config
         rotary = None if rotary is None else jnp.asarray(rotary)
         masks = self._masks(mask, length)
+        if short_attention.fits(config, self.dtype, length, rotary, key):
+            x, seen = short_attention.padded(x, masks[0])
+            masks = seen, seen
+        padded = x.shape[1]
 
         def apply(x: Array, inputs: tuple) -> tuple[Array, None]:
             params, key, local, first = inputs
@@ -166,7 +172,7 @@ class Layers(nnx.Module):
             if rotary is not None:
                 angles = rotary[0 if local is None else local.astype(int)]
             layer = nnx.merge(graph, params)
-            return split_rows(layer(split_rows(x), (batch, length), seen, angles, first, key)), None
+            return split_rows(layer(split_rows(x), (batch, padded), seen, angles, first, key)), None
 
         # Without remat the results of matrix products are kept, and the operations between them
         # are recomputed: this takes less memory, and on CPUs a tenth less time.
@@ -177,8 +183,9 @@ class Layers(nnx.Module):
         local = jnp.array(config.local) if config.local else None
         first = None if config.first_norm else jnp.arange(config.depth) == 0
         inputs = (params, keys, local, first)
-        x, _ = jax.lax.scan(apply, x.reshape(batch * length, width), inputs)
-        return x.reshape(batch, length, width)
+        x = x.reshape(-1, width).astype(kept_dtype(self.dtype))
+        x, _ = jax.lax.scan(apply, x, inputs)
+        return x.reshape(batch, padded, width)[:, :length].astype(jnp.float32)
 
     def _masks(
         self,
@@ -238,7 +245,7 @@ class Layer(nnx.Module):
 
         def norm(x: Array) -> Array:
             normed = self.attention_norm(x)
-            return normed if first is None else jnp.where(first, x, normed)
+            return normed if first is None else jnp.where(first, x.astype(normed.dtype), normed)
 
         attention = functools.partial(
             self.attention, size=size, mask=mask, angles=angles, key=keys[0]
@@ -257,7 +264,7 @@ class Layer(nnx.Module):
     ) -> Array:
         y = function(norm(x) if self.pre_norm else x)
         y = y if key is None else dropout(y, self.dropout, key)
-        return x + y if self.pre_norm else norm(x + y)
+        return (x + y if self.pre_norm else norm(x + y)).astype(x.dtype)
 
 
 def _after(norm: Callable[[Array], Array] | None, scale: nnx.Param | None, x: Array) -> Array:
@@ -292,7 +299,11 @@ class Attention(nnx.Module):
     ) -> Float[Array, "tokens width"]:
         """Attends within each sequence of a flattened batch; the arguments are a `Layer`'s."""
         config, ends = self.config, np.cumsum(self.widths)[:2]
-        parts = dict(zip(PARTS, jnp.split(self.qkv(x), ends, axis=-1), strict=True))
+        qkv = self.qkv(x).astype(kept_dtype(self.dtype))
+        if short_attention.fits(config, self.dtype, size[1], angles, key):
+            attended = short_attention.attend(qkv.reshape(*size, -1), mask, config.num_heads)
+            return self.output(attended.reshape(len(x), -1))
+        parts = dict(zip(PARTS, jnp.split(qkv, ends, axis=-1), strict=True))
         for part in config.part_biases:
             parts[part] = parts[part] + getattr(self, f"{part}_bias")[...]
         split = (part.reshape(*size, -1, config.head_width) for part in parts.values())
@@ -363,11 +374,12 @@ class FeedForward(nnx.Module):
         dense = functools.partial(dense_layer, use_bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.fc1 = dense(config.width, (2 if config.gated else 1) * config.mlp_dim)
         self.fc2 = dense(config.mlp_dim, config.width)
-        self.activation, self.gated = config.activation, config.gated
+        self.activation, self.gated, self.dtype = config.activation, config.gated, dtype
 
     def __call__(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
         """Applies the block."""
-        x, activation = self.fc1(x), ACTIVATIONS[self.activation]
+        x, activation = self.fc1(x).astype(kept_dtype(self.dtype)), ACTIVATIONS[self.activation]
+        x = x.astype(jnp.float32)
         if not self.gated:
             return self.fc2(activation(x))
         gate, x = jnp.split(x, 2, axis=-1)

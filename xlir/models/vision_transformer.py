@@ -69,7 +69,7 @@ class VisionTransformer(nnx.Module):
       std: red, green and blue standard deviation that they are normalised with.
       pooling: "cls" (the normalised class token), "pooler" (a dense layer and tanh over it),
         "attention" (SigLIP's attention pooling), or "mean" (over the normalised patches).
-      dtype: dtype of the operands of matrix products; everything else is float32.
+      dtype: the dtype of the layers (see `Layers`); results are float32.
       remat: see `transformer.Layers`.
       rngs: keys for the initial parameters.
 
