@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,12 +55,13 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._records[step] = _read_record(self.folder / str(step))
             except ValueError as error:
                 self._damaged[step] = str(error)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LatestAndBest(self),
-            read_only=read_only,
-            create=not read_only,
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        with _without_warnings():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_LatestAndBest(self),
+                read_only=read_only,
+                create=not read_only,
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, items: Items, score: float | None = None) -> None:
         """Starts to save a checkpoint.
@@ -197,6 +198,18 @@ class _LatestAndBest:
         steps = sorted(info.step for info in checkpoints)
         kept = {*steps[-KEPT:], max(steps, key=self._checkpoints._score)}
         return [info.step in kept for info in checkpoints]
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides the warnings of Orbax, such as that a manager opened for reading only reads."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_record(folder: pathlib.Path) -> Record:

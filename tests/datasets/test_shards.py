@@ -64,7 +64,7 @@ def damage(web, split="b", file="10.array_record"):
 def batches_of(config, encoder, places, *, broken=True):
     photos = data.training_photos(config)
     sampler = batches.sampler(config, photos)
-    read, features = batches.reader(encoder, photos, None)
+    read, features = batches.reader(encoder, photos, sampler, None)
     assert features == {}
     return loader.Batches(sampler, read, 6, places)
 
