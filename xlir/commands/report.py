@@ -63,6 +63,6 @@ def _opened(workdir: pathlib.Path, test_set: str, images: str):
 
     config = read_config(workdir)
     encoder = Encoder.load(workdir, mesh=partition.fitting_mesh(config.mesh))
-    if test_set:
+    if test_set or images:
         return encoder, data.test_sets(config, test_set, images)
     return encoder, data.own_test_sets(config)

@@ -43,12 +43,10 @@ class Scored:
         ranks, recalls = {}, {}
         for code, directions in evaluate.rankings(data, embedded.texts, images).items():
             for direction, ranked in directions.items():
-                best = ranked.ranks.best()
                 if direction == DIRECTIONS[0]:
-                    ranks[code] = best.expected_rank()
-                for k in AT:
-                    values = best.expectation(lambda rank, k=k: rank <= k)
-                    recalls[code, direction, k] = ByPhoto.of(values, ranked.photo, len(images))
+                    ranks[code] = ranked.ranks.best().expected_rank()
+                by_photo = ranked.by_photo(len(images))
+                recalls |= {(code, direction, k): by_photo[f"R@{k}"] for k in AT}
         others = [code for code in embedded.texts if code != "en"]
         for direction in DIRECTIONS if others else ():
             for k in AT:
