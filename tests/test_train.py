@@ -52,9 +52,8 @@ def test_kill_and_resume_equals_the_uninterrupted_run(wait, workdir, command, ti
     assert metrics_of(workdir) == metrics_of(interrupted)
 
 
-@pytest.mark.parametrize(
-    "image_tower", ["toy-vit", pytest.param("toy-resnet", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_faults.py resumes runs of toy-vit, test_distillation.py with microbatches
+@pytest.mark.parametrize("image_tower", ["toy-vit", "toy-resnet"])
 def test_trained_towers_resume_bit_for_bit(image_tower, photos, tmp_path):
     """Trains both towers with microbatches, dropout and augmentation; resumes to equal numbers."""
     flags = [
