@@ -58,6 +58,9 @@ EXTRAS = {
     "milvus": ["pymilvus>=3.0.2"],
     # Embedding on the machines of a cluster; needs `search` too.
     "ray": ["ray>=2.60.0"],
+    # Embedding with ONNX Runtime instead of JAX (`Encoder.load`, --engine). It is not in `search`,
+    # because it needs a further step: `export` writes the graphs, where PyTorch is installed.
+    "onnxruntime": ["onnxruntime>=1.32.0"],
     # PyPI's PyTorch brings gigabytes of CUDA libraries; to avoid them, install a CPU build first.
     "export": [
         "torch>=2.13.0",  # builds the exported modules and checks exported files

@@ -35,6 +35,8 @@ FEATURE_BATCH = 1024
 # Pairs: the row numbers of a batch, and this process's share of the batch. The keys of the share
 # are those of a training batch.
 Batches = Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
+# This process's share of a batch -> the outputs of the whole batch.
+Compute = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 class Parameters(NamedTuple):
@@ -154,7 +156,8 @@ class Embedder:
           FileNotFoundError: a path does not exist.
         """
         shape = (len(inputs), self.config.embedding_dim)
-        return self._collect(self._embed[side], parameters, side, self.batches(side, inputs), shape)
+        compute = self._on_mesh(self._embed[side], parameters)
+        return collect(compute, side, self.batches(side, inputs), shape)
 
     def embed_features(
         self, parameters: Parameters, side: str, features: Float[np.ndarray, "rows features"]
@@ -165,8 +168,8 @@ class Embedder:
           ValueError: an embedding is not finite.
         """
         shape = (len(features), self.config.embedding_dim)
-        batches = self.feature_batches(side, features)
-        return self._collect(self._embed[side], parameters, side, batches, shape)
+        compute = self._on_mesh(self._embed[side], parameters)
+        return collect(compute, side, self.feature_batches(side, features), shape)
 
     def features(
         self, parameters: Parameters, side: str, inputs: Sequence
@@ -176,7 +179,8 @@ class Embedder:
         Args, Raises: as `embed`.
         """
         shape = (len(inputs), self.feature_dims[side])
-        return self._collect(self._tower[side], parameters, side, self.batches(side, inputs), shape)
+        compute = self._on_mesh(self._tower[side], parameters)
+        return collect(compute, side, self.batches(side, inputs), shape)
 
     def batches(self, side: str, inputs: Sequence) -> Batches:
         """(rows, batch) pairs of texts or images; every row occurs once, in any order."""
@@ -268,27 +272,14 @@ class Embedder:
             description["tokenizer"] = self.tokenizer.fingerprint()
         return description
 
-    def _collect(
-        self,
-        compiled: Callable,
-        parameters: Parameters,
-        side: str,
-        batches: Batches,
-        shape: tuple[int, int],
-    ) -> Float[np.ndarray, "count dim"]:
-        """The outputs of a compiled function for all batches, in the order of their rows."""
-        out = np.empty(shape, np.float32)
-        with jax.set_mesh(self.mesh):
-            for rows, batch in batches:
-                outputs = compiled(parameters, partition.global_batch(batch, self.mesh))
-                out[rows] = np.asarray(outputs)[: len(rows)]
-                bad = rows[~np.isfinite(out[rows]).all(axis=1)]
-                if len(bad):
-                    raise ValueError(
-                        f"the embedding of {side} {bad[0]} (counted from 0) is not finite: the "
-                        "weights are damaged, or the computation overflowed"
-                    )
-        return out
+    def _on_mesh(self, compiled: Callable, parameters: Parameters) -> Compute:
+        """A function that passes a process's share of a batch to a compiled function."""
+
+        def compute(batch: dict[str, np.ndarray]) -> np.ndarray:
+            with jax.set_mesh(self.mesh):
+                return np.asarray(compiled(parameters, partition.global_batch(batch, self.mesh)))
+
+        return compute
 
     def _embed_batch(
         self, side: str, parameters: Parameters, batch: dict[str, Array]
@@ -306,6 +297,26 @@ class Embedder:
         if side == "text":
             return model.text_tower(batch["text_ids"], batch["text_mask"])
         return model.image_tower(batch["image"])
+
+
+def collect(
+    compute: Compute, side: str, batches: Batches, shape: tuple[int, int]
+) -> Float[np.ndarray, "inputs dim"]:
+    """The outputs of `compute` for all batches, in the order of the inputs.
+
+    Raises:
+      ValueError: an output is not finite.
+    """
+    out = np.empty(shape, np.float32)
+    for rows, batch in batches:
+        out[rows] = compute(batch)[: len(rows)]  # further rows only fill the batch
+        bad = rows[~np.isfinite(out[rows]).all(axis=1)]
+        if len(bad):
+            raise ValueError(
+                f"the embedding of {side} {bad[0]} (counted from 0) is not finite: the "
+                "weights are damaged, or the computation overflowed"
+            )
+    return out
 
 
 def digest(weights: Mapping[str, np.ndarray]) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -30,10 +31,12 @@ from xlir.decoding import Photo, Pixels, decode_each
 from xlir.embed import SIDES, Embedder, Inputs, Parameters
 from xlir.models import dual_encoder, pretrained, towers
 from xlir.models.family import TowerSpec
+from xlir.onnx_graphs import OnnxGraphs
 
 log = logging.getLogger(__name__)
 
 Item, Extra = TypeVar("Item"), TypeVar("Extra")
+ENGINES = ("jax", "onnxruntime")
 
 
 class Encoder:
@@ -44,11 +47,13 @@ class Encoder:
         several processes, all processes must make the same calls.
       parameters: the parameters, sharded over that mesh.
       step: number of training steps after which the parameters were saved.
+      graphs: compute the embeddings instead of the embedder; None unless `load` was asked for them.
       config, tokenizer, preprocessing, specs, feature_dims, mesh: those of the embedder.
     """
 
     def __init__(self, embedder: Embedder, parameters: Parameters, step: int = 0):
         self.embedder, self.parameters, self.step = embedder, parameters, step
+        self.graphs: OnnxGraphs | None = None
         self.config, self.mesh = embedder.config, embedder.mesh
         self.tokenizer, self.preprocessing = embedder.tokenizer, embedder.preprocessing
         self.specs, self.feature_dims = embedder.specs, embedder.feature_dims
@@ -137,11 +142,10 @@ class Encoder:
         checkpoint: str = "best",
         weights: str = "",
         dtype: str = "",
+        engine: str = "jax",
         mesh: Mesh | None = None,
     ) -> "Encoder":
-        """A trained encoder.
-
-        Programs compiled after this call are kept on disk (`programs.keep_on_disk`).
+        """A trained encoder. Programs compiled after this call are kept on disk (`programs`).
 
         Args:
           workdir: the folder of a training run. Nothing else is needed, not even a network.
@@ -152,10 +156,13 @@ class Encoder:
             training; default: the weights that were validated, which are "ema" if the run keeps a
             moving average, averaged with the start as `config.average` says.
           dtype: the dtype of the computation; default: as the configuration says.
-          mesh: the devices; default: the first one. It may differ from the mesh of training.
+          engine: "jax", or "onnxruntime": in float32 on the CPU, with the graphs that `export` has
+            written to the folder `onnx` of the run (`OnnxGraphs`).
+          mesh: the devices of JAX; default: the first one. It may differ from that of training.
 
         Raises:
-          FileNotFoundError: the folder is not the folder of a run, or has no checkpoint yet.
+          FileNotFoundError: the folder is not the folder of a run, or has no checkpoint yet; or
+            the engine's graphs or its package are missing.
           ValueError: an argument has an unknown value, the run keeps no moving average, or
             a file of the run is damaged or belongs to another model.
         """
@@ -163,6 +170,8 @@ class Encoder:
             raise ValueError(f"checkpoint is {checkpoint!r}; known: best, latest")
         if weights not in ("", "ema", "raw"):
             raise ValueError(f"weights is {weights!r}; known: ema, raw")
+        if engine not in ENGINES:
+            raise ValueError(f"engine is {engine!r}; known: {', '.join(ENGINES)}")
         workdir = pathlib.Path(workdir)
         config = run_folder.read_config(workdir)
         if dtype:
@@ -181,7 +190,10 @@ class Encoder:
             step, items = checkpoints.restore(targets, best=checkpoint == "best")
         start, trained = described.parameters.trained, items[item]
         trained = trained if weights else embed.averaged(trained, start, config.average)
-        return cls(described.embedder, Parameters(trained, described.parameters.frozen), step)
+        encoder = cls(described.embedder, Parameters(trained, described.parameters.frozen), step)
+        if engine == "onnxruntime":
+            encoder.graphs = OnnxGraphs(workdir, encoder.digests(), encoder.embedder)
+        return encoder
 
     @classmethod
     def open(
@@ -263,6 +275,8 @@ class Encoder:
         with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}-") as scratch:
             unfinished = pathlib.Path(scratch) / "run"
             self.save(unfinished)
+            if self.graphs is not None:
+                shutil.copytree(self.graphs.folder, unfinished / self.graphs.folder.name)
             with Checkpoints(unfinished) as checkpoints:
                 item = "ema" if self.config.optimizer.ema > 0 else "params"
                 checkpoints.save(self.step, {item: self.parameters.trained})
@@ -274,6 +288,11 @@ class Encoder:
         heads = {f"{side} head": embed.digest(self.weights(f"{side}_head")) for side in SIDES}
         return cache.fingerprint({**towers, **heads})
 
+    def digests(self) -> dict[str, str]:
+        """Identifies the weights of each tower and head, whatever dtype they are computed in."""
+        parts = [f"{side}_{part}" for side in SIDES for part in ("tower", "head")]
+        return {part: embed.digest(self.weights(part)) for part in parts}
+
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         """Unit-length embeddings of texts in any language; dot products are cosines.
 
@@ -282,7 +301,7 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise TypeError("encode_text takes a list of texts, not one string")
-        return self.embedder.embed(self.parameters, "text", texts)
+        return self._embed("text", texts)
 
     def encode_image(self, images: Sequence[Photo]) -> Float[np.ndarray, "images dim"]:
         """Unit-length embeddings of images: paths, encoded bytes or PIL images.
@@ -294,7 +313,12 @@ class Encoder:
         """
         if isinstance(images, Photo) and not isinstance(images, np.ndarray):
             raise TypeError("encode_image takes a list of images, not one")
-        return self.embedder.embed(self.parameters, "image", images)
+        return self._embed("image", images)
+
+    def _embed(self, side: str, inputs: Sequence) -> Float[np.ndarray, "inputs dim"]:
+        if self.graphs is not None:
+            return self.graphs.embed(side, inputs)
+        return self.embedder.embed(self.parameters, side, inputs)
 
     def frozen_features(
         self, inputs: Inputs, folder: pathlib.Path, sides: Sequence[str] = SIDES

@@ -78,6 +78,18 @@ class Flags:
         """The required flag --workdir, the folder of an existing run."""
         self.string("workdir", "Folder of the run.", needed=True)
 
+    def engine(self, text: str = "", others: Sequence[str] = ()) -> None:
+        """The flag --engine: what embeds texts and photos; `text` describes `others`."""
+        self.choice(
+            "engine",
+            "What embeds: jax, or onnxruntime, which is faster for some towers on a CPU "
+            "(docs/results.md). It reads the graphs that this command writes: export "
+            "--workdir=INDEX/encoder --to=INDEX/encoder/onnx --format=onnx. "
+            f"{text}Default: jax.",
+            ["jax", "onnxruntime", *others],
+            "jax",
+        )
+
     def test_set(self, *, several: bool) -> None:
         """The flags --test_set and --images; `several`: --test_set may name more than one set."""
         self.string(

@@ -10,7 +10,8 @@ For collections that are too large for one machine, --store keeps the embeddings
 a Milvus server, and --engine=ray embeds on all machines of a Ray cluster. With --store, the folder
 of the index is small, and copies of it on other machines search the same photos.
 
-Needs `pip install 'xlir[search]'`; --store also `xlir[milvus]`, and --engine `xlir[ray]`.
+Needs `pip install 'xlir[search]'`; --store also `xlir[milvus]`, and --engine `xlir[ray]` or
+`xlir[onnxruntime]`.
 
 Examples:
   python -m xlir.main index --workdir=runs/flickr8k --to=photos.index PHOTOS
@@ -45,10 +46,10 @@ def define(flags: Flags) -> None:
         "Where a new index keeps its embeddings: a Milvus collection, milvus://HOST:PORT/NAME. "
         "$MILVUS_TOKEN is its token or USER:PASSWORD. Default: the folder of the index.",
     )
-    flags.choice(
-        "engine",
-        "Where photos are embedded: with ray, on the cluster at $RAY_ADDRESS. All its machines "
-        "must see PHOTOS and the index under the same paths. Default: in this process.",
+    flags.engine(
+        "With --workdir, the graphs are in its folder onnx, and are copied into a new index. "
+        "ray: JAX on the cluster at $RAY_ADDRESS, whose machines must all see PHOTOS and the index "
+        "under the same paths. ",
         ["ray"],
     )
     flags.texts(
@@ -76,19 +77,20 @@ def run(values: FlagValues, *words: str) -> None:
     processes.start_jax(values)
     from xlir.search.index import Index, is_index
 
-    folder = pathlib.Path(values.to)
+    folder, fleet = pathlib.Path(values.to), "ray" if values.engine == "ray" else None
+    engine = "jax" if fleet else values.engine
     if is_index(folder):
-        index = Index.open(folder, values.workdir)
+        index = Index.open(folder, values.workdir, engine=engine)
         if values.store not in (None, index.store):
             raise UsageError(f"{folder} has another store: leave --store out")
     elif values.workdir is None:
         raise UsageError(f"{folder} is not an index yet: a new index needs --workdir")
     else:
-        index = Index.create(folder, values.workdir, values.store)
+        index = Index.create(folder, values.workdir, values.store, engine=engine)
     if values["from"].value:
         added = index.add_embeddings(values["from"].value, words[0])
     else:
-        added = index.add(words, exclude=values.exclude, prune=values.prune, engine=values.engine)
+        added = index.add(words, exclude=values.exclude, prune=values.prune, engine=fleet)
     print(
         f"{folder}: {index.count():,} photos ({added.new:,} new, {added.changed:,} changed, "
         f"{added.unchanged:,} unchanged, {added.removed:,} removed, {added.skipped:,} skipped)"
@@ -97,7 +99,7 @@ def run(values: FlagValues, *words: str) -> None:
 
 def _for_photos(values: FlagValues) -> bool:
     """Whether a flag for finding or embedding photos is given."""
-    return bool(values.prune or values.exclude or values.engine)
+    return bool(values.prune or values.exclude or values.engine != "jax")
 
 
 def _check(values: FlagValues, words: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ calibrated, the number is the cosine similarity, and --cutoff does not apply.
   taken DATE..DATE      a DATE is 2023, 2023-06 or 2023-06-15; one of the two may be left out
   width N..N, height N..N   pixels
 
-Needs `pip install 'xlir[search]'`.
+Needs `pip install 'xlir[search]'`; --engine=onnxruntime also `xlir[onnxruntime]`.
 
 Examples:
   python -m xlir.main search --index=photos.index "ein Hund am Strand" "해변의 개"
@@ -57,6 +57,7 @@ def define(flags: Flags) -> None:
     flags.switch(
         "exact", "Compare with every photo; otherwise a search in a large index may miss a few."
     )
+    flags.engine()
     outputs.define(flags, "the photos", "the photos that were found")
 
 
@@ -73,7 +74,7 @@ def run(values: FlagValues, *queries: str) -> None:
     processes.start_jax(values)
     from xlir.search.index import Index
 
-    index = Index.open(values.index)
+    index = Index.open(values.index, engine=values.engine)
     found = []
     with outputs.opened(values.output) as output:
         for query in queries or [""]:

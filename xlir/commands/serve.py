@@ -11,7 +11,7 @@ and either --token (to answer those who know it) or --public (to answer all who 
 --public hides the folders of photos. The service speaks HTTP: on networks that others can
 read, put a proxy in front of it that speaks HTTPS.
 
-Needs `pip install 'xlir[search,serve]'`.
+Needs `pip install 'xlir[search,serve]'`; --engine=onnxruntime also `xlir[onnxruntime]`.
 
 Examples:
   python -m xlir.main serve --index=photos.index
@@ -51,6 +51,7 @@ def define(flags: Flags) -> None:
         "'-._~'. Default: $XLIR_TOKEN, which other users of this machine can't see.",
     )
     flags.switch("public", "Answer everyone who reaches the address.")
+    flags.engine()
 
 
 def run(values: FlagValues) -> None:
@@ -106,7 +107,7 @@ def _serve(values: FlagValues, token: str | None, listener: socket.socket) -> No
     from xlir.search.service import application
     from xlir.search.warming import warming
 
-    index = Index.open(values.index)
+    index = Index.open(values.index, engine=values.engine)
     index.encoder.encode_text(["compiles the model"])
     local, limits = _is_loopback(values.host), Limits()
     own = LOOPBACK_NAMES | {values.host} if local else None

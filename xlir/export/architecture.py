@@ -65,6 +65,7 @@ def describe(encoder: Encoder) -> dict:
         "embedding_dim": encoder.config.embedding_dim,
         "logit_scale": encoder.scale,
         **{side: _side(encoder, side) for side in SIDES},
+        "weights": encoder.digests(),
         "tokenizer": tokenizer,
         "preprocessing": {
             field: preprocessing[field] for field in ("size", "resize", "resample", "crop", "patch")

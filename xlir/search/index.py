@@ -34,6 +34,7 @@ from xlir.search.query import combined
 
 log = logging.getLogger(__name__)
 
+AnyPath = str | os.PathLike
 VERSION = 1
 INDEX_FILE, LOCK_FILE, ENCODER, STORE = "index.json", ".lock", "encoder", "store"
 # The number of rows that `Index.add_embeddings` stores at a time.
@@ -87,16 +88,18 @@ class Index:
       folder: the folder.
       store: the address of the server that stores the rows; None if they are in the folder.
       calibration: computes the percentiles; None if the index is not calibrated.
+      engine: the engine of the encoder.
     """
 
-    def __init__(self, folder: pathlib.Path, content: Mapping):
-        self.folder, self._dim, self.store = folder, int(content["dim"]), content.get("store")
+    def __init__(self, folder: pathlib.Path, content: Mapping, engine: str = "jax"):
+        self.folder, self.store, self.engine = folder, content.get("store"), engine
+        self._dim = int(content["dim"])
         self._store = stores.opened(folder / STORE, content)
         self.calibration = calibration.Calibration.read(folder, self._dim)
 
     @classmethod
     def create(
-        cls, folder: str | os.PathLike, workdir: str | os.PathLike, store: str | None = None
+        cls, folder: AnyPath, workdir: AnyPath, store: str | None = None, engine: str = "jax"
     ) -> "Index":
         """A new index, with a copy of a run's encoder.
 
@@ -104,6 +107,7 @@ class Index:
           folder: the folder of the index; must not exist, or be empty.
           workdir: the folder of a run.
           store: a Milvus collection for the photos' rows, `milvus://HOST:PORT/COLLECTION`.
+          engine: as `Encoder.load`; the graphs that it reads are copied into the index.
 
         Raises:
           ValueError: the folder is not empty, or the store failed.
@@ -116,7 +120,7 @@ class Index:
         ours = {ENCODER, STORE, LOCK_FILE, calibration.FILE}
         if folder.exists() and set(os.listdir(folder)) - ours:
             raise ValueError(f"{folder} is not empty and not an index: choose another folder")
-        encoder = Encoder.load(workdir)
+        encoder = Encoder.load(workdir, engine=engine)
         files.make_writable_folder(folder)
         with _locked(folder):
             shutil.rmtree(folder / ENCODER, ignore_errors=True)
@@ -132,17 +136,18 @@ class Index:
             }
             stores.opened(folder / STORE, content, create=True)
             files.write_whole(folder / INDEX_FILE, json.dumps(content, indent=1))
-        index = cls(folder, content)
+        index = cls(folder, content, engine)
         index.encoder = encoder
         return index
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, workdir: str | os.PathLike | None = None) -> "Index":
+    def open(cls, folder: AnyPath, workdir: AnyPath | None = None, engine: str = "jax") -> "Index":
         """An existing index.
 
         Args:
           folder: the folder of the index.
           workdir: if given, a run; the index must have been made with the same model.
+          engine: as `Encoder.load`.
 
         Raises:
           FileNotFoundError: the folder is not an index.
@@ -160,9 +165,9 @@ class Index:
             ) from error
         if version != VERSION:
             raise ValueError(f"{folder} was made by another version of xlir: make the index again")
-        index = cls(folder, content)
+        index = cls(folder, content, engine)
         if workdir is not None:
-            encoder = Encoder.load(workdir)
+            encoder = Encoder.load(workdir, engine=engine)
             if encoder.fingerprint() != model:
                 raise ValueError(
                     f"{folder} was made with another model than that of {workdir}, so their "
@@ -174,11 +179,11 @@ class Index:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """Embeds photos and queries; loaded on first use."""
-        return Encoder.load(self.folder / ENCODER)
+        return Encoder.load(self.folder / ENCODER, engine=self.engine)
 
     def add(
         self,
-        places: Sequence[str | os.PathLike],
+        places: Sequence[AnyPath],
         *,
         exclude: Sequence[str] = (),
         prune: bool = False,
@@ -229,7 +234,7 @@ class Index:
         unchanged = len(found) - wanted
         return Added(new, changed, unchanged, skipped=len(skipped), removed=len(gone))
 
-    def add_embeddings(self, vectors: str | os.PathLike, paths: str | os.PathLike) -> Added:
+    def add_embeddings(self, vectors: AnyPath, paths: AnyPath) -> Added:
         """Adds photos that were embedded elsewhere by the model of this index.
 
         Such photos have no size, time or thumbnail in the index.
@@ -261,7 +266,7 @@ class Index:
             self._store.optimize()
         return Added(len(found) - old, old, 0, 0, 0)
 
-    def remove(self, paths: Iterable[str | os.PathLike]) -> None:
+    def remove(self, paths: Iterable[AnyPath]) -> None:
         """Removes photos from the index, by their paths; the photos themselves stay."""
         ids = [photos.identifier(os.path.realpath(path)) for path in paths]
         with _locked(self.folder):
