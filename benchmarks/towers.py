@@ -121,14 +121,12 @@ class Others:
     """The same model in other libraries."""
 
     def __init__(self, encoder: Encoder, side: str, folder: pathlib.Path):
-        self.encoder, self.side = encoder, side
-        self.file = folder / f"{side}.onnx"
+        self.encoder, self.side, self.folder = encoder, side, folder
         self.config = json.loads(json.dumps(architecture.describe(encoder)))
         with torch.device("meta"):
             state = DualEncoder(self.config).state_dict()
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         self.weights = architecture.torch_weights(encoder, shapes)
-        graphs.write(self.config, self.weights, folder, plain.OPSET)
 
     def module(self) -> torch.nn.Module:
         """This side in PyTorch."""
@@ -148,10 +146,12 @@ class Others:
             runs[f"torch.compile, {name}"] = _in_torch(compiled)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(self.file, options)
+        graphs.write(self.config, self.weights, self.folder, plain.OPSET)
+        file = self.folder / f"{self.side}.onnx"
+        session = onnxruntime.InferenceSession(file, options)
         runs["ONNX Runtime, float32"] = lambda batch: session.run(["embeddings"], batch)[0]
         for name, hint in (("float32", "f32"), ("bfloat16", "bf16")):
-            runs[f"OpenVINO, {name}"] = _in_openvino(self.file, hint)
+            runs[f"OpenVINO, {name}"] = _in_openvino(file, hint)
         return {name: self._whole(run) for name, run in runs.items()}
 
     def _whole(self, run: Callable) -> Callable[[list], np.ndarray]:
