@@ -48,8 +48,8 @@ class NaFlexTransformer(VisionTransformer):
         high, low = jnp.split(images[:, -1, :4].astype(jnp.int32).reshape(batch, 2, 2), 2, axis=-1)
         grid = (256 * high + low)[..., 0]
         mask = jnp.arange(length) < jnp.prod(grid, axis=-1, keepdims=True)
-        pixels = self._normalized(images[:, :-1].reshape(batch * length, -1, 3))
-        x = self.patches(pixels.reshape(batch * length, -1)).reshape(batch, length, self.dim)
+        x = self._projected(images[:, :-1].reshape(batch * length, -1))
+        x = x.reshape(batch, length, self.dim)
         x = x + self._resized(grid, mask)
         x = self.norm(self.layers(x, mask, key=None if rngs is None else rngs.dropout()))
         if self.attention_pool is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from xlir.models.layers import LayerNorm, Linear
 from xlir.models.transformer import FeedForward, Layers, TransformerConfig, attend
@@ -119,31 +119,28 @@ class VisionTransformer(nnx.Module):
 
         Pixels on the right and at the bottom that do not fill a whole patch are cut off.
         """
-        pixels = self._normalized(jnp.asarray(images))
-        return self._features(pixels, None if rngs is None else rngs.dropout())
-
-    def _normalized(self, pixels: UInt8[Array, "*shape 3"]) -> Float[Array, "*shape 3"]:
-        pixels = pixels.astype(jnp.float32) / 255
-        return (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-
-    def _features(
-        self, pixels: Float[Array, "batch height width 3"], key: Key[Array, ""] | None
-    ) -> Float[Array, "batch dim"]:
-        batch, height, width, _ = pixels.shape
-        patch = self.config.patch_size
+        images, patch = jnp.asarray(images), self.config.patch_size
+        batch, height, width, _ = images.shape
         rows, columns = height // patch, width // patch
-        pixels = pixels[:, : rows * patch, : columns * patch]
-        split = pixels.reshape(batch, rows, patch, columns, patch, 3)
-        flat = split.transpose(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, -1)
-        x = self.patches(flat).reshape(batch, rows * columns, self.dim)
+        images = images[:, : rows * patch, : columns * patch]
+        # Pixels are put in order while each takes one byte, and the three channels stay together:
+        # TPUs pad the last axis, unless it is long.
+        split = images.reshape(batch, rows, patch, columns, 3 * patch).swapaxes(2, 3)
+        x = self._projected(split.reshape(batch * rows * columns, -1))
+        x = x.reshape(batch, rows * columns, self.dim)
         x = x if self.position is None else x + self._positions(rows, columns)
         tokens = [] if self.class_token is None else [self.class_token[...][None]]
         tokens += [] if self.registers is None else [self.registers[...]]
         tokens = [jnp.broadcast_to(token, (batch, *token.shape)) for token in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
         x = x if self.input_norm is None else self.input_norm(x)
-        x = self.layers(x, rotary=self._angles(rows, columns), key=key)
-        return self._pool(x)
+        key = None if rngs is None else rngs.dropout()
+        return self._pool(self.layers(x, rotary=self._angles(rows, columns), key=key))
+
+    def _projected(self, patches: UInt8[Array, "patches pixels"]) -> Float[Array, "patches dim"]:
+        """Normalises and projects flattened patches."""
+        mean, std = (np.tile(np.float32(x), patches.shape[1] // 3) for x in (self.mean, self.std))
+        return self.patches((patches.astype(jnp.float32) / 255 - mean) / std)
 
     def _pool(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch dim"]:
         if self.attention_pool is not None:
