@@ -101,8 +101,9 @@ def compiled(memory):
     def compile_for(config, topology):
         assert config.text.remat == config.image.remat
         needed = memory.get((config.data.microbatches, config.text.remat))
-        if needed is None:
-            raise compile.OutOfMemoryError("too large")
+        if needed is None or needed > 16:
+            used = f"Used {needed}.00G of 15.75G hbm." if needed else "too large"
+            raise compile.OutOfMemoryError(used)
         flops = (3 + config.text.remat + (config.data.microbatches > 1)) * 1e12
         return dataclasses.replace(REPORT, temporaries=needed * 2**30, flops=flops, traffic=[])
 
@@ -119,6 +120,12 @@ def compiled(memory):
             {(1, True): 12, (4, False): 9},
             [(1, False), (1, True), (2, False), (4, False)],
             (4, False),
+        ),
+        # A fourth of 64 GiB would not fit either.
+        (
+            {(1, False): 64, (1, True): 12, (8, False): 9},
+            [(1, False), (1, True), (8, False)],
+            (8, False),
         ),
         ({(8, True): 9}, None, (8, True)),
         ({}, None, None),

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,7 +181,16 @@ def _laid_out(tree: PyTree, mesh: Mesh | AbstractMesh) -> Iterator[LaidOut]:
 
 
 class OutOfMemoryError(ValueError):
-    """The compiler found no way to fit a step into a chip's memory."""
+    """The compiler found no way to fit a step into a chip's memory.
+
+    Attributes:
+      needed: the bytes that the step needs at least; 0 if the compiler does not say.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        used = re.search(r"Used ([\d.]+)G of [\d.]+G hbm", message)
+        self.needed = int(float(used[1]) * GIB) if used else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +331,7 @@ def compile_for(config: ConfigDict, topology: str) -> Report:
         - memory.alias_size_in_bytes
         + sum(x.bytes_a_device for x in _laid_out(kept, mesh)),
         temporaries=memory.temp_size_in_bytes,
-        chip=cost.CHIPS[topology.partition(":")[0]],
+        chip=cost.chip(topology),
         flops=cost.flops(traced.jaxpr) / len(chips),
         traffic=hlo.traffic(text),
         collectives=hlo.collectives(text),

@@ -35,6 +35,11 @@ CHIPS = {
 }
 
 
+def chip(topology: str) -> Chip:
+    """The chip of a topology, such as v5e:16x16."""
+    return CHIPS[topology.partition(":")[0]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds of one step at the chip's peak rates: lower bounds, not measurements."""

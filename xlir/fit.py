@@ -6,7 +6,7 @@ import time
 
 from ml_collections import ConfigDict
 
-from xlir import compile
+from xlir import compile, cost
 
 log = logging.getLogger(__name__)
 
@@ -16,11 +16,18 @@ MOST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A step that was compiled; `report` is None if the compiler gave up for lack of memory."""
+    """A step that was compiled.
+
+    Attributes:
+      microbatches, remat: what was tried.
+      report: None if the compiler gave up for lack of memory.
+      needed: bytes of memory; 0 if the compiler gave up and does not say how much it needs.
+    """
 
     microbatches: int
     remat: bool
     report: compile.Report | None
+    needed: int
 
     @property
     def fits(self) -> bool:
@@ -31,6 +38,27 @@ class Trial:
     def seconds(self) -> float:
         """The shortest time that a step can take."""
         return self.report.times.overlapped if self.report else float("inf")
+
+    def rules_out(self, microbatches: int, remat: bool, memory: float) -> bool:
+        """Whether a step with more microbatches takes longer, or too much of the memory too.
+
+        At best, the memory that a step needs falls as the number of microbatches rises.
+        """
+        if self.remat != remat:
+            return False
+        if self.fits:
+            return self.microbatches > 1
+        return self.needed * self.microbatches / microbatches > memory
+
+    def __str__(self) -> str:
+        """What was found, in a line."""
+        if not self.needed:
+            return "the compiler gives up for lack of memory"
+        needed = f"needs {self.needed / compile.GIB:.2f} GiB"
+        if self.report is None:
+            return f"{needed}, for which the compiler gives up"
+        verdict = "fits" if self.fits else "does not fit"
+        return f"{needed}, {verdict}; a step takes at least {self.seconds:.3f} s"
 
 
 def fit(config: ConfigDict, topology: str) -> list[Trial]:
@@ -54,10 +82,11 @@ def fit(config: ConfigDict, topology: str) -> list[Trial]:
     started = time.monotonic()
     rounds = _rounds(config.data.batch_size // len(compile.devices(topology)))
     most = sum(len(steps) for steps in rounds)
+    memory = (1 - compile.SPARE) * cost.chip(topology).hbm
     for steps in rounds:
         for microbatches, remat in steps:
-            if any(x.fits and x.remat == remat and x.microbatches > 1 for x in trials):
-                continue  # More microbatches only take longer.
+            if any(trial.rules_out(microbatches, remat, memory) for trial in trials):
+                continue
             left = ""
             if trials:
                 each = (time.monotonic() - started) / len(trials) / 60
@@ -65,6 +94,7 @@ def fit(config: ConfigDict, topology: str) -> list[Trial]:
             what = _describe(microbatches, remat)
             log.info("trial %d of at most %d: %s%s", len(trials) + 1, most, what, left)
             trials.append(_try(config, topology, microbatches, remat))
+            log.info("%s: %s", what, trials[-1])
         if any(trial.fits for trial in trials):
             break
     return trials
@@ -82,7 +112,7 @@ def table(trials: list[Trial]) -> str:
     for trial in trials:
         cells = f"{trial.microbatches:12}  {'on' if trial.remat else 'off':>5}"
         if trial.report is None:
-            lines.append(f"{cells}  the compiler gives up for lack of memory")
+            lines.append(f"{cells}  {trial}")
             continue
         report, times = trial.report, trial.report.times
         mark = "  <- the fastest that fits" if trial is chosen else ""
@@ -125,6 +155,6 @@ def _try(config: ConfigDict, topology: str, microbatches: int, remat: bool) -> T
     config.text.remat = config.image.remat = remat
     try:
         report = compile.compile_for(config, topology)
-    except compile.OutOfMemoryError:
-        report = None
-    return Trial(microbatches, remat, report)
+    except compile.OutOfMemoryError as error:
+        return Trial(microbatches, remat, None, error.needed)
+    return Trial(microbatches, remat, report, report.needed)
