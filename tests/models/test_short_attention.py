@@ -1,34 +1,44 @@
-"""The kernel for TPUs, interpreted on a CPU, against `jax.nn.dot_product_attention`."""
+"""The kernel for TPUs, interpreted on a CPU, against the attention of Flax."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from xlir import compile, cost, hlo, partition
-from xlir.models import short_attention, transformer
+from xlir.models import layers, short_attention, transformer
 
 BATCH, LENGTH, HEADS = 8, 16, 2
 
 
-def reference(qkv, mask, heads):
+def reference(qkv, mask, heads, rate=0.0, key=None):
     parts = jnp.split(qkv, 3, axis=-1)
-    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in parts)
-    attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-    return attended.reshape(*qkv.shape[:2], -1)
+    query, key_, value = (x.reshape(*x.shape[:2], heads, -1) for x in parts)
+    weights = linen.dot_product_attention_weights(query, key_, mask=mask[:, None])
+    if key is not None:
+        flat = layers.dropout(weights.reshape(-1, weights.shape[-1]), rate, key)
+        weights = flat.reshape(weights.shape)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*qkv.shape[:2], -1)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, LENGTH), (BATCH, 1, LENGTH), (BATCH, LENGTH, LENGTH)])
+@pytest.mark.parametrize(
+    ("shape", "rate"),
+    [((1, 1, LENGTH), 0.0), ((BATCH, 1, LENGTH), 0.1), ((BATCH, LENGTH, LENGTH), 0.0)],
+)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_values_and_gradients(shape, sharded):
+def test_values_and_gradients(shape, rate, sharded):
     random = np.random.default_rng(0)
     qkv = jnp.asarray(random.normal(size=(BATCH, LENGTH, 3 * HEADS * 64)), jnp.float32)
     mask = jnp.asarray(random.random(shape) < 0.7).at[..., 0].set(True)
     weight = jnp.asarray(random.normal(size=(BATCH, LENGTH, HEADS * 64)), jnp.float32)
+    key = jax.random.key(0) if rate else None
 
     def evaluate(attend, qkv):
-        return jax.value_and_grad(lambda x: jnp.vdot(attend(x, mask, HEADS), weight))(qkv)
+        def loss(qkv):
+            return jnp.vdot(attend(qkv, mask, HEADS, rate, key), weight)
+
+        return jax.value_and_grad(loss)(qkv)
 
     value, gradient = jax.jit(evaluate, static_argnums=0)(reference, qkv)
     mesh = partition.create_mesh() if sharded else partition.single_device_mesh()
@@ -51,8 +61,11 @@ def test_the_kernel_is_compiled_for_a_tpu():
     ]
     mask = jnp.ones((1, 1, LENGTH), bool)
 
+    def attend(qkv):
+        return short_attention.attend(qkv, mask, HEADS, 0.1, jax.random.key(0))
+
     def evaluate(qkv, gradient):
-        value, pull = jax.vjp(lambda qkv: short_attention.attend(qkv, mask, HEADS), qkv)
+        value, pull = jax.vjp(attend, qkv)
         return value, pull(gradient)
 
     with jax.set_mesh(mesh):

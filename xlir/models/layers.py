@@ -1,12 +1,13 @@
 """Layers that heads and transformer towers share."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from xlir.partition import gathered, platform
 
@@ -79,20 +80,29 @@ class RMSNorm(nnx.Module):
 def dropout(
     x: Float[Array, "rows dim"], rate: float, key: Key[Array, ""]
 ) -> Float[Array, "rows dim"]:
-    """Zeroes a fraction `rate` of the elements, rounded to 1/256, and scales up the others.
+    """Zeroes a fraction `rate` of the elements, rounded to 1/256, and scales up the others."""
+    scale = dropout_scale(rate)
+    return x if scale == 1 else jnp.where(dropout_mask(x.shape, rate, key), x * scale, 0)
+
+
+def dropout_scale(rate: float) -> float:
+    """The factor on the elements that dropout keeps."""
+    return 256 / (256 - round(256 * rate))
+
+
+def dropout_mask(
+    shape: tuple[int, int], rate: float, key: Key[Array, ""]
+) -> Bool[Array, "rows dim"]:
+    """The elements that dropout keeps.
 
     Each random 32-bit word serves four elements. (`jax.random.bits` can draw bytes directly, but
     takes 16 times as long for them on CPUs.)
     """
-    kept = 256 - round(256 * rate)
-    if kept == 256:
-        return x
-    rows, dim = x.shape
+    rows, dim = shape
     words = jax.random.bits(key, (rows, -(-dim // 4)), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, -1)[:, :dim]
     # The barrier keeps XLA from recomputing the mask in every operation that uses it.
-    mask = jax.lax.optimization_barrier(draws < kept)
-    return jnp.where(mask, x * (256 / kept), 0)
+    return jax.lax.optimization_barrier(draws < 256 - round(256 * rate))
 
 
 def kept_dtype(dtype: DTypeLike) -> DTypeLike:
@@ -101,6 +111,14 @@ def kept_dtype(dtype: DTypeLike) -> DTypeLike:
     On CPUs it is float32: converting bfloat16 takes longer there than moving twice the bytes.
     """
     return jnp.float32 if platform() == "cpu" else dtype
+
+
+def recomputed(function: Callable) -> Callable:
+    """A function whose backward pass keeps its arguments alone, except on CPUs.
+
+    Otherwise XLA may keep what it computes on the way, such as gelu's erf in float32.
+    """
+    return function if platform() == "cpu" else jax.checkpoint(function)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

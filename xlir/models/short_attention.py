@@ -7,6 +7,7 @@ https://arxiv.org/abs/2205.14135, without the blocks that long sequences need).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
+from xlir.models.layers import dropout_mask, dropout_scale
 from xlir.partition import batch_sharding, platform
 
 # Width of a TPU's vectors; a kernel loads the heads that share one at once.
@@ -26,6 +28,8 @@ SUBLANES = 8
 LONGEST = 1024
 # A step of the kernel takes as many sequences as have at most this many tokens.
 TOKENS = 256
+# With dropout, the kernel also holds a byte for each attention weight of a sequence, at most these.
+MOST_WEIGHTS = 2 * 1024**2
 
 
 def fits(config: Any, dtype: DTypeLike, length: int, rotary: Any, key: Any) -> bool:
@@ -40,13 +44,15 @@ def fits(config: Any, dtype: DTypeLike, length: int, rotary: Any, key: Any) -> b
     """
     changed = config.part_biases or config.qk_norms or config.num_kv_heads or config.local
     dropped = key is not None and config.attention_dropout
+    weights = config.num_heads * (length + -length % SUBLANES) ** 2
     return bool(
         platform() == "tpu"
         and dtype == jnp.bfloat16
         and length <= LONGEST
         and config.head_width in (LANES // 2, LANES)
         and config.num_heads * config.head_width % LANES == 0
-        and not (changed or dropped or rotary is not None or config.query_scale != 1)
+        and not (dropped and weights > MOST_WEIGHTS)
+        and not (changed or rotary is not None or config.query_scale != 1)
     )
 
 
@@ -64,8 +70,10 @@ def attend(
     qkv: Float[Array, "batch length parts"],
     mask: Bool[Array, "#batch #queries length"],
     heads: int,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
 ) -> Float[Array, "batch length width"]:
-    """Scaled dot-product attention, as `transformer.attend` without dropout.
+    """Scaled dot-product attention, as `transformer.attend`.
 
     On other devices than TPUs, Pallas interprets the kernel, which is slow and meant for tests.
 
@@ -74,37 +82,44 @@ def attend(
         `SUBLANES`, and the width of a head is 64 or 128.
       mask: False for keys that a query does not attend to.
       heads: number of heads.
+      rate: dropout rate of the attention weights; it has no effect without `key`.
+      key: random key for dropout; None turns dropout off.
     """
-    attention = functools.partial(_attention, heads)
+    scale, kept = 1.0, None
+    if key is not None and rate:
+        shape = (len(qkv), heads, qkv.shape[1], qkv.shape[1])
+        kept = dropout_mask((math.prod(shape[:3]), shape[3]), rate, key)
+        scale, kept = dropout_scale(rate), kept.astype(jnp.int8).reshape(shape)
+    attention = functools.partial(_attention, heads, scale)
+    operands = (qkv, mask.astype(jnp.float32), kept)
     mesh = jax.sharding.get_abstract_mesh()
-    mask = mask.astype(jnp.float32)
     if mesh.empty or mesh.size == 1:
-        return attention(qkv, mask)
+        return attention(*operands)
     rows = batch_sharding(mesh).spec
-    specs = (rows, rows if len(mask) > 1 else PartitionSpec())
-    sharded = jax.shard_map(attention, in_specs=specs, out_specs=rows, check_vma=False)
-    return sharded(qkv, mask)
+    specs = (rows, rows if len(mask) > 1 else PartitionSpec(), rows)
+    return jax.shard_map(attention, in_specs=specs, out_specs=rows, check_vma=False)(*operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(heads: int, qkv: Array, mask: Array) -> Array:
-    return _call(_forward_kernel, heads, qkv.shape[-1] // 3, qkv, mask)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(heads: int, scale: float, qkv: Array, mask: Array, kept: Array | None) -> Array:
+    return _call(_forward_kernel, heads, scale, qkv.shape[-1] // 3, (qkv, mask, kept))
 
 
-def _forward(heads: int, qkv: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _attention(heads, qkv, mask), (qkv, mask)
+def _forward(heads: int, scale: float, *operands: Array | None) -> tuple[Array, tuple]:
+    return _attention(heads, scale, *operands), operands
 
 
-def _backward(heads: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
-    qkv, mask = kept
-    return _call(_backward_kernel, heads, qkv.shape[-1], qkv, mask, gradient), None
+def _backward(heads: int, scale: float, operands: tuple, gradient: Array) -> tuple:
+    width = operands[0].shape[-1]
+    return _call(_backward_kernel, heads, scale, width, (gradient, *operands)), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _call(kernel: Callable, heads: int, width: int, *operands: Array) -> Array:
+def _call(kernel: Callable, heads: int, scale: float, width: int, operands: tuple) -> Array:
     """Runs a kernel over blocks of sequences; its result has this width."""
+    operands = [x for x in operands if x is not None]
     # Importing Pallas takes half a second, which only a TPU repays.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -113,12 +128,13 @@ def _call(kernel: Callable, heads: int, width: int, *operands: Array) -> Array:
     size = max(n for n in range(1, max(TOKENS // length, 1) + 1) if batch % n == 0)
 
     def block(*shape: int) -> Any:
+        rest = (0,) * (len(shape) - 1)
         if shape[0] == 1:
-            return pl.BlockSpec(shape, lambda i: (0, 0, 0))
-        return pl.BlockSpec((size, *shape[1:]), lambda i: (i, 0, 0))
+            return pl.BlockSpec(shape, lambda i: (0, *rest))
+        return pl.BlockSpec((size, *shape[1:]), lambda i: (i, *rest))
 
     return pl.pallas_call(
-        functools.partial(kernel, heads=heads, size=size),
+        functools.partial(kernel, heads=heads, scale=scale, size=size),
         grid=(batch // size,),
         in_specs=[block(*x.shape) for x in operands],
         out_specs=block(batch, length, width),
@@ -128,29 +144,35 @@ def _call(kernel: Callable, heads: int, width: int, *operands: Array) -> Array:
     )(*operands)
 
 
-def _forward_kernel(qkv_ref, mask_ref, out_ref, *, heads: int, size: int) -> None:
+def _forward_kernel(qkv_ref, mask_ref, *refs, heads: int, scale: float, size: int) -> None:
+    *kept_ref, out_ref = refs
     width = out_ref.shape[-1]
 
     def run(row: Array, _: None) -> None:
         mask = mask_ref[jnp.minimum(row, mask_ref.shape[0] - 1)]
         for lane in range(0, width, LANES):
-            parts = (_heads(qkv_ref, row, start + lane, width // heads) for start in _starts(width))
+            parts = [_heads(qkv_ref, row, start + lane, width // heads) for start in _starts(width)]
+            parts.append(_factors(kept_ref, row, lane, width // heads, scale))
             attended = []
-            for query, key, value in zip(*parts, strict=True):
-                weights = _weights(query, key, mask)
+            for query, key, value, factor in zip(*parts, strict=True):
+                weights = _weights(query, key, mask) * factor
                 attended.append(_product(weights.astype(value.dtype), value, 1, 0))
             _store(out_ref, row, lane, attended)
 
     jax.lax.fori_loop(0, size, run, None)
 
 
-def _backward_kernel(qkv_ref, mask_ref, gradient_ref, out_ref, *, heads: int, size: int) -> None:
+def _backward_kernel(
+    gradient_ref, qkv_ref, mask_ref, *refs, heads: int, scale: float, size: int
+) -> None:
+    *kept_ref, out_ref = refs
     width = gradient_ref.shape[-1]
 
     def run(row: Array, _: None) -> None:
         mask = mask_ref[jnp.minimum(row, mask_ref.shape[0] - 1)]
         for lane in range(0, width, LANES):
             parts = [_heads(qkv_ref, row, start + lane, width // heads) for start in _starts(width)]
+            parts.append(_factors(kept_ref, row, lane, width // heads, scale))
             parts.append(_heads(gradient_ref, row, lane, width // heads))
             gradients = [_gradients(*head, mask) for head in zip(*parts, strict=True)]
             for start, gradient in zip(_starts(width), zip(*gradients, strict=True), strict=True):
@@ -159,18 +181,24 @@ def _backward_kernel(qkv_ref, mask_ref, gradient_ref, out_ref, *, heads: int, si
     jax.lax.fori_loop(0, size, run, None)
 
 
-def _gradients(query, key, value, gradient, mask) -> tuple[Array, Array, Array]:
+def _gradients(query, key, value, factor, gradient, mask) -> tuple[Array, Array, Array]:
     """The gradients with respect to the queries, keys and values of a head."""
     weights = _weights(query, key, mask)
-    by_weights = _product(gradient, value, 1, 1)
+    by_weights = _product(gradient, value, 1, 1) * factor
     mean = jnp.sum(weights * by_weights, axis=1, keepdims=True)
     by_logits = weights * (by_weights - mean) * query.shape[-1] ** -0.5
     by_logits = by_logits.astype(query.dtype)
     return (
         _product(by_logits, key, 1, 0),
         _product(by_logits, query, 0, 0),
-        _product(weights.astype(value.dtype), gradient, 0, 0),
+        _product((weights * factor).astype(value.dtype), gradient, 0, 0),
     )
+
+
+def _factors(kept_ref: list, row, start: int, dim: int, scale: float) -> list[Array | float]:
+    """The factors of dropout on the attention weights of the heads that `_heads` returns."""
+    heads = range(start // dim, (start + LANES) // dim)
+    return [kept_ref[0][row, i].astype(jnp.float32) * scale if kept_ref else 1.0 for i in heads]
 
 
 def _weights(query, key, mask) -> Array:

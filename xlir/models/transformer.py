@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from xlir.config import MOST_DROPPED, WIDEST, Real, Whole
 from xlir.models import short_attention
-from xlir.models.layers import LayerNorm, Linear, RMSNorm, dropout, kept_dtype
+from xlir.models.layers import LayerNorm, Linear, RMSNorm, dropout, kept_dtype, recomputed
 from xlir.partition import split_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -133,8 +133,7 @@ class Layers(nnx.Module):
             return Layer(config, dtype=dtype, rngs=rngs)
 
         self.stacked = stacked(rngs)
-        self.config, self.dtype = config, dtype
-        self.remat = remat
+        self.config, self.dtype, self.remat = config, dtype, remat
 
     def __call__(
         self,
@@ -156,8 +155,7 @@ class Layers(nnx.Module):
           key: random key for dropout; None turns dropout off.
         """
         batch, length, width = x.shape
-        graph, params = nnx.split(self.stacked)
-        config = self.config
+        (graph, params), config = nnx.split(self.stacked), self.config
         rotary = None if rotary is None else jnp.asarray(rotary)
         masks = self._masks(mask, length)
         if short_attention.fits(config, self.dtype, length, rotary, key):
@@ -262,7 +260,7 @@ class Layer(nnx.Module):
         norm: Callable[[Array], Array],
         key: Key[Array, ""] | None,
     ) -> Array:
-        y = function(norm(x) if self.pre_norm else x)
+        y = function(norm(x).astype(x.dtype) if self.pre_norm else x)
         y = y if key is None else dropout(y, self.dropout, key)
         return (x + y if self.pre_norm else norm(x + y)).astype(x.dtype)
 
@@ -301,7 +299,8 @@ class Attention(nnx.Module):
         config, ends = self.config, np.cumsum(self.widths)[:2]
         qkv = self.qkv(x).astype(kept_dtype(self.dtype))
         if short_attention.fits(config, self.dtype, size[1], angles, key):
-            attended = short_attention.attend(qkv.reshape(*size, -1), mask, config.num_heads)
+            qkv, rate = qkv.reshape(*size, -1), config.attention_dropout
+            attended = short_attention.attend(qkv, mask, config.num_heads, rate, key)
             return self.output(attended.reshape(len(x), -1))
         parts = dict(zip(PARTS, jnp.split(qkv, ends, axis=-1), strict=True))
         for part in config.part_biases:
@@ -378,12 +377,13 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
         """Applies the block."""
-        x, activation = self.fc1(x).astype(kept_dtype(self.dtype)), ACTIVATIONS[self.activation]
-        x = x.astype(jnp.float32)
-        if not self.gated:
-            return self.fc2(activation(x))
-        gate, x = jnp.split(x, 2, axis=-1)
-        return self.fc2(activation(gate) * x)
+
+        @recomputed
+        def activate(gate: Array, x: Array | float = 1) -> Array:
+            return ACTIVATIONS[self.activation](gate.astype(jnp.float32)) * x
+
+        x = self.fc1(x).astype(kept_dtype(self.dtype))
+        return self.fc2(activate(*jnp.split(x, 2 if self.gated else 1, axis=-1)))
 
 
 def dense_layer(
