@@ -108,20 +108,24 @@ def test_set(type: str = "folder", **fields) -> ConfigDict:
     config = ConfigDict()
     # Kind of test set (input_pipeline/test_sets): "folder" (a folder in XTD10's layout), "split" (a
     # split of the data set), or a published set, checked against what was published, such as
-    # "xtd10" or "crossmodal3600" (docs/test_sets.md lists them).
+    # "xtd10" or "crossmodal3600" (docs/test_sets.md lists them). "babel_imagenet" and "class_names"
+    # are evaluated by zero-shot classification.
     config.type = type
-    # All but split: folder of the captions, relative to data.dir; for a published set, the
-    # publisher's files (empty: the folder in data.dir that has the type's name).
+    # All but split: folder of the captions or class names, relative to data.dir; for a published
+    # set, the publisher's files (empty: the folder in data.dir that has the type's name).
     config.captions = ""
-    # All but split: folder that holds the photos, at any depth, relative to data.dir. Empty: for
-    # folder, data.dir itself; for xtd10, the photos of the prepared data set; for other published
-    # sets, the folder of the captions.
+    # All but split: folder that holds the photos, at any depth, or the folders of the classes,
+    # relative to data.dir. Empty: for folder, data.dir itself; for xtd10, the photos of the
+    # prepared data set; for other published sets, the folder of the captions.
     config.images = ""
     # split: name of the split.
     config.split = "test"
     # xtd10: leave out six German captions that are not translations; results are then saved under
     # another name.
     config.drop_junk = False
+    # Classification: file of prompts, relative to data.dir, or "names" for the bare class names.
+    # Empty: the publisher's prompts, if their file is with the class names; otherwise bare names.
+    config.prompts = ""
     config.update(fields)
     return config
 

@@ -238,6 +238,7 @@ FIELDS: dict[str, Any] = {
             "images": Text(),
             "split": Text(may_be_empty=False),
             "drop_junk": Flag(),
+            "prompts": Text(),
         }
     ),
     "text": _tower("mean", "cls", "pooler", "eos", "last")

@@ -19,7 +19,15 @@ from input_pipeline.datasets.shards import ShardedPhotos, ShardedSet
 from input_pipeline.datasets.texts import ParallelTexts, Texts
 from input_pipeline.test_sets import split, xtd10
 from input_pipeline.test_sets.captioned_photos import photo_key
-from input_pipeline.test_sets.retrieval_set import Entry, Options, RetrievalSet, RunData
+from input_pipeline.test_sets.classification_set import ClassificationSet
+from input_pipeline.test_sets.retrieval_set import (
+    CLASSIFICATION,
+    RETRIEVAL,
+    Entry,
+    Options,
+    RetrievalSet,
+    RunData,
+)
 
 log = logging.getLogger(__name__)
 
@@ -252,56 +260,79 @@ def run_data(config: ConfigDict) -> RunData:
 
 
 def test_sets(
-    config: ConfigDict, names: str = "", images: str = "", *, drop_junk: bool = False
-) -> list[RetrievalSet]:
+    config: ConfigDict,
+    names: str = "",
+    images: str = "",
+    *,
+    task: str = RETRIEVAL,
+    drop_junk: bool = False,
+    prompts: str = "",
+) -> list[RetrievalSet] | list[ClassificationSet]:
     """The test sets of a run, or others.
 
     Args:
       config: the run's configuration.
       names: one test set, or several joined with commas. Each is a name of `config.evals`,
         "split:NAME" for a split of the run's data set, "TYPE" or "TYPE:FOLDER" for a published set
-        (`input_pipeline.test_sets.TYPES`) and the folder of its captions, or a folder in XTD10's
-        layout. Empty: all of `config.evals`, or the split "test" if there are none.
+        (`input_pipeline.test_sets.TYPES`) and the folder of its captions or class names, or a
+        folder in XTD10's layout. Empty: all of `config.evals`; for retrieval, the split "test" if
+        there are none.
       images: the folder of their photos, searched at any depth; empty: as the configuration says.
+      task: what they measure, `RETRIEVAL` or `CLASSIFICATION`.
       drop_junk: leave out XTD10's German captions that are not translations, whatever the
         configuration says.
+      prompts: as `Options.prompts`; empty: as the configuration says.
 
     Raises:
       FileNotFoundError: a folder, one of its files, or a photo is missing.
-      ValueError: the folder's files contradict each other.
+      ValueError: the folder's files contradict each other, a set measures something else, or
+        there is none.
     """
-    if not names and not config.evals and (reason := _no_default(config)):
-        raise ValueError(
-            f"there is no test set: the data set {config.data.name!r} {reason}. Name one with "
-            "--test_set=FOLDER --images=FOLDER"
-        )
-    chosen = [_named(config, name) for name in listed(names)] if names else _own(config)
-    found = []
+    chosen = [_named(config, name) for name in listed(names)] if names else _own(config, task)
+    chosen = list(chosen)
     for entry, options in chosen:
-        if images:
-            options = dataclasses.replace(options, images=os.path.abspath(images))
-        if drop_junk:
-            options = dataclasses.replace(options, drop_junk=True)
-        found.append(entry.read(options, run_data(config)))
-    return found
+        if entry.task != task:
+            raise ValueError(f"the test set {options.name!r} needs --task={entry.task}")
+    if not chosen and task == CLASSIFICATION:
+        raise ValueError(
+            "config.evals has no test set for classification: name one with "
+            "--test_set=babel_imagenet:FOLDER --images=FOLDER"
+        )
+    if not chosen:
+        raise ValueError(
+            f"there is no test set: the data set {config.data.name!r} {_no_default(config)}. Name "
+            "one with --test_set=FOLDER --images=FOLDER"
+        )
+    changed = {"images": images and os.path.abspath(images)}
+    changed |= {"drop_junk": drop_junk, "prompts": prompts}
+    changed = {name: value for name, value in changed.items() if value}
+    run = run_data(config)
+    return [entry.read(dataclasses.replace(options, **changed), run) for entry, options in chosen]
 
 
-def own_test_sets(config: ConfigDict) -> list[RetrievalSet]:
-    """The test sets to evaluate at the end of a run: `config.evals`, or the default."""
-    return [entry.read(options, run_data(config)) for entry, options in _own(config)]
+def own_test_sets(config: ConfigDict, task: str = "") -> list[RetrievalSet | ClassificationSet]:
+    """The test sets to evaluate at the end of a run: `config.evals`, or the default.
 
-
-def _own(config: ConfigDict) -> Iterator[tuple[Entry, Options]]:
-    """The test sets of `config.evals`, or the data set's split "test".
-
-    Texts and shards, which need not have such a split, have no test set by default.
+    Args:
+      config: the run's configuration.
+      task: only those that measure it; empty: all.
     """
-    evals = config.evals
-    if not evals and not _no_default(config):
-        yield _named(config, "split:test")
+    run = run_data(config)
+    return [entry.read(options, run) for entry, options in _own(config, task)]
+
+
+def _own(config: ConfigDict, task: str = "") -> Iterator[tuple[Entry, Options]]:
+    """The test sets of `config.evals`; if none is for retrieval, also the data set's split "test".
+
+    Texts and shards, which need not have such a split, have no test set by default. If `task` is
+    not empty, only the sets that measure it.
+    """
     # Multilingual sets first, because an export is checked on the first set.
-    for name in sorted(evals, key=lambda name: (evals[name].get("type") == "split", name)):
-        yield _configured(config, name)
+    names = sorted(config.evals, key=lambda name: (config.evals[name].get("type") == "split", name))
+    found = [_configured(config, name) for name in names]
+    if all(entry.task != RETRIEVAL for entry, _ in found) and not _no_default(config):
+        found.append(_named(config, "split:test"))
+    return (pair for pair in found if task in ("", pair[0].task))
 
 
 def _no_default(config: ConfigDict) -> str:
@@ -325,6 +356,7 @@ def _configured(config: ConfigDict, name: str) -> tuple[Entry, Options]:
         images=place(fields.images),
         split=fields.split,
         drop_junk=fields.drop_junk,
+        prompts=fields.prompts if fields.prompts == "names" else place(fields.prompts),
     )
     return test_set_types.find(fields.type), options
 

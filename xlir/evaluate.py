@@ -239,6 +239,22 @@ def embedded(encoder: Encoder, data: RetrievalSet, cache: pathlib.Path) -> Embed
     return Embedded(data, *Evaluator(encoder, data, cache).embeddings(encoder.parameters))
 
 
+def embedded_images(
+    encoder: Encoder, inputs: Inputs, cache: pathlib.Path
+) -> Float[np.ndarray, "images dim"]:
+    """Embeddings of images; the outputs of a frozen tower come from the cache.
+
+    Args:
+      encoder: computes the embeddings.
+      inputs: the images; its texts are not used.
+      cache: the folder of the feature cache.
+    """
+    features = encoder.frozen_features(inputs, cache, sides=("image",))
+    if "image" in features:
+        return encoder.embedder.embed_features(encoder.parameters, "image", features["image"])
+    return encoder.encode_image(inputs.images)
+
+
 def report(
     encoder: Encoder,
     data: RetrievalSet,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import labels, vocabularies
 from input_pipeline.datasets.captioned_images import CaptionedImages
-from xlir import data, figures, metrics, reference_photos, results, tagging
+from xlir import data, evaluate, figures, metrics, reference_photos, results, tagging
 from xlir.embed import Inputs
 from xlir.encoder import Encoder
 from xlir.reference_photos import Reference
@@ -205,7 +205,8 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     """Evaluates and shows the results: a file, a table in the terminal and a contact sheet."""
     # Checked before evaluating, because the run's folder may be read-only.
     folder = results_folder(workdir)
-    images = _embed(encoder, data, cache)
+    photos = Inputs(data.name, (), data.photos.images, data.photos.fingerprint)
+    images = evaluate.embedded_images(encoder, photos, cache)
     reference = reference_photos.reference(encoder, workdir)
     taggers = {
         language: tagging.Tagger(encoder, data.vocabulary, language, reference)
@@ -230,14 +231,3 @@ def report(encoder: Encoder, data: TaggingSet, workdir: pathlib.Path, cache: pat
     sheet = file.with_suffix(".tags.png")
     figures.plot_tags([data.photos.images[row] for row in rows], tags, sheet, SHEET_LANGUAGES)
     print(f"\nwritten: {file}\n         {sheet}")
-
-
-def _embed(
-    encoder: Encoder, data: TaggingSet, cache: pathlib.Path
-) -> Float[np.ndarray, "photos dim"]:
-    """Embeddings of the photos; the outputs of a frozen tower come from the cache."""
-    inputs = Inputs(data.name, (), data.photos.images, data.photos.fingerprint)
-    features = encoder.frozen_features(inputs, cache, sides=("image",))
-    if "image" in features:
-        return encoder.embedder.embed_features(encoder.parameters, "image", features["image"])
-    return encoder.encode_image(data.photos.images)

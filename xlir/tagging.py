@@ -194,15 +194,30 @@ def embed_names(
     """
     templates = TEMPLATES.get(language, ("{}",))
     prompts = [
-        template.format(name) for of_tag in names for name in of_tag for template in templates
+        [template.format(name) for name in of_tag for template in templates] for of_tag in names
     ]
     if language == "fr":
         # "de" is elided before a vowel: une photo d'arbre.
         prompts = [
-            re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in prompts
+            [re.sub(r"\bde (?=[aâeéèêiîoôœu])", "d'", prompt, flags=re.I) for prompt in of_tag]
+            for of_tag in prompts
         ]
-    flat = encoder.encode_text(languages.marked(prompts, language, encoder.tokenizer))
-    starts = np.cumsum([0] + [len(of_tag) * len(templates) for of_tag in names[:-1]])
+    return embed_prompts(encoder, prompts, language)
+
+
+def embed_prompts(
+    encoder: Encoder, prompts: Sequence[Sequence[str]], language: str
+) -> Float[np.ndarray, "classes dim"]:
+    """One unit-length embedding per class: the mean of the embeddings of its prompts.
+
+    Args:
+      encoder: computes the embeddings.
+      prompts: the prompts of each class, at least one.
+      language: the language of the prompts.
+    """
+    texts = [prompt for of_class in prompts for prompt in of_class]
+    flat = encoder.encode_text(languages.marked(texts, language, encoder.tokenizer))
+    starts = np.cumsum([0] + [len(of_class) for of_class in prompts[:-1]])
     sums = np.add.reduceat(flat, starts, axis=0)
     return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 

@@ -15,8 +15,18 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from input_pipeline import loader
-from input_pipeline.test_sets.retrieval_set import RetrievalSet
-from xlir import batches, data, evaluate, initial, machine, partition, results, train_step
+from input_pipeline.test_sets.retrieval_set import CLASSIFICATION, RETRIEVAL, RetrievalSet
+from xlir import (
+    batches,
+    data,
+    evaluate,
+    evaluate_classification,
+    initial,
+    machine,
+    partition,
+    results,
+    train_step,
+)
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
@@ -91,8 +101,10 @@ def finish(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh) -> None:
     encoder = Encoder.load(workdir, mesh=mesh)
     found = [
         evaluate.report(encoder, test_set, workdir, data.feature_cache())
-        for test_set in data.own_test_sets(config)
+        for test_set in data.own_test_sets(config, RETRIEVAL)
     ]
+    for test_set in data.own_test_sets(config, CLASSIFICATION):
+        evaluate_classification.report(encoder, test_set, workdir, data.feature_cache())
     if jax.process_index() == 0:
         writer.write_at_end(writer.Run(workdir, config, encoder.step, found))
 

@@ -27,6 +27,10 @@ TYPES = {
     "flickr8k_cn": "chinese",
     "flickr8k_cn_translated": "chinese",
     "coco_cn": "chinese",
+    # For zero-shot classification.
+    "babel_imagenet": "babel_imagenet",
+    # Any folder in Babel-ImageNet's layout.
+    "class_names": "babel_imagenet",
 }
 
 

@@ -6,6 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from input_pipeline.datasets.source import Opened
+from input_pipeline.test_sets.classification_set import ClassificationSet
+
+# What a test set measures.
+RETRIEVAL, CLASSIFICATION = "retrieval", "classification"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +42,11 @@ class Options:
 
     Attributes:
       name: NAME, for messages.
-      captions: the folder of the captions; empty: the type's default.
+      captions: the folder of the captions or class names; empty: the type's default.
       images: the folder that holds the photos, at any depth; empty: the type's default.
       split: a split of the run's data set.
       drop_junk: leave out captions that are known not to describe their photo.
+      prompts: a file of prompts for class names; "names": none; empty: the type's default.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Options:
     images: str = ""
     split: str = "test"
     drop_junk: bool = False
+    prompts: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +91,16 @@ class Entry:
         none is missing.
       download: downloads missing captions; None: this type is never downloaded.
       terms: licence of the test set; empty: depends on the user's files.
-      authors: who wrote the captions; empty: depends on the user's files.
+      authors: who wrote the captions or names; empty: depends on the user's files.
       origin: where the files come from; empty: depends on the user.
+      task: what it measures. For `CLASSIFICATION`, `read` returns a ClassificationSet.
     """
 
-    read: Callable[[Options, RunData], RetrievalSet]
+    read: Callable[[Options, RunData], RetrievalSet | ClassificationSet]
     photos: Callable[[Options, RunData], Collection[str]] = no_photos
     missing: Callable[[Options, RunData], str] = nothing_missing
     download: Callable[[Options, RunData], None] | None = None
     terms: str = ""
     authors: str = ""
     origin: str = ""
+    task: str = RETRIEVAL

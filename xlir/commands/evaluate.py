@@ -1,7 +1,8 @@
 """Evaluate the best checkpoint of a run on its own test sets, or on others.
 
 With --task=tagging, the photos in a split of the run's data set are tagged with a vocabulary in
-many languages, and the tags are evaluated.
+many languages, and the tags are evaluated. With --task=classification, photos are assigned to
+classes by the classes' names, in each language of a test set.
 
 Examples:
   python -m xlir.main eval --workdir=runs/flickr8k
@@ -10,6 +11,8 @@ Examples:
   python -m xlir.main eval --workdir=runs/flickr8k --against=runs/baseline \\
       --predictions=best.jsonl
   python -m xlir.main eval --workdir=runs/flickr8k --task=tagging --test_set=split:val
+  python -m xlir.main eval --workdir=runs/flickr8k --task=classification \\
+      --test_set=babel_imagenet:PATH/Babel-ImageNet/data --images=PATH/imagenet/val
 """
 
 import contextlib
@@ -24,15 +27,20 @@ from xlir.commands import processes
 from xlir.commands.errors import UsageError
 from xlir.commands.flags import Flags
 
-# Task -> flags that only the other task has.
-RETRIEVAL = ("images", "drop_junk", "k", "predictions", "against", "layout")
-FOREIGN = {"retrieval": ("vocabulary",), "tagging": RETRIEVAL}
+# Task -> flags that only other tasks have.
+RETRIEVAL = ("drop_junk", "k", "predictions", "against")
+CLASSIFICATION = ("prompts", "languages")
+FOREIGN = {
+    "retrieval": ("vocabulary", *CLASSIFICATION),
+    "tagging": (*RETRIEVAL, *CLASSIFICATION, "images", "layout"),
+    "classification": ("vocabulary", *RETRIEVAL),
+}
 
 
 def define(flags: Flags) -> None:
     """Declares the flags."""
     flags.workdir()
-    flags.choice("task", "What to evaluate.", ("retrieval", "tagging"), default="retrieval")
+    flags.choice("task", "What to evaluate.", tuple(FOREIGN), default="retrieval")
     flags.test_set(several=True)
     flags.switch("drop_junk", "Leave out XTD10's six German captions that are not translations.")
     flags.string(
@@ -40,6 +48,18 @@ def define(flags: Flags) -> None:
         "Vocabulary for --task=tagging: coco, flickr8k, emoji, or a file (one tag per line, or a "
         "table of languages as in input_pipeline/vocabularies); default: the vocabulary of the "
         "run's data set.",
+        default="",
+    )
+    flags.string(
+        "prompts",
+        "Prompts for --task=classification: a JSON file of lists of prompts by language, in which "
+        "{} stands for the name of a class, or 'names' for bare names; default: the file of "
+        "prompts in the test set's folder, if there is one.",
+        default="",
+    )
+    flags.strings(
+        "languages",
+        "Languages for --task=classification, joined with commas. Default: all of the test set.",
         default="",
     )
     flags.strings("k", "More values of k for metrics such as R@k, besides 1, 5 and 10.", default="")
@@ -77,6 +97,9 @@ def run(values: FlagValues) -> None:
     encoder = Encoder.load(workdir, mesh=mesh)
     if values.task == "tagging":
         _evaluate_tagging(encoder, workdir, values.vocabulary, splits)
+        return
+    if values.task == "classification":
+        _classify(encoder, workdir, values)
         return
     test_sets = data.test_sets(
         encoder.config, values.test_set, values.images, drop_junk=values.drop_junk
@@ -116,3 +139,18 @@ def _evaluate_tagging(
     for split in splits:
         chosen = evaluate_tagging.tagging_set(encoder.config, vocabulary, split)
         evaluate_tagging.report(encoder, chosen, workdir, data.feature_cache())
+
+
+def _classify(encoder, workdir: pathlib.Path, values: FlagValues) -> None:
+    from xlir import data, evaluate_classification
+
+    found = data.test_sets(
+        encoder.config, values.test_set, values.images, task=values.task, prompts=values.prompts
+    )
+    if values.languages:
+        found = [test_set.only(values.languages) for test_set in found]
+    for test_set in found:
+        evaluate_classification.report(
+            *(encoder, test_set, workdir, data.feature_cache()),
+            in_clip_benchmarks_layout=values.layout == "clip_benchmark",
+        )

@@ -95,8 +95,8 @@ class Flags:
         self.string(
             "test_set",
             "A test set: a name in the run's config.evals, a folder in XTD10's layout, "
-            "'TYPE:FOLDER' (a published set and the folder of its captions; docs/test_sets.md "
-            "lists the types), or 'split:NAME' (a split of the run's data set). "
+            "'TYPE:FOLDER' (a published set and the folder of its captions or class names; "
+            "docs/test_sets.md lists the types), or 'split:NAME' (a split of the run's data set). "
             + (
                 "Join several with commas. Default: all of config.evals."
                 if several

@@ -57,6 +57,7 @@ def run(values: FlagValues) -> None:
 
 def _opened(workdir: pathlib.Path, test_set: str, images: str):
     """The encoder of a run, and its test sets or others."""
+    from input_pipeline.test_sets.retrieval_set import RETRIEVAL
     from xlir import data, partition
     from xlir.encoder import Encoder
     from xlir.workdir import read_config
@@ -65,4 +66,4 @@ def _opened(workdir: pathlib.Path, test_set: str, images: str):
     encoder = Encoder.load(workdir, mesh=partition.fitting_mesh(config.mesh))
     if test_set or images:
         return encoder, data.test_sets(config, test_set, images)
-    return encoder, data.own_test_sets(config)
+    return encoder, data.own_test_sets(config, RETRIEVAL)
