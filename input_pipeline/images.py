@@ -7,7 +7,7 @@ import math
 import time
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from input_pipeline import photo_limits
@@ -28,40 +28,44 @@ CHECKED_SIZE = 1024
 # A PNG without any of these has no EXIF and no XMP.
 PNG_MARKS = (b"eXIf", b"Raw profile type", b"adobe.xmp")
 
+# What a tower takes for an image: values 0 to 255, of the shape and dtype of its preprocessing.
+Pixels = UInt8[np.ndarray, "..."] | Float32[np.ndarray, "..."]
+# Left, top, right and bottom of a part of an image, in pixels.
+Box = tuple[float, float, float, float]
+
 
 class ImageError(ValueError):
     """The bytes can't be decoded into a complete image."""
 
 
-def decode(
-    data: bytes, preprocessing: Preprocessing, *, reduce: bool = True
-) -> UInt8[np.ndarray, "..."]:
-    """Decodes an image and resizes it: RGB, values 0 to 255.
+def decode(data: bytes, preprocessing: Preprocessing, *, reduce: bool = True) -> Pixels:
+    """Decodes an image and resizes it: RGB, values 0 to 255, of the dtype `preprocessing.dtype`.
 
     The result is a square, [size, size, 3], or `packed` patches.
 
     The EXIF orientation is applied, transparent pixels are blended with white, the first frame of
     an animation is taken, and colour profiles are ignored. The pixels equal those of transformers'
-    image processors with Pillow, except for large JPEGs (`DRAFT_FACTOR`). DINOv3 has no processor
-    with Pillow: see `preprocessing.PROCESSORS`.
+    image processors, except for large JPEGs (`DRAFT_FACTOR`): bit for bit those of processors with
+    Pillow (uint8), and those of DINOv3's (float32) up to 0.005 at 224 pixels a side and in
+    proportion at other sizes, because torch computes the filter's positions in float32.
 
     Args:
       data: a file's bytes, in one of `photo_limits.FORMATS`.
-      preprocessing: size, crop and filter.
+      preprocessing: size, crop, filter and dtype.
       reduce: decode large JPEGs at a fraction of their size, which takes half the time or less.
 
     Raises:
       ImageError: the data are damaged, truncated, of an unknown format, or would take too much
         memory (`photo_limits`).
     """
-    return _array(_fitted(data, preprocessing, reduce), preprocessing)
+    return _finished(_fitted(data, preprocessing, reduce), preprocessing)
 
 
-def _fitted(data: bytes, preprocessing: Preprocessing, reduce: bool) -> Image.Image:
-    """Decodes an image, resizes and crops it."""
+def _fitted(data: bytes, preprocessing: Preprocessing, reduce: bool) -> Pixels:
+    """Decodes an image, resizes and crops it: [height, width, 3]."""
     image, size, box = _upright_rgb(data, DRAFT_FACTOR * preprocessing.resize if reduce else 0)
     if preprocessing.patch:
-        return _resized(image, _size_in_patches(size, preprocessing), preprocessing.resample, box)
+        return _resized(image, _size_in_patches(size, preprocessing), preprocessing, box)
     if preprocessing.crop != "squash":
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             image = _middle(image)
@@ -70,16 +74,16 @@ def _fitted(data: bytes, preprocessing: Preprocessing, reduce: bool) -> Image.Im
     else:
         width = height = preprocessing.resize
     # Resize the whole image, then crop: resizing only the cropped part differs by up to 3 of 255.
-    image = _resized(image, (width, height), preprocessing.resample, box)
+    pixels = _resized(image, (width, height), preprocessing, box)
     half = round if preprocessing.crop == "center_rounded" else math.floor
     left, top = (half((side - preprocessing.size) / 2) for side in (width, height))
-    return image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    return pixels[top : top + preprocessing.size, left : left + preprocessing.size]
 
 
-def _array(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.ndarray, "..."]:
+def _finished(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     """The pixels of a resized image, as `decode` returns them."""
-    pixels = np.array(image)
-    return packed(pixels, preprocessing) if preprocessing.patch else pixels
+    # Without the copy, all pixels would stay in memory as long as the part that is cropped.
+    return packed(pixels, preprocessing) if preprocessing.patch else pixels.copy()
 
 
 def packed(
@@ -126,7 +130,7 @@ def decode_augmented(
     generator: np.random.Generator,
     min_area: float,
     mirror: bool,
-) -> UInt8[np.ndarray, "..."]:
+) -> Pixels:
     """A random part of an image, resized as by `decode` and randomly mirrored.
 
     The crop is Inception's (Szegedy et al. 2015, section 6): its area is uniform, its aspect ratio
@@ -134,7 +138,7 @@ def decode_augmented(
 
     Args:
       data: a file's bytes.
-      preprocessing: size and filter; its crop applies only without a random crop.
+      preprocessing: size, filter and dtype; its crop applies only without a random crop.
       generator: draws the crop and whether to mirror.
       min_area: the smallest share of the area that is kept; 0 for no random crop.
       mirror: mirror each image with a probability of 1/2.
@@ -151,12 +155,12 @@ def decode_augmented(
             size = _size_in_patches(
                 (math.ceil(right - left), math.ceil(bottom - top)), preprocessing
             )
-        image = _resized(image, size, preprocessing.resample, box)
+        pixels = _resized(image, size, preprocessing, box)
     else:
-        image = _fitted(data, preprocessing, reduce=True)
+        pixels = _fitted(data, preprocessing, reduce=True)
     if mirror and generator.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return _array(image, preprocessing)
+        pixels = pixels[:, ::-1]
+    return _finished(pixels, preprocessing)
 
 
 def check(data: bytes) -> None:
@@ -211,10 +215,8 @@ def facts(data: bytes) -> tuple[int, int, int | None]:
     return width, height, taken
 
 
-def _random_box(
-    size: tuple[int, int], min_area: float, generator: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a random part; the whole image if ten draws do not fit."""
+def _random_box(size: tuple[int, int], min_area: float, generator: np.random.Generator) -> Box:
+    """A random part; the whole image if ten draws do not fit."""
     width, height = size
     for _ in range(10):
         area = generator.uniform(min_area, 1) * width * height
@@ -227,9 +229,7 @@ def _random_box(
     return 0.0, 0.0, float(width), float(height)
 
 
-def _upright_rgb(
-    data: bytes, enough: int
-) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
+def _upright_rgb(data: bytes, enough: int) -> tuple[Image.Image, tuple[int, int], Box | None]:
     """Calls `_decoded` and turns any error into an ImageError."""
     try:
         return _decoded(data, enough)
@@ -244,17 +244,15 @@ def _image_error(data: bytes, error: Exception) -> ImageError:
     return ImageError(f"cannot decode image of {len(data)} bytes: {reason}")
 
 
-def _decoded(
-    data: bytes, enough: int
-) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float] | None]:
+def _decoded(data: bytes, enough: int) -> tuple[Image.Image, tuple[int, int], Box | None]:
     """Decodes an image upright, in RGB.
 
     A JPEG may be reduced to a half, a quarter or an eighth of its size, with no side below
     `enough` pixels. If `enough` is 0, it is not reduced.
 
     Returns:
-      The image; its upright width and height without reduction; and the box (left, top, right,
-      bottom) of the picture in a reduced image, whose last row and column may be partly padding.
+      The image; its upright width and height without reduction; and the box of the picture in a
+      reduced image, whose last row and column may be partly padding.
     """
     image = Image.open(io.BytesIO(data), formats=photo_limits.FORMATS)
     size = image.size
@@ -299,22 +297,51 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _resized(
-    image: Image.Image,
-    size: tuple[int, int],
-    resample: str,
-    box: tuple[float, float, float, float] | None,
-) -> Image.Image:
-    """Resizes a part of an image.
+    image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing, box: Box | None
+) -> Pixels:
+    """Resizes a part of an image to a width and height: [height, width, 3].
 
     Pillow resizes the width first, which would take 900 MB for 1 x 1,000,000 pixels. Therefore the
     height of such narrow images is resized first.
     """
-    if image.height > MAX_ASPECT_RATIO * image.width:
-        left, top, right, bottom = box or (0, 0, *image.size)
-        narrow = (image.width, size[1])
-        image = image.resize(narrow, RESAMPLING[resample], box=(0, top, image.width, bottom))
-        box = (left, 0, right, size[1])
-    return image.resize(size, RESAMPLING[resample], box=box)
+    box = box or (0.0, 0.0, *map(float, image.size))
+    first = 1 if image.height > MAX_ASPECT_RATIO * image.width else 0
+    filter_ = RESAMPLING[preprocessing.resample]
+    if preprocessing.dtype == "float32":
+        channels = (_resized_channel(image, c, size, box, filter_, first) for c in "RGB")
+        return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+    if first:
+        image = _along(image, first, size, box, filter_)
+        box = (box[0], 0, box[2], size[1])
+    return np.asarray(image.resize(size, filter_, box=box))
+
+
+def _resized_channel(
+    image: Image.Image, name: str, size: tuple[int, int], box: Box, filter_: int, first: int
+) -> Image.Image:
+    """One channel of a resized part of an image, in float32.
+
+    Pillow has such images of one channel only. The axis `first` (0: width) is resized a strip at a
+    time, so that the whole photo is never in memory in float32.
+    """
+    length = list(image.size)
+    length[first] = size[first]
+    result = Image.new("F", tuple(length))
+    strip, step = [0, 0, *image.size], max(CONVERTED_AT_ONCE // image.size[first], 1)
+    for start in range(0, image.size[1 - first], step):
+        strip[1 - first], strip[3 - first] = start, min(start + step, image.size[1 - first])
+        part = image.crop(tuple(strip)).getchannel(name).convert("F")
+        result.paste(_along(part, first, size, box, filter_), tuple(strip[:2]))
+    return _along(result, 1 - first, size, box, filter_)
+
+
+def _along(
+    image: Image.Image, axis: int, size: tuple[int, int], box: Box, filter_: int
+) -> Image.Image:
+    """Resizes one axis (0: width) of a part of an image; all of the other axis is kept."""
+    length, part = list(image.size), [0, 0, *image.size]
+    length[axis], part[axis::2] = size[axis], box[axis::2]
+    return image.resize(tuple(length), filter_, box=tuple(part))
 
 
 def _shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:

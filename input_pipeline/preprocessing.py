@@ -12,6 +12,7 @@ RESAMPLING = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
 CROPS = ("squash", "center", "center_rounded")
+DTYPES = ("uint8", "float32")
 
 STANDARD = {"resample": 3, "image_mean": 0.5, "image_std": 0.5}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,9 +31,6 @@ PROCESSORS: dict[str, dict] = {
     | {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
     "Siglip": STANDARD | {"size": {"height": 224, "width": 224}},
     "Siglip2": STANDARD | {"resample": 2, "patch_size": 16, "max_num_patches": 256},
-    # This processor has no variant for Pillow. It resizes with torchvision in float32, without the
-    # rounding to 8 bits after each axis: its values (0 to 255) differ from those here by 0.3 in the
-    # mean and by 1 at most.
     "DINOv3ViT": {
         "size": {"height": 224, "width": 224},
         "resample": 2,
@@ -45,6 +43,12 @@ PROCESSORS: dict[str, dict] = {
 }
 # Processors for which a size of one number means both sides, not the shorter side.
 SQUARING = ("ViT", "DeiT")
+# Processors that resize with torchvision in float32. The others are followed as they are with
+# Pillow, which rounds to 8 bits after each axis.
+FLOATING = ("DINOv3ViT",)
+# Fields that tower.json has only where they differ from these values, so that the towers of the
+# first version, which lacked the fields, are still described by the same content.
+LATER_FIELDS = {"patch": 0, "dtype": "uint8"}
 # ConvNext's processor does not crop at this size or above.
 CONVNEXT_SQUASH = 384
 
@@ -66,6 +70,9 @@ class Preprocessing:
         in a square of `size`; `crop` and `resize` have no effect.
       mean, std: the tower was trained on (pixels / 255 - mean) / std, for red, green and blue. The
         tower applies them itself; `decode` does not.
+      dtype: "uint8": values are rounded to whole numbers after each axis is resized, as in Pillow;
+        "float32": they are not rounded, as in torchvision (DINOv3). The values are from 0 to 255 in
+        both.
 
     Raises:
       ValueError: a field has an invalid value.
@@ -78,12 +85,17 @@ class Preprocessing:
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
     patch: int = 0
+    dtype: str = "uint8"
 
     def __post_init__(self):
         if self.resample not in RESAMPLING:
             raise ValueError(f"resample is {self.resample!r}; known: {', '.join(RESAMPLING)}")
         if self.crop not in CROPS:
             raise ValueError(f"crop is {self.crop!r}; known: {', '.join(CROPS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.patch and self.dtype != "uint8":
+            raise ValueError(f"dtype is {self.dtype!r}; photos cut into patches have 'uint8'")
         object.__setattr__(self, "resize", self.resize or self.size)
         if not 0 < self.size <= self.resize:
             raise ValueError(
@@ -125,6 +137,7 @@ class Preprocessing:
             patch=config["patch_size"] if kind == "Siglip2" else 0,
             mean=_channels(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
             std=_channels(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
+            dtype="float32" if kind in FLOATING else "uint8",
         )
 
     @property
@@ -140,9 +153,9 @@ class Preprocessing:
         return self.size, self.size, 3
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for tower.json. Those of squares are as they were before there was `patch`."""
+        """The fields for tower.json."""
         fields = dataclasses.asdict(self)
-        return fields if self.patch else {name: fields[name] for name in fields if name != "patch"}
+        return {name: x for name, x in fields.items() if LATER_FIELDS.get(name) != x}
 
     def resized(self, size: int) -> "Preprocessing":
         """The same preprocessing at another size; `resize` is scaled with it and rounded down."""

@@ -32,6 +32,17 @@ def test_an_abstract_batch_is_what_training_reads():
         }
 
 
+def test_photos_have_the_dtype_of_the_published_preprocessing():
+    config = xlmr.get_config("tiny")
+    for tower, dtype in (
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "float32"),
+        ("google/vit-base-patch16-224-in21k", "uint8"),
+    ):
+        config.image.tower = tower
+        *_, batch = compile.abstract(config)
+        assert batch["image"].dtype == dtype
+
+
 def test_siglip2_is_known_before_it_is_downloaded():
     """There are no heads, so this fails if the towers and the embeddings differ in width."""
     config = siglip2.get_config()

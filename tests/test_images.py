@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import images
-from input_pipeline.preprocessing import CROPS, RESAMPLING, Preprocessing
+from input_pipeline.preprocessing import CROPS, DTYPES, RESAMPLING, Preprocessing
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -372,6 +372,40 @@ def test_large_images_are_converted_some_rows_at_a_time(monkeypatch, mode):
     for pixels in (1, 91, 1000):
         monkeypatch.setattr(images, "CONVERTED_AT_ONCE", pixels)
         np.testing.assert_array_equal(images.decode(data, Preprocessing(70)), at_once)
+
+
+@pytest.mark.parametrize("size", [(90, 70), (5, 300), (300, 5)])
+def test_float_values_are_those_of_pillow_without_rounding(monkeypatch, size):
+    """Whole channels in float32 give the same values as strips of them, at any crop."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    image, box = Image.fromarray(pixels), (0, 0, *size)
+    data = encoded(image, "PNG")
+    for resample, filter_ in RESAMPLING.items():
+        preprocessing = Preprocessing(40, 48, resample=resample, dtype="float32")
+        channels = [channel.convert("F") for channel in image.split()]
+        whole = np.stack([np.asarray(x.resize((48, 48), filter_, box)) for x in channels], -1)
+        for at_once in (1 << 18, 91):
+            monkeypatch.setattr(images, "CONVERTED_AT_ONCE", at_once)
+            ours = images.decode(data, preprocessing)
+            assert (ours.dtype, ours.shape, ours.flags.c_contiguous) == ("f4", (40, 40, 3), True)
+            np.testing.assert_allclose(ours, whole[4:44, 4:44], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("min_area", [0.0, 0.25])
+def test_float_values_of_augmented_images_are_of_the_same_part(min_area):
+    arguments = {"min_area": min_area, "mirror": True}
+    for seed in range(10):
+        rounded, exact = (
+            images.decode_augmented(
+                gradient_image(),
+                Preprocessing(32, dtype=dtype),
+                np.random.default_rng(seed),
+                **arguments,
+            )
+            for dtype in DTYPES
+        )
+        assert exact.dtype == np.float32
+        assert 0 < np.abs(rounded - exact).max() <= 1.5
 
 
 def test_a_preview_keeps_the_proportions():

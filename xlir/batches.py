@@ -11,6 +11,7 @@ from input_pipeline import loader, tokenizers
 from input_pipeline.datasets.captioned_images import CaptionedImages
 from input_pipeline.datasets.shards import ShardedPhotos
 from input_pipeline.datasets.texts import Texts
+from input_pipeline.images import Pixels
 from input_pipeline.packing import Packing
 from xlir import data, decoding, losses, partition
 from xlir.embed import Embedder, Inputs
@@ -95,7 +96,7 @@ def of_rows(
     _, image_id = np.unique(photos.image_ids, return_inverse=True)
     image_id = image_id.astype(np.int32)
 
-    def decode(item: tuple[int, list[int]]) -> decoding.Pixels:
+    def decode(item: tuple[int, list[int]]) -> Pixels:
         row, key = item
         return embedder.decode(photos.images[row], f"image {row}", np.random.default_rng(key))
 
@@ -132,7 +133,7 @@ def of_shards(photos: ShardedPhotos, embedder: Embedder) -> loader.Read:
     """
     length, seed = embedder.config.text.max_length, embedder.config.seed
 
-    def read_pair(item: tuple[int, int, list[int]]) -> tuple[int, int, str, decoding.Pixels]:
+    def read_pair(item: tuple[int, int, list[int]]) -> tuple[int, int, str, Pixels]:
         row, turn, key = item
         for broken in itertools.count():
             try:

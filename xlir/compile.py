@@ -68,7 +68,8 @@ def abstract(
         batch["text_ids"] = ((size, config.text.max_length), jnp.int32)
         batch["text_mask"] = ((size, config.text.max_length), jnp.bool_)
     if not config.image.frozen:
-        batch["image"] = ((size, *specs["image"].preprocessing.shape), jnp.uint8)
+        preprocessing = specs["image"].preprocessing
+        batch["image"] = ((size, *preprocessing.shape), preprocessing.dtype)
     shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in batch.items()}
     return graph, parameters, shapes
 

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from input_pipeline import images, photo_limits
+from input_pipeline.images import Pixels
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 # The forms in which a photo can be passed. An array holds pixels that are already decoded.
 Photo = str | os.PathLike | bytes | Image.Image | np.ndarray
-Pixels = UInt8[np.ndarray, "..."]
 
 # The threads start on first use.
 _POOL = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")

@@ -223,8 +223,8 @@ class Embedder:
         photo: decoding.Photo,
         name: str = "image",
         generator: np.random.Generator | None = None,
-    ) -> decoding.Pixels:
-        """One photo as the image tower takes it, uint8 of the shape `preprocessing.shape`.
+    ) -> image_io.Pixels:
+        """One photo as the image tower takes it, of the shape and dtype of `preprocessing`.
 
         `decoding.decode_each` and `decode_all` call this in the program's pool of threads.
 

@@ -23,11 +23,12 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from input_pipeline import cache, files, tokenizers
+from input_pipeline.images import Pixels
 from xlir import embed, initial, partition, programs
 from xlir import workdir as run_folder
 from xlir.checkpoint import Checkpoints
 from xlir.config import check_config
-from xlir.decoding import Photo, Pixels, decode_each
+from xlir.decoding import Photo, decode_each
 from xlir.embed import SIDES, Embedder, Inputs, Parameters
 from xlir.models import dual_encoder, pretrained, towers
 from xlir.models.family import TowerSpec

@@ -168,6 +168,8 @@ IMAGES = {
     ),
     "EfficientNet": ("efficientnet", {"variant": "lite0"}, "", {"head": "mlp", "hidden": (24,)}),
 }
+# Towers whose photos are resized in float32; transformers would need torchvision for it.
+FLOATING = ("DINOv3 gated",)
 # Text tower, image tower and formats to test; few cases test ONNX, because tracing takes long.
 CASES = [
     ("BERT", "ViT", "sentence-transformers torch"),
@@ -238,6 +240,7 @@ def random_encoder(text: str, image: str) -> Encoder:
         if side == "image":
             described["preprocessing"] = preprocessing(config.image)
             described["preprocessing"]["patch"] = 8 if kind == "naflex" else 0
+            described["preprocessing"]["dtype"] = "float32" if image in FLOATING else "uint8"
         specs[side] = registry.spec_from_json(side, described)
 
     def create():
@@ -433,11 +436,12 @@ def test_a_folder_that_needs_jax_is_refused(pairs, tmp_path):
         ("sentence-transformers", "open_clip", "open_clip", "processors round odd margins"),
         ("sentence-transformers", "SigLIP", "SigLIP", "has no text tower 'siglip_text_model'"),
         ("transformers", "MetaCLIP 2", "SigLIP", "text tower 'metaclip_2_text_model' in such"),
+        ("sentence-transformers", "BERT", "DINOv3 gated", "ImageProcessor of .* needs torchvision"),
         ("transformers", "SigLIP", "SigLIP", "SiglipModel's text head is 'none', not 'affine'"),
     ],
 )
-def test_what_a_format_can_not_hold_is_named(format, text, image, reason):
-
+def test_what_a_format_can_not_hold_is_named(format, text, image, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
     assert re.search(reason, export.FORMATS[format].unfit(random_encoder(text, image)))
 
 

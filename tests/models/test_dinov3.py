@@ -1,5 +1,6 @@
 """DINOv3: outputs, gradients and pixels equal torch's, and published sizes are known."""
 
+import dataclasses
 import io
 
 import jax.numpy as jnp
@@ -110,28 +111,53 @@ def test_checkpoints_in_half_precision_load(dtype, tmp_path):
     np.testing.assert_array_equal(kernel.T, expected.transpose(0, 2, 3, 1).reshape(32, -1))
 
 
-def test_pixels_differ_from_the_processor_by_rounding_only(shared):
-    """The processor of transformers resizes in float32, with torch; ours rounds to 8 bits.
+def test_pixels_equal_the_processor(shared):
+    """The processor of transformers rescales, resizes with torch in float32, and normalises.
 
-    Pillow, with which all towers here resize, rounds after each of the two axes.
+    Torch computes the filter's positions in the dtype of the pixels: the difference is that of
+    float32 from float64. With values of 8 bits it would be 1 of 255 at most, 0.3 in the mean.
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch==2.13.0")
     preprocessing = Preprocessing.from_config(
         {"image_processor_type": "DINOv3ViTImageProcessorFast"}
     )
-    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert preprocessing == Preprocessing(224, 0, "bilinear", "squash", *imagenet)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert preprocessing == Preprocessing(224, 0, "bilinear", "squash", mean, std, dtype="float32")
+    normalised = [np.float32(x).reshape(3, 1, 1) for x in (mean, std)]
     for size in SIZES:
         for data in photographs(shared, *size):
             pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-            theirs = torch.nn.functional.interpolate(
-                pixels[None].float(), (224, 224), mode="bilinear", antialias=True
+            exact, theirs = (
+                torch.nn.functional.interpolate(
+                    pixels[None].to(dtype) / 255, (224, 224), mode="bilinear", antialias=True
+                )[0].numpy()
+                for dtype in (torch.float64, torch.float32)
             )
             ours = image_io.decode(data, preprocessing).transpose(2, 0, 1)
-            difference = np.abs(ours - theirs[0].numpy())
-            print(size, f"largest {difference.max():.2f}, mean {difference.mean():.2f} of 255")
-            assert difference.max() <= 1.01
-            assert difference.mean() <= 0.35
+            assert np.abs(ours - 255 * exact).max() <= 1e-4
+            difference = np.abs(ours - 255 * theirs)
+            print(size, f"largest {difference.max():.1e}, mean {difference.mean():.1e} of 255")
+            assert difference.max() <= 0.01
+            assert difference.mean() <= 1e-3
+            ours, theirs = ((x - normalised[0]) / normalised[1] for x in (ours / 255, theirs))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_pixels_of_a_tower_of_8_bits_stay_so():
+    """The tower.json of a run of an earlier version has no dtype, and neither has another tower's.
+
+    So these towers see what they were trained with, and their cached features are still found.
+    """
+    rounded = Preprocessing(224, 0, "bilinear")
+    exact = dataclasses.replace(rounded, dtype="float32")
+    assert "dtype" not in rounded.to_json()
+    assert Preprocessing(**rounded.to_json()) == rounded
+    assert Preprocessing(**exact.to_json()) == exact
+    assert exact.resized(96).dtype == "float32"
+    with pytest.raises(ValueError, match="dtype is 'float16'; known: uint8, float32"):
+        Preprocessing(224, dtype="float16")
+    with pytest.raises(ValueError, match="photos cut into patches have 'uint8'"):
+        Preprocessing(224, patch=16, dtype="float32")
 
 
 # Number of parameters of transformers' model. In addition to ours, it has a mask token.

@@ -68,7 +68,8 @@ def describe(encoder: Encoder) -> dict:
         "weights": encoder.digests(),
         "tokenizer": tokenizer,
         "preprocessing": {
-            field: preprocessing[field] for field in ("size", "resize", "resample", "crop", "patch")
+            field: preprocessing[field]
+            for field in ("size", "resize", "resample", "crop", "patch", "dtype")
         },
     }
 

@@ -26,7 +26,7 @@ images = model.encode([Image.open("apple.jpg")])
 print(model.similarity(texts, images))
 ```
 
-`pip install 'sentence-transformers>=6.2' pillow`. First convert images to
+`pip install 'sentence-transformers>=6.2' $vision`. First convert images to
 8-bit RGB, with white behind transparent parts, and rotate them by their EXIF orientation.""",
     "transformers": """```python
 import torch
@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-processor = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")
+processor = AutoImageProcessor.from_pretrained("FOLDER"$backend)
 texts = ["ein roter Apfel", "빨간 사과"]
 text = tokenizer(texts, padding=$padding, truncation=True, return_tensors="pt")
 image = processor(Image.open("apple.jpg"), return_tensors="pt")
@@ -44,7 +44,7 @@ with torch.inference_mode():
 print(outputs.text_embeds @ outputs.image_embeds.T)
 ```
 
-`pip install 'transformers>=5.23' torch pillow`. First convert images to
+`pip install 'transformers>=5.23' torch $vision`. First convert images to
 8-bit RGB, with white behind transparent parts, and rotate them by their EXIF orientation.""",
     "torch": """```
 python example.py apple.jpg --texts "ein roter Apfel" "빨간 사과"
@@ -62,7 +62,7 @@ text length are dynamic:
 | file | inputs | features |
 | --- | --- | --- |
 | `text.onnx` | `input_ids`, `attention_mask`: int64 [batch, length] | [batch, $text] |
-| `image.onnx` | `pixels`: uint8 [batch, $shape], RGB | [batch, $image] |
+| `image.onnx` | `pixels`: $dtype [batch, $shape], RGB, 0 to 255 | [batch, $image] |
 
 The outputs are `embeddings`, float32 [batch, $dim] of unit length, and the tower's `features`. A
 graph of over 2 GiB has its weights in a separate file that ends in `.data`.""",
@@ -138,6 +138,8 @@ def _metadata(languages: list[str], format: str) -> str:
 
 def _use(encoder: Encoder, format: str) -> str:
     padded = getattr(encoder.tokenizer, "padding", None) is not None
+    # transformers resizes in float32 only with torchvision.
+    floating = encoder.preprocessing.dtype == "float32"
     return string.Template(USE[format]).substitute(
         padding='"max_length"' if padded else True,
         tokenizer="tokenizers" if encoder.tokenizer.kind == "huggingface" else "sentencepiece",
@@ -146,6 +148,9 @@ def _use(encoder: Encoder, format: str) -> str:
         text=encoder.feature_dims["text"],
         image=encoder.feature_dims["image"],
         shape=", ".join(map(str, encoder.preprocessing.shape)),
+        dtype=encoder.preprocessing.dtype,
+        backend="" if floating else ', backend="pil"',
+        vision="torchvision" if floating else "pillow",
     )
 
 

@@ -42,7 +42,7 @@ class ImageSide(_Side):
     """The image side, for the pixels of `ImageReader`."""
 
     def forward(self, pixels):
-        """Maps a batch of uint8 pixels to [batch, dim] and [batch, features]."""
+        """Maps a batch of pixels to [batch, dim] and [batch, features]."""
         return super().forward(pixels)
 
 

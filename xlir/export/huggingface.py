@@ -4,6 +4,7 @@ All files are JSON and safetensors. So writing them does not need those two libr
 check does.
 """
 
+import importlib.util
 import json
 import pathlib
 from typing import Any
@@ -42,6 +43,8 @@ _DROPPED_FIELDS = (
     "transformers_version",
 )
 PAD_TOKENS = ("<pad>", "[PAD]")
+# The image processor of transformers that resizes in float32.
+FLOAT_PROCESSOR = "DINOv3ViTImageProcessor"
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -90,8 +93,11 @@ def _unfit_vision_text(encoder: Encoder) -> list[str]:
 
 
 def _unfit_preprocessing(encoder: Encoder) -> list[str]:
-    if encoder.preprocessing.crop == "center_rounded":
+    options = encoder.preprocessing
+    if options.crop == "center_rounded":
         return ["transformers' image processors round odd margins differently than torchvision"]
+    if options.dtype == "float32" and importlib.util.find_spec("torchvision") is None:
+        return [f"{FLOAT_PROCESSOR} of transformers needs torchvision, which is not installed"]
     return []
 
 
@@ -227,8 +233,9 @@ def _write_tower(
     else:
         modality = "image"
         _json(folder / "preprocessor_config.json", _image_processor(encoder))
-        # Training resizes with PIL; torchvision's resize differs in the last bit.
-        options["processor_kwargs"] = {"backend": "pil"}
+        if encoder.preprocessing.dtype == "uint8":
+            # Training resizes with PIL; torchvision's resize differs in the last bit.
+            options["processor_kwargs"] = {"backend": "pil"}
     if encoder.specs[side].family.pooler_is_optional and output != "pooler_output":
         options["model_kwargs"] = {"add_pooling_layer": False}
     _json(
@@ -294,13 +301,14 @@ def _image_processor(encoder: Encoder) -> dict[str, Any]:
         "image_std": list(options.std),
         "do_convert_rgb": True,
     }
+    floating = options.dtype == "float32"
     if squash and resize == size:
         return processor | {
-            "image_processor_type": "ViTImageProcessor",
+            "image_processor_type": FLOAT_PROCESSOR if floating else "ViTImageProcessor",
             "size": {"height": size, "width": size},
         }
     return processor | {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": FLOAT_PROCESSOR if floating else "CLIPImageProcessor",
         "size": {"height": resize, "width": resize} if squash else {"shortest_edge": resize},
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},

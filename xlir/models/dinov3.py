@@ -113,6 +113,7 @@ DINOV3 = VisionFamily(
     # "mean" is missing because sentence-transformers would include the other tokens in the mean.
     outputs={"cls": ("pooler_output", None)},
     dual_encoder_pooling="cls",
+    photo_dtype="float32",
     architectures={
         "facebook/dinov3-vits16-pretrain-lvd1689m": _BASE | _SMALL,
         "facebook/dinov3-vits16plus-pretrain-lvd1689m": _BASE | _SMALL | _GATED,

@@ -45,6 +45,8 @@ class Family(abc.ABC):
       dual_encoder_pooling: the pooling that `VisionTextDualEncoderModel` applies to this tower;
         empty if that class does not support the tower.
       pooler_is_optional: the `transformers` model accepts `add_pooling_layer=False`.
+      photo_dtype: image towers only: the `dtype` of the published weights' preprocessing. A
+        checkpoint's own preprocessing takes precedence.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Family(abc.ABC):
     outputs: Mapping[str, tuple[str, str | None]] = dataclasses.field(default_factory=dict)
     dual_encoder_pooling: str = ""
     pooler_is_optional: bool = False
+    photo_dtype: str = "uint8"
 
     @property
     def default_pooling(self) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num
 
 from xlir.config import WIDEST, Flag, Whole, Widths, read_field
 from xlir.models.family import Family, TowerSpec, Weights
@@ -103,7 +103,7 @@ class ResNet(nnx.Module):
 
     def __call__(
         self,
-        images: UInt8[Array | np.ndarray, "batch height width 3"],
+        images: Num[Array | np.ndarray, "batch height width 3"],
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch dim"]:

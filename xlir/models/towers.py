@@ -301,7 +301,7 @@ def _image_spec(
             "proportions: leave it empty"
         )
     if options.crop == "squash" and chosen.crop != "squash":
-        chosen = Preprocessing(chosen.size, 0, chosen.resample, "squash", chosen.mean, chosen.std)
+        chosen = dataclasses.replace(chosen, resize=0, crop="squash")
     elif options.crop:
         chosen = dataclasses.replace(chosen, crop=options.crop)
     if chosen.size < (least := family.smallest_image(config)):
@@ -323,7 +323,8 @@ def _of_architecture(side: str, config: Mapping, options: ConfigDict) -> TowerSp
 
 def _default(family: Family, config: Mapping) -> Preprocessing:
     """The preprocessing of an image tower that has no checkpoint with its own."""
-    return Preprocessing(size=family.image_size(config), patch=family.photo_patch(config))
+    size, patch = family.image_size(config), family.photo_patch(config)
+    return Preprocessing(size, patch=patch, dtype=family.photo_dtype)
 
 
 def _check_pooling(side: str, family: Family, config: Mapping, pooling: str) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Num
 
 from xlir.models.layers import LayerNorm, Linear
 from xlir.models.transformer import FeedForward, Layers, TransformerConfig, attend
@@ -111,7 +111,7 @@ class VisionTransformer(nnx.Module):
 
     def __call__(
         self,
-        images: UInt8[Array | np.ndarray, "batch height width 3"],
+        images: Num[Array | np.ndarray, "batch height width 3"],
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch dim"]:
@@ -137,7 +137,7 @@ class VisionTransformer(nnx.Module):
         key = None if rngs is None else rngs.dropout()
         return self._pool(self.layers(x, rotary=self._angles(rows, columns), key=key))
 
-    def _projected(self, patches: UInt8[Array, "patches pixels"]) -> Float[Array, "patches dim"]:
+    def _projected(self, patches: Num[Array, "patches pixels"]) -> Float[Array, "patches dim"]:
         """Normalises and projects flattened patches."""
         mean, std = (np.tile(np.float32(x), patches.shape[1] // 3) for x in (self.mean, self.std))
         return self.patches((patches.astype(jnp.float32) / 255 - mean) / std)

@@ -19,7 +19,7 @@ class ResNet(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(**block) for block in blocks)
 
     def forward(self, pixels):
-        """uint8 [batch, height, width, 3] to [batch, channels]."""
+        """Pixels, [batch, height, width, 3], to [batch, channels]."""
         x = self.normalize(pixels).permute(0, 3, 1, 2)
         x = F.max_pool2d(F.relu(self.stem(x)), 3, stride=2, padding=1)
         for block in self.blocks:
@@ -63,7 +63,7 @@ class EfficientNet(nn.Module):
         self.head = SameConv2d(blocks[-1][1], head, 1, 1)
 
     def forward(self, pixels):
-        """uint8 [batch, height, width, 3] to [batch, channels]."""
+        """Pixels, [batch, height, width, 3], to [batch, channels]."""
         x = self.normalize(pixels).permute(0, 3, 1, 2)
         x = F.relu6(self.stem(x))
         for block in self.blocks:

@@ -31,7 +31,7 @@ class DualEncoder(nn.Module):
 
     Attributes:
       tokenizer: maps texts to lists of token ids.
-      reader: maps an image to the pixels that the image tower takes, uint8.
+      reader: maps an image to the pixels that the image tower takes.
       logit_scale: the inverse temperature that the model was trained with.
     """
 
@@ -71,7 +71,7 @@ class DualEncoder(nn.Module):
         return unit(self.text_head(self.text_tower(ids, mask)))
 
     def embed_image(self, pixels):
-        """Embeddings of a batch of the reader's pixels, uint8."""
+        """Embeddings of a batch of the reader's pixels."""
         return unit(self.image_head(self.image_tower(pixels)))
 
     @property

@@ -134,16 +134,20 @@ class ImageReader:
     side, or both sides if `crop` is "squash", to `resize`, then crops the centre. Half of an odd
     margin is rounded down, or to the nearest even number if `crop` is "center_rounded".
 
+    Values are from 0 to 255. They are rounded to whole numbers if `dtype` is "uint8"; if it is
+    "float32", they are not.
+
     If `patch` is not 0, an image keeps its proportions and is cut into patches of this many pixels
     per side, at most as many as in a square of `size` (SigLIP 2 NaFlex).
     """
 
-    def __init__(self, size, resize, resample, crop, patch=0):
+    def __init__(self, size, resize, resample, crop, patch=0, dtype="uint8"):
         self.size, self.resize, self.crop, self.patch = size, resize, crop, patch
+        self.dtype = dtype
         self.resample = Image.Resampling[resample.upper()]
 
     def __call__(self, image):
-        """Pixels, uint8 [size, size, 3] or `packed`, of a path, encoded bytes or a PIL image.
+        """Pixels, [size, size, 3] or `packed`, of a path, encoded bytes or a PIL image.
 
         An array is taken as pixels and returned unchanged.
         """
@@ -163,10 +167,18 @@ class ImageReader:
             height = int(self.resize * image.height / image.width)
         elif self.crop != "squash":
             width = int(self.resize * image.width / image.height)
-        image = image.resize((width, height), self.resample)
         half = round if self.crop == "center_rounded" else math.floor
         left, top = (half((side - self.size) / 2) for side in (width, height))
-        return np.array(image.crop((left, top, left + self.size, top + self.size)))
+        pixels = self.resized(image, (width, height))
+        return pixels[top : top + self.size, left : left + self.size].copy()
+
+    def resized(self, image, size):
+        """The pixels of an RGB image, resized to a width and height."""
+        if self.dtype == "uint8":
+            return np.array(image.resize(size, self.resample))
+        # In Pillow, images of float32 have only one channel.
+        channels = [channel.convert("F") for channel in image.split()]
+        return np.stack([np.array(x.resize(size, self.resample)) for x in channels], axis=-1)
 
     def packed(self, image):
         """A row of uint8 values for each patch, then rows of zeros.
@@ -187,8 +199,8 @@ class ImageReader:
             else:
                 largest = scale
         columns, rows = grid(smallest)
-        image = image.resize((columns * patch, rows * patch), self.resample)
-        pixels = np.asarray(image).reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+        pixels = self.resized(image, (columns * patch, rows * patch))
+        pixels = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
         result = np.zeros((most + 1, 3 * patch**2), np.uint8)
         result[: rows * columns] = pixels.reshape(rows * columns, -1)
         result[-1, :4] = *divmod(rows, 256), *divmod(columns, 256)

@@ -136,7 +136,7 @@ class ViT(nn.Module):
         self.normalize = Normalize(mean, std)
 
     def forward(self, pixels):
-        """uint8 [batch, size, size, 3] to [batch, width]."""
+        """Pixels, [batch, size, size, 3], to [batch, width]."""
         side, patch = self.side, self.patch
         x = self.normalize(pixels)[:, : side * patch, : side * patch]
         x = x.reshape(-1, side, patch, side, patch, 3).transpose(2, 3)
@@ -227,7 +227,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, pixels):
-        """Maps uint8 pixels to the model's dtype; the last axis is red, green, blue."""
+        """Maps pixels to the model's dtype; the last axis is red, green, blue."""
         return ((pixels.float() / 255 - self.mean) / self.std).to(self.mean.dtype)
 
 
