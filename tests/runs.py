@@ -89,22 +89,6 @@ def interrupted_copy(run: pathlib.Path, folder: pathlib.Path, step: int) -> path
     return folder
 
 
-@contextlib.contextmanager
-def ending_at(step: int):
-    """Training in this process ends with a RuntimeError before it logs this step."""
-    from xlir.metric_log import MetricLog  # here, because it imports JAX
-
-    write = MetricLog.write
-
-    def fail(self, current, metrics):
-        if current == step:
-            raise RuntimeError("the end of this process")
-        write(self, current, metrics)
-
-    with mock.patch.object(MetricLog, "write", fail):
-        yield
-
-
 def metrics_of(workdir):
     """The records of a run, without values that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
