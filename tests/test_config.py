@@ -88,6 +88,7 @@ ACCEPTED = {
     "evals.mine.images": TEXTS,
     "evals.mine.split": {"word"},
     "evals.mine.drop_junk": {"True"},
+    "evals.mine.prompts": TEXTS,
     **{f"text.{name}": values for name, values in TOWER.items()},
     "text.max_length": set(),  # the minimum is 3
     "text.prefix": TEXTS,
@@ -378,7 +379,7 @@ def test_earlier_fields_of_test_sets_are_those_of_evals(tmp_path, monkeypatch):
     old = {"test_set": "xtd10,split:val,tests/one", "test_images": "photos", "xtd10": "clone"}
     fields = {"data": {"name": "coco", "dir": "set"} | old | {"drop_junk": True}}
     before = copy.deepcopy(fields)
-    there = {"images": f"{tmp_path}/photos", "split": "test", "drop_junk": True}
+    there = {"images": f"{tmp_path}/photos", "split": "test", "drop_junk": True, "prompts": ""}
     val = base.test_set("split", split="val").to_dict()
     assert upgrade(fields) == {
         "data": {"name": "coco", "dir": "set"},
