@@ -24,7 +24,7 @@ class OnnxGraphs:
 
     Args:
       workdir: the run's folder, which holds the graphs in `FOLDER`.
-      digests: `Encoder.weights_digests` of the run.
+      digests: `Encoder.digests` of the run.
       embedder: makes batches of texts and images.
 
     Raises:
