@@ -41,6 +41,7 @@ from xlir.export import architecture, graphs, plain
 from xlir.export.pytorch import DualEncoder
 from xlir.models import dual_encoder, registry, towers
 from xlir.models.family import TowerSpec
+from xlir.onnx_graphs import graph_inputs
 
 LAYERS = {"hidden_size": 384, "num_hidden_layers": 12, "intermediate_size": 1536}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -108,15 +109,6 @@ def inputs_of(encoder: Encoder, side: str, count: int) -> list[np.ndarray]:
     return [rng.integers(5, 100_000, length, np.int32) for length in lengths]
 
 
-def arguments(side: str, batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    """A batch without padding, under the names of a graph's inputs."""
-    if side == "image":
-        return {"pixels": batch["image"][:rows]}
-    length = int(batch["text_mask"].sum(1).max())
-    ids, mask = (batch[f"text_{part}"][:rows, :length] for part in ("ids", "mask"))
-    return {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-
-
 class Others:
     """The same model in other libraries."""
 
@@ -159,7 +151,7 @@ class Others:
             embedder = self.encoder.embedder
             out = np.empty((len(inputs), embedder.config.embedding_dim), np.float32)
             for rows, batch in embedder.batches(self.side, inputs):
-                out[rows] = run(arguments(self.side, batch, len(rows)))
+                out[rows] = run(graph_inputs(self.side, batch, len(rows)))
             return out
 
         return embed
@@ -306,7 +298,7 @@ def train(name: str, flags: argparse.Namespace, others: Others, ours: dict[str, 
     mesh, batch = partition.single_device_mesh(), training_batch(others.encoder, side)
     steps = {f"xlir, {dtype}": xlir_steps(encoder, batch, mesh) for dtype, encoder in ours.items()}
     other = next(x for key, x in batch.items() if key.endswith("features"))
-    steps |= others.steps(arguments(side, batch, TRAINED[side]), other)
+    steps |= others.steps(graph_inputs(side, batch, TRAINED[side]), other)
     chosen = {key: run for key, run in steps.items() if key.startswith(flags.engines)}
     runs = {key: lambda run=run: next(run) for key, run in chosen.items()}
     compare(f"{name}, training step", runs, flags.rounds, 1, TRAINED[side])

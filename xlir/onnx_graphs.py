@@ -4,7 +4,6 @@ On a CPU, this can be faster than JAX (docs/results.md), and any shape of a batc
 first call on, because nothing is compiled.
 """
 
-import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -64,20 +63,28 @@ class OnnxGraphs:
     def embed(self, side: str, inputs: Sequence) -> Float[np.ndarray, "inputs dim"]:
         """As `Embedder.embed`."""
         shape = (len(inputs), self._embedder.config.embedding_dim)
-        compute = functools.partial(self._compute, side)
-        return collect(compute, side, self._embedder.batches(side, inputs), shape)
+        batches = (
+            (rows, graph_inputs(side, batch, len(rows)))
+            for rows, batch in self._embedder.batches(side, inputs)
+        )
+        run = self._sessions[side].run
+        return collect(lambda feed: run(["embeddings"], feed)[0], side, batches, shape)
 
-    def _compute(self, side: str, batch: dict[str, np.ndarray]) -> Float[np.ndarray, "batch dim"]:
-        if side == "image":
-            feed = {"pixels": batch["image"]}
-        else:
-            # `Embedder` pads to few lengths, so that few programs are compiled.
-            longest = max(int(batch["text_mask"].sum(axis=1).max()), 1)
-            feed = {
-                "input_ids": batch["text_ids"][:, :longest].astype(np.int64),
-                "attention_mask": batch["text_mask"][:, :longest].astype(np.int64),
-            }
-        return self._sessions[side].run(["embeddings"], feed)[0]
+
+def graph_inputs(side: str, batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The first rows of a batch of `Embedder`, under the names of a graph's inputs.
+
+    `Embedder` pads batches to few shapes, because each is compiled. Graphs take any shape, so the
+    padding is removed, which is at the end of rows and of texts.
+    """
+    if side == "image":
+        return {"pixels": batch["image"][:rows]}
+    ids, mask = (batch[f"text_{part}"][:rows] for part in ("ids", "mask"))
+    longest = max(int(mask.sum(axis=1).max()), 1)
+    return {
+        "input_ids": ids[:, :longest].astype(np.int64),
+        "attention_mask": mask[:, :longest].astype(np.int64),
+    }
 
 
 def _digests(folder: pathlib.Path) -> Mapping[str, str] | None:

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 # Largest allowed differences: in a coordinate of a unit-length embedding, and in a feature of a
 # tower divided by the largest feature. In float32 the differences are 1e-6 at most.
 TOLERANCE, TOWER_TOLERANCE = 1e-5, 1e-4
-# Largest allowed difference in a pixel value, on the scale 0 to 255. Where torchvision resizes in
-# float32, it computes the filter's positions in float32 too: 0.02 at 1,022 pixels a side.
+# Largest allowed difference in a pixel value, on the scale 0 to 255. Whole numbers must be equal.
+# Where torchvision resizes in float32, it computes the filter's positions in float32 too, which
+# changes values by 0.02 at 1,022 pixels a side.
 PIXEL_TOLERANCE = 0.05
 IMAGES, TEXTS = 32, 64
 RECALL_AT = (1, 5, 10)
